@@ -1,0 +1,38 @@
+# `make demo` shows what maskset does, `make test` checks it. Both set up what they need: git, make and Python 3.11 are enough.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+SHELL := /bin/bash
+BIN := .venv/bin
+
+.PHONY: help demo test test-all lint types docs clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/installed  ## train a small model on generated images, print its AP, draw what it finds
+	$(BIN)/maskset demo
+
+test: lint types docs  ## everything that a change must pass
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: lint types docs  ## the same with the tests marked slow
+	$(BIN)/python -m pytest
+
+lint: .venv/installed  ## style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/installed  ## static types
+	$(BIN)/pyright
+
+docs: .venv/installed  ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## remove what the commands above made
+	rm -rf .venv site demo .pytest_cache .ruff_cache src/maskset.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

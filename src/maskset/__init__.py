@@ -1,0 +1,40 @@
+"""maskset turns an image into a set of masks: five end-to-end instance segmentation systems with transformers."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskset import recipes
+    from maskset.checkpoint import load
+    from maskset.conversion import convert
+    from maskset.evaluation.evaluate import evaluate
+    from maskset.inference.predict import predict
+    from maskset.structures import Instances
+    from maskset.systems import build
+    from maskset.training.train import train
+
+_HOME = {
+    "Instances": "maskset.structures",
+    "build": "maskset.systems",
+    "convert": "maskset.conversion",
+    "evaluate": "maskset.evaluation.evaluate",
+    "load": "maskset.checkpoint",
+    "predict": "maskset.inference.predict",
+    "train": "maskset.training.train",
+}
+
+__version__ = "0.1.0"
+__all__ = ["Instances", "build", "convert", "evaluate", "load", "predict", "recipes", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `import maskset` costs nothing."""
+    if name == "recipes":
+        return import_module("maskset.recipes")
+    if name not in _HOME:
+        raise AttributeError(f"module 'maskset' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,6 @@
+"""`python -m maskset`, which is how `accelerate launch -m maskset` and `torchrun -m maskset` start it."""
+
+from maskset.cli import main
+
+if __name__ == "__main__":
+    main()

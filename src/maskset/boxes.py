@@ -1,0 +1,62 @@
+"""Boxes: two formats, overlaps. Corners are x0 y0 x1 y1; centres are cx cy w h. Any unit, pixels or fractions."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Boxes = Float[Tensor, "... 4"]
+
+
+def to_corners(boxes: Boxes) -> Boxes:
+    """Return x0 y0 x1 y1 for boxes given as cx cy w h."""
+    centre, size = boxes.split(2, dim=-1)
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+
+
+def to_centres(boxes: Boxes) -> Boxes:
+    """Return cx cy w h for boxes given as x0 y0 x1 y1."""
+    low, high = boxes.split(2, dim=-1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def area(boxes: Boxes) -> Float[Tensor, "..."]:
+    """Return width times height of boxes given as corners; zero where a box is turned inside out."""
+    low, high = boxes.split(2, dim=-1)
+    return (high - low).clamp(min=0).prod(-1)
+
+
+def iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
+    """Return the intersection over union of corner boxes, element by element; shapes broadcast. Empty with empty gives 0."""
+    overlap, union = _overlap_and_union(a, b)
+    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def generalised_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
+    """Return the generalised IoU of corner boxes in [-1, 1], element by element; shapes broadcast.
+
+    IoU minus the share of the smallest enclosing box that neither covers (Rezatofighi et al., CVPR 2019, algorithm 1).
+    """
+    overlap, union = _overlap_and_union(a, b)
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    hull = (high - low).clamp(min=0).prod(-1)
+    tiny = torch.finfo(union.dtype).tiny
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def clip(boxes: Boxes, size: tuple[int, int]) -> Boxes:
+    """Return corner boxes in pixels cut to an image of `size` (height, width)."""
+    height, width = size
+    limit = boxes.new_tensor([width, height, width, height])
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def scale_of(size: tuple[int, int], like: Tensor) -> Float[Tensor, "4"]:
+    """Return width, height, width, height: the factors between fractions of an image of `size` (height, width) and pixels."""
+    height, width = size
+    return like.new_tensor([width, height, width, height])
+
+
+def _overlap_and_union(a: Boxes, b: Boxes) -> tuple[Tensor, Tensor]:
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    return overlap, area(a) + area(b) - overlap

@@ -1,0 +1,216 @@
+"""A checkpoint is one .safetensors file that says everything about itself: weights, recipe, categories, where it came from.
+
+Nothing is ever unpickled: a file that could run code is refused, not opened.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from maskset.config import ConfigError, from_dict, to_dict
+from maskset.structures import Category
+from maskset.systems import System, build
+from maskset.training.config import Recipe
+
+FORMAT = 1  # counts up when older versions of maskset could not read the file
+HUB_FILE = "model.safetensors"  # what a repository on the hub calls its checkpoint
+_RUN_FILES = ("best.safetensors", "last.safetensors")  # what a run folder is loaded from, in this order
+
+
+class CheckpointError(ValueError):
+    """A file is no checkpoint, is damaged, or does not hold what it should; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says about its weights.
+
+    Attributes:
+        recipe: how they were trained; `recipe.model` builds the network that they belong to.
+        categories: what the class channels stand for.
+        source: where they came from, for example the sha256 of the file that was converted.
+        licence: under which they may be used.
+    """
+
+    recipe: Recipe
+    categories: tuple[Category, ...]
+    source: str | None
+    licence: str
+
+
+def save(model: System, recipe: Recipe, path: str | Path, *, source: str | None = None, licence: str = "unknown") -> None:
+    """Write the model as a checkpoint. It is written beside `path` and renamed, so nobody ever sees half of it.
+
+    Args:
+        model: its weights, what its codec has learnt, its config and its categories are written.
+        recipe: how it was trained.
+        path: the file, by custom ending in .safetensors.
+        source: where the weights came from.
+        licence: under which they may be used.
+    """
+    metadata = {
+        "format": f"maskset {FORMAT}",
+        "recipe": json.dumps(to_dict(replace(recipe, model=model.config))),
+        "categories": json.dumps([asdict(category) for category in model.categories]),
+        "licence": licence,
+        **({} if source is None else {"source": source}),
+    }
+    write_tensors(model.state_dict(), Path(path), metadata)
+
+
+def load(source: str | Path) -> System:
+    """Return a trained model, on the CPU and ready to predict.
+
+    Args:
+        source: a run folder (its best weights, else its last), a .safetensors file, or "hub:owner/name".
+
+    Raises:
+        CheckpointError: there is no such file, or it is no checkpoint.
+    """
+    path = find(source)
+    metadata, weights = read(path)
+    model = build(metadata.recipe.model, metadata.categories)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: the weights do not fit the model that the file describes. {reason[:400]}") from None
+    return model.eval()
+
+
+def find(source: str | Path) -> Path:
+    """Return the checkpoint file that a run folder, a path or "hub:owner/name" means.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if isinstance(source, str) and source.startswith("hub:"):
+        return _download(source.removeprefix("hub:"))
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in _RUN_FILES if (path / name).is_file()]
+        if not found:
+            raise CheckpointError(
+                f"the folder {path} holds no {' or '.join(_RUN_FILES)}: it is no run folder, or nothing was saved."
+            )
+        return found[0]
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}.{_hint(source, path)}")
+    return path
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """Return what the checkpoint file says about itself, without reading the weights.
+
+    Raises:
+        CheckpointError: the file is no checkpoint.
+    """
+    with opened(Path(path)) as file:
+        return _metadata(file.metadata() or {}, Path(path))
+
+
+def read(path: str | Path) -> tuple[Metadata, dict[str, Tensor]]:
+    """Return what a checkpoint file says about itself, and its weights by name, on the CPU.
+
+    Raises:
+        CheckpointError: the file is no checkpoint.
+    """
+    with opened(Path(path)) as file:
+        return _metadata(file.metadata() or {}, Path(path)), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Give the open safetensors file.
+
+    Raises:
+        CheckpointError: it is not one, or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_why_unreadable(path, str(error))) from None
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors and texts as a safetensors file, aside and renamed when it is whole and on the disk."""
+    from safetensors.torch import save_file
+
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _metadata(texts: dict[str, str], path: Path) -> Metadata:
+    name, _, version = texts.get("format", "").partition(" ")
+    if name != "maskset" or not version.isdigit():
+        raise CheckpointError(f"{path} holds tensors but no maskset checkpoint: for official weights there is 'maskset convert'.")
+    if int(version) > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by a newer maskset (format {version}, this one reads up to {FORMAT}): upgrade maskset."
+        )
+    try:
+        recipe = from_dict(Recipe, json.loads(texts["recipe"]), f"{path}: recipe")
+        categories = tuple(Category(one["name"], one["coco_id"]) for one in json.loads(texts["categories"]))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: what it says about its weights is damaged ({error}).") from None
+    return Metadata(recipe, categories, texts.get("source"), texts.get("licence", "unknown"))
+
+
+def _why_unreadable(path: Path, reason: str) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}."
+    if start[:2] == b"PK" or start[:1] == b"\x80":  # torch.save's zip archive, and a bare pickle
+        return (
+            f"{path} is a PyTorch pickle, which could run code and is never loaded. "
+            f"An official .pth checkpoint becomes one of ours with: maskset convert solq {path} OUT.safetensors"
+        )
+    return f"{path} is no safetensors file, or is damaged or cut short ({reason})."
+
+
+def _hint(source: str | Path, path: Path) -> str:
+    """Return what the writer of a path that does not exist may have meant."""
+    near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
+    if near:
+        return f" Did you mean {path.parent / near[0]}?"
+    return f" For a model on the hub write hub:{source}." if str(source).count("/") == 1 and not path.suffix else ""
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if not HfApi().file_exists(name, HUB_FILE):
+            raise CheckpointError(f"the hub has no repository {name} with a file {HUB_FILE} that you may read.")
+        return Path(hf_hub_download(name, HUB_FILE))
+    except HFValidationError:
+        raise CheckpointError(f"a model on the hub is hub:owner/name, got hub:{name}.") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # its type depends on the HTTP library that the hub's client uses
+        cached = try_to_load_from_cache(name, HUB_FILE)
+        if isinstance(cached, str):
+            return Path(cached)
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"hub:{name} is not in the cache, and the hub cannot be reached ({reason}).") from None

@@ -1,0 +1,215 @@
+"""The command line: one command per public function. Parses, calls, prints; there is no logic here.
+
+Nothing slow is imported before a command needs it, so that help and mistakes are answered at once.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from maskset import __version__
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        _run([argument for argument in given if argument != "--debug"])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("maskset: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"maskset: error: {_in_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        print(f"maskset {__version__}")
+        return
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
+    if name not in COMMANDS:
+        raise ValueError(f"there is no command {name!r}{_nearest(name, COMMANDS)}; `maskset --help` lists them.")
+    command = COMMANDS[name]
+    parser = _Parser(prog=f"maskset {name}", description=command.call.__doc__, allow_abbrev=False)
+    command.flags(parser, rest)
+    command.call(parser.parse(rest))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are ValueErrors, and which names the flag that was meant."""
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Return the values of the flags. An unknown flag is told before a missing one: it may be the same, mistyped."""
+        known = self._option_string_actions
+        for argument in arguments:
+            flag = argument.split("=")[0]
+            if flag.startswith("--") and flag != "--" and flag not in known:
+                self.error(f"there is no flag {flag}{_nearest(flag, known)}")
+        return self.parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (`{self.prog} --help` lists what it takes).")
+
+
+def _nearest(name: str, known: Sequence[str] | dict) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{(command.call.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: maskset COMMAND ... [--debug]",
+            "",
+            "End-to-end instance segmentation with transformers: an image in, a set of masks out.",
+            "",
+            *lines,
+            "",
+            "`maskset COMMAND --help` explains one; --debug shows where an error came from. New here? `maskset demo`.",
+        ]
+    )
+
+
+def _demo_flags(parser: _Parser, arguments: list[str]) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the run and the pictures (default: demo)")
+
+
+def _demo(given: argparse.Namespace) -> None:
+    """Train a small model on generated images, measure it on others and draw what it finds: 8 minutes on a CPU."""
+    from maskset.demo import demo
+
+    demo(given.out)
+
+
+def _train_flags(parser: _Parser, arguments: list[str]) -> None:
+    from maskset import flags, recipes
+
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else "solq-r50"  # without one: whose flags help shows
+    settings = recipes.get(first)
+    parser.set_defaults(settings=settings)
+    parser.add_argument("recipe", metavar="RECIPE", help="comes first: a name that `maskset recipes` lists, or a recipe.json")
+    _add_data(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder that the run makes")
+    parser.add_argument("--init", metavar="MODEL", help="start from these weights, whatever their classes and queries")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
+    flags.add(parser, settings)
+
+
+def _train(given: argparse.Namespace) -> None:
+    """Train a recipe on annotated images. Every setting of the recipe is a flag."""
+    from maskset import flags
+    from maskset.training.train import train
+
+    recipe = flags.changed(given.settings, vars(given))
+    metrics = train(recipe, given.data, given.out, init=given.init, resume=given.resume, images=given.images)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(metrics)
+
+
+def _evaluate_flags(parser: _Parser, arguments: list[str]) -> None:
+    _add_model(parser)
+    _add_data(parser)
+    parser.add_argument("--split", default="val", help="part of the data (default: val)")
+    parser.add_argument("--max-detections", type=int, default=100, metavar="N", help="objects per image that count (default: 100)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write metrics.json and per_class.csv here")
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    """Print the average precision of a model on annotated images, as COCO defines it."""
+    from maskset.evaluation.evaluate import evaluate
+
+    metrics = evaluate(
+        given.model, given.data, split=given.split, max_detections=given.max_detections, images=given.images
+    )
+    print(metrics)
+    if given.out:
+        print(f"\nwritten to {metrics.save(given.out)}")
+
+
+def _convert_flags(parser: _Parser, arguments: list[str]) -> None:
+    parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is: solq")
+    parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--coco80", action="store_true", help="keep the 80 classes of COCO only, not all 91 channels")
+    parser.add_argument("--last-wins", action="store_true", help="where copies of a tensor differ, take the last")
+    parser.add_argument("--licence", default="unknown", help="of the weights; recorded in the file (default: unknown)")
+
+
+def _convert(given: argparse.Namespace) -> None:
+    """Turn an official checkpoint into one of maskset's."""
+    from maskset.conversion import convert_file
+
+    out = convert_file(
+        given.system, given.source, given.out, coco80=given.coco80, last_wins=given.last_wins, licence=given.licence
+    )
+    print(f"written to {out}")
+
+
+def _no_flags(parser: _Parser, arguments: list[str]) -> None:
+    pass
+
+
+def _recipes(given: argparse.Namespace) -> None:
+    """List the recipes, with what each is for."""
+    from maskset.recipes import RECIPES
+
+    width = max(map(len, RECIPES)) + 2
+    for name, recipe in RECIPES.items():
+        print(f"{name:{width}}{(recipe.__doc__ or '').splitlines()[0]}")
+
+
+def _show_flags(parser: _Parser, arguments: list[str]) -> None:
+    parser.add_argument("what", metavar="RECIPE|MODEL", help="a recipe's name, a recipe.json, a checkpoint or a run folder")
+
+
+def _add_model(parser: _Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run folder or a checkpoint file (.safetensors)")
+
+
+def _add_data(parser: _Parser) -> None:
+    parser.add_argument("--data", required=True, help="a data folder, a COCO JSON file (with --images), or the word shapes")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a JSON file are")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command takes, and what it does; its docstring is its help."""
+
+    flags: Callable[[_Parser, list[str]], None]
+    call: Callable[[argparse.Namespace], None]
+
+
+COMMANDS = {
+    "demo": Command(_demo_flags, _demo),
+    "train": Command(_train_flags, _train),
+    "evaluate": Command(_evaluate_flags, _evaluate),
+    "convert": Command(_convert_flags, _convert),
+    "recipes": Command(_no_flags, _recipes),
+}

@@ -1,0 +1,86 @@
+"""Settings are frozen dataclasses. Here: the decorator that makes one, and reading and writing them as JSON."""
+
+import difflib
+import json
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+Settings = TypeVar("Settings")
+
+
+class ConfigError(ValueError):
+    """A setting does not exist, has the wrong type, or contradicts another one."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config(cls: type[Settings]) -> type[Settings]:
+    """Return the class as a frozen, keyword-only dataclass that refuses unknown settings when read from a file."""
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # without it pydantic drops typos in silence
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Return the settings as plain dicts, lists, numbers and text."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(type(settings)).dump_python(settings, mode="json")
+
+
+def from_dict(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """Return settings of class `cls`.
+
+    Args:
+        cls: a class made by `config`.
+        values: what `to_dict` gives.
+        where: what the values come from, for messages.
+
+    Raises:
+        ConfigError: a setting is unknown (the message names the nearest), or a value is not allowed.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(cls, problem) for problem in error.errors())) from None
+
+
+def read(cls: type[Settings], path: Path) -> Settings:
+    """Return the settings in a JSON file.
+
+    Raises:
+        ConfigError: the file is no JSON, or its settings are not those of `cls`.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON settings: {error}") from None
+    return from_dict(cls, values, str(path))
+
+
+def write(settings: Any, path: Path) -> None:
+    """Write the settings as a JSON file that `read` takes."""
+    path.write_text(json.dumps(to_dict(settings), indent=2) + "\n")
+
+
+def _explain(cls: type, problem: Any) -> str:
+    names = [str(part) for part in problem["loc"]]
+    name = ".".join(names) or "the file"
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(names[-1], _names(cls), n=1, cutoff=0.5)
+        return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+    if problem["type"] == "value_error":  # raised by a check of ours, whose message says it all
+        return str(problem["ctx"]["error"])
+    got = "" if problem["type"] in ("missing", "missing_argument") else f", got {problem.get('input')!r}"
+    return f"{name}: {problem['msg']}{got}"
+
+
+def _names(cls: Any) -> list[str]:
+    """Return the names of all settings of a class and of the classes inside it."""
+    from typing import get_args, get_type_hints
+
+    if not is_dataclass(cls):
+        return [name for part in get_args(cls) for name in _names(part)]
+    hints = get_type_hints(cls)
+    return [name for field in fields(cls) for name in (field.name, *_names(hints[field.name]))]

@@ -1,0 +1,105 @@
+"""Official checkpoints become ours: every entry used or named as an alias, nothing guessed, nothing unpickled."""
+
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskset.conversion import solq
+from maskset.conversion.coco import NAMES, raw_categories
+from maskset.conversion.keys import ConversionError
+from maskset.systems import Config
+
+_CONVERTERS = {"solq": solq}
+
+
+def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = False) -> tuple[Config, dict[str, Tensor]]:
+    """Return the config and state dict that an official state dict becomes; `build(config)` loads it strictly.
+
+    Args:
+        system: "solq".
+        state_dict: official names and tensors.
+        last_wins: where copies of one tensor differ, take the last, as official loading does.
+
+    Raises:
+        ConversionError: the system is unknown, an entry is unknown or missing, or copies differ.
+    """
+    return _converter(system).convert(state_dict, last_wins)
+
+
+def convert_file(
+    system: str, source: Path, out: Path, *, coco80: bool = False, last_wins: bool = False, licence: str = "unknown"
+) -> Path:
+    """Write an official checkpoint file as one of ours and return its path.
+
+    Args:
+        system: "solq".
+        source: the official .pth file.
+        out: the .safetensors file to write.
+        coco80: keep only the 80 class channels that COCO uses, not all raw category ids 0 ... 90.
+        last_wins: where copies of one tensor differ, take the last, as official loading does.
+        licence: of the weights, recorded in the file.
+
+    Raises:
+        ConversionError: the file is no checkpoint of that system, or holds objects that are not read for safety.
+    """
+    from maskset import recipes
+    from maskset.checkpoint import save
+    from maskset.systems import build
+
+    config, state = convert(system, read(source), last_wins)
+    categories = raw_categories(config.num_classes)
+    if coco80:
+        if config.num_classes != 91:
+            raise ConversionError(f"coco80 needs the 91 class channels of COCO's raw ids, the file has {config.num_classes}.")
+        state = _converter(system).select_classes(state, list(NAMES))
+        config = dataclasses.replace(config, num_classes=len(NAMES))
+        categories = tuple(categories[i] for i in NAMES)
+    model = build(config, categories)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ConversionError(f"{source} does not fit the model that its shapes describe: {error}") from None
+    recipe = dataclasses.replace(recipes.get("solq-r50"), model=config)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    save(model, recipe, out, source=f"official {system} checkpoint {source.name}, sha256 {digest}", licence=licence)
+    return out
+
+
+def read(source: Path) -> dict[str, Tensor]:
+    """Return the state dict in a .pth file, reading only tensors, plain containers and argparse's namespace.
+
+    Raises:
+        ConversionError: the file is missing, no PyTorch file, holds anything else, or holds no state dict.
+    """
+    if not source.is_file():
+        raise ConversionError(f"{source} does not exist.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, all of which mean: not a file that we read
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        raise ConversionError(
+            f"{source} cannot be read safely as a PyTorch checkpoint ({type(error).__name__}: {reason}). Only tensors and plain "
+            "settings are read, never code."
+        ) from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ConversionError(f"{source} holds no state dict (a dict of tensors, or one under 'model' or 'state_dict').")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _converter(system: str) -> Any:
+    if system not in _CONVERTERS:
+        raise ConversionError(f"there is no converter for {system!r}; there is one for {', '.join(_CONVERTERS)}.")
+    return _CONVERTERS[system]
+
+
+__all__ = ["ConversionError", "convert", "convert_file", "read"]

@@ -1,0 +1,70 @@
+"""Rename the entries of a state dict by rules that lose nothing."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Rule = tuple[str, str | None]  # a pattern for the whole name, and what it becomes; None: left out on purpose
+
+
+class ConversionError(ValueError):
+    """A state dict is not what its converter expects; the message names the entries."""
+
+
+def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], last_wins: bool = False) -> dict[str, Tensor]:
+    """Return every entry under the name that the first fitting rule gives it.
+
+    Official files store modules that are used in several places once for each place. Such aliases get one name here, and
+    must hold the same numbers.
+
+    Args:
+        state: official names and tensors.
+        rules: tried in order.
+        last_wins: where aliases differ, take the last one in the order of the file, as loading it officially would.
+
+    Raises:
+        ConversionError: a name fits no rule, or aliases differ.
+    """
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+    renamed: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    unknown, different = [], []
+    for name, value in state.items():
+        for pattern, replacement in compiled:
+            found = pattern.fullmatch(name)
+            if found:
+                break
+        else:
+            unknown.append(name)
+            continue
+        if replacement is None:
+            continue
+        target = found.expand(replacement)
+        if target in renamed and not torch.equal(renamed[target], value):
+            different.append(f"{origin[target]} and {name}")
+        renamed[target], origin[target] = value, name
+    if unknown:
+        raise ConversionError(f"entries not known here: {_listed(unknown)}. Is this a checkpoint of another system, or of a variant?")
+    if different and not last_wins:
+        raise ConversionError(
+            f"copies of one tensor differ: {_listed(different)}. Official loading takes the last one: --last-wins does the same."
+        )
+    return renamed
+
+
+def need(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return an entry, or raise a ConversionError that names it."""
+    if name not in state:
+        raise ConversionError(f"there is no entry for {name}. Is this a checkpoint of another system, or of a variant?")
+    return state[name]
+
+
+def count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Return how many different numbers the group of a pattern matches among the names: the number of layers, say."""
+    return len({found.group(1) for name in state if (found := re.match(pattern, name))})
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

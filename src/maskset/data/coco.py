@@ -1,0 +1,103 @@
+"""Data sets in COCO's format: a JSON file of annotations and a folder of images."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from maskset.data.annotations import read_annotations, read_categories, read_image_records, read_json
+from maskset.data.dataset import DataError, ImageRecord
+from maskset.data.images import read_image
+from maskset.structures import Category, Instances, Masks
+
+__all__ = ["CocoDataset", "DataError", "ImageRecord"]
+
+
+class CocoDataset:
+    """Annotated images of a COCO file, see `maskset.data.dataset.Dataset` for the members.
+
+    Everything that the JSON says is checked at once; the pixels are read, and their size compared, when they are asked for.
+    Labels are positions in `categories`, which are in the order of their ids: ids may have gaps, and 0 is an id.
+    A box is the annotation's `bbox` cut to the image (or, without `bbox`, the mask's), and an object whose box has nothing
+    left is dropped. Masks stay as the file has them.
+    """
+
+    def __init__(self, annotations: str | Path, images: str | Path, skip_broken: bool = False) -> None:
+        """Read and check the JSON file.
+
+        Args:
+            annotations: the JSON file.
+            images: the folder that its file names are relative to.
+            skip_broken: leave out broken images and annotations, and say so in `skipped`, instead of raising an error.
+
+        Raises:
+            DataError: the file is not in COCO's format, or something in it is broken and `skip_broken` is False.
+        """
+        self.file, self.skip_broken, problems = Path(annotations), skip_broken, []
+        content = read_json(self.file)
+        self.categories: tuple[Category, ...] = read_categories(content["categories"], self.file)
+        self.images: list[ImageRecord] = read_image_records(content["images"], Path(images), problems)
+        known = {row["id"] for row in content["images"] if type(row.get("id")) is int} if problems else set()
+        self._annotations = read_annotations(content["annotations"], self.images, known, self.categories, problems)
+        self.skipped: list[str] = [f"{self.file}: {problem}" for problem in problems]
+        if problems and not skip_broken:
+            more = f" There are {len(problems) - 1} problems more." if len(problems) > 1 else ""
+            raise DataError(f"{self.skipped[0]}{more} Correct the file, or leave out what is broken with --skip-broken.")
+        if not self.images:
+            raise DataError(f"{self.file} has no image that can be used. {' '.join(self.skipped[:1])}".rstrip())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return f"CocoDataset({self.file}: {len(self)} images, {int(self.counts().sum())} objects, {len(self.categories)} classes)"
+
+    def read(self, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
+        """Return the pixels (RGB) and the objects of an image, crowds left out.
+
+        Raises:
+            DataError: the image file is damaged, or its size is not the one in the JSON.
+        """
+        return self.image(index), self.objects(index)
+
+    def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
+        """Return the pixels (RGB) of an image.
+
+        Raises:
+            DataError: the image file is damaged, or its size is not the one in the JSON.
+        """
+        record = self.images[index]
+        assert record.file is not None
+        return read_image(record.file, (record.height, record.width))
+
+    def objects(self, index: int) -> Instances:
+        """Return the objects of an image, crowds left out, without reading its pixels."""
+        return self._instances(index, crowd=False)
+
+    def crowds(self, index: int) -> Instances:
+        """Return the regions that hold many objects of a class; evaluation forgives what is found there."""
+        return self._instances(index, crowd=True)
+
+    def areas(self, index: int) -> Float[Tensor, "T"]:
+        """Return the annotated area of each of `objects(index)`, pixels: COCO's evaluation tells small from large by it."""
+        return torch.from_numpy(self._annotations.areas[self._rows(index, crowd=False)])
+
+    def counts(self) -> Int[np.ndarray, "images"]:
+        """Return how many objects each image has, crowds left out."""
+        before = np.concatenate([[0], np.cumsum(~self._annotations.crowd)])
+        return np.diff(before[self._annotations.starts])
+
+    def _rows(self, index: int, crowd: bool) -> Int[np.ndarray, "T"]:
+        first, last = self._annotations.starts[index : index + 2]
+        return first + np.flatnonzero(self._annotations.crowd[first:last] == crowd)
+
+    def _instances(self, index: int, crowd: bool) -> Instances:
+        rows, record = self._rows(index, crowd), self.images[index]
+        return Instances(
+            labels=torch.from_numpy(self._annotations.labels[rows]),
+            boxes=torch.from_numpy(self._annotations.boxes[rows]),
+            masks=Masks([self._annotations.shape(row) for row in rows], (record.height, record.width)),
+            categories=self.categories,
+        )

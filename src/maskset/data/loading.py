@@ -1,0 +1,180 @@
+"""Annotated images as training batches: which images, in which order, read by how many processes."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+from maskset.data.dataset import DataError, Dataset
+from maskset.data.transforms import Augmentation, augment
+from maskset.structures import ImageBatch, Instances
+
+
+class Loading(Augmentation, Protocol):
+    """The settings that `training_batches` reads, see `maskset.training.config.DataConfig`."""
+
+    @property
+    def group_by_aspect(self) -> bool: ...
+    @property
+    def workers(self) -> int: ...
+
+
+def training_batches(
+    dataset: Dataset,
+    config: Loading,
+    batch_size: int,
+    divisor: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+) -> Iterator[tuple[ImageBatch, list[Instances]]]:
+    """Yield one epoch's batches of this process: uint8 pixels on a padded canvas, and the objects of each image.
+
+    Order and augmentation follow from seed, epoch and image alone, not from the number of workers; and batch k of all
+    processes together is batch k of one process with `world_size * batch_size`. With `dataset.skip_broken`, the next image
+    that can be read takes the place of one that cannot, and `dataset.skipped` says so.
+
+    Args:
+        dataset: what to read.
+        config: augmentation, grouping and workers.
+        batch_size: images of one batch of one process.
+        divisor: the canvas is padded to a multiple of this, pixels.
+        seed: of order and augmentation, from 0.
+        epoch: from 0.
+        rank: which process this is.
+        world_size: how many processes there are.
+        start: how many batches to leave out at the beginning, without reading them.
+
+    Raises:
+        DataError: an image is broken.
+    """
+    wide = np.array([record.width >= record.height for record in dataset.images]) if config.group_by_aspect else None
+    order = batch_order(len(dataset), batch_size * world_size, seed, epoch, wide)
+    mine = [indices.reshape(world_size, -1)[rank].tolist() for indices in order[start:]]
+    reader = _Reader(dataset, config, divisor, seed, epoch)
+    for batch in _in_workers(reader, mine, config.workers) if config.workers else map(reader, mine):
+        if isinstance(batch, DataError):
+            raise batch
+        dataset.skipped += [problem for problem in batch.problems if problem not in dataset.skipped]
+        objects = pytree.tree_map_only(_Array, lambda sent: torch.from_numpy(sent.values), batch.objects)
+        yield batch.images, objects
+
+
+def steps_per_epoch(count: int, batch_size: int, world_size: int = 1) -> int:
+    """Return how many batches each process gets of `count` images: an incomplete one is left out, unless it is the only one."""
+    return max(1, count // (batch_size * world_size))
+
+
+def batch_order(
+    count: int, batch_size: int, seed: int, epoch: int, wide: np.ndarray | None = None
+) -> list[Int64[np.ndarray, "_"]]:
+    """Return the images of each batch of an epoch, over all processes.
+
+    Args:
+        count: how many images there are.
+        batch_size: images of a batch, over all processes. The images of an only, incomplete batch are repeated to fill it.
+        seed: of the order.
+        epoch: from 0.
+        wide: whether each image is as wide as high or wider; a batch then holds one kind, but for the last ones.
+    """
+    shuffled = np.random.default_rng([seed, epoch]).permutation(count)
+    if count < batch_size:
+        return [np.resize(shuffled, batch_size)]
+    batches, waiting = [], ([], [])
+    for index in shuffled.tolist():
+        kind = waiting[int(wide is not None and wide[index])]
+        kind.append(index)
+        if len(kind) == batch_size:
+            batches.append(np.array(kind))
+            kind.clear()
+    rest = waiting[0] + waiting[1]
+    whole = len(rest) // batch_size
+    return batches + [np.array(rest[i * batch_size : (i + 1) * batch_size]) for i in range(whole)]
+
+
+def warn_about_slots(dataset: Dataset, slots: int) -> str | None:
+    """Return a warning where images hold more objects than a model has slots for; None where all fit."""
+    counts = dataset.counts()
+    over = int((counts > slots).sum())
+    if not over:
+        return None
+    return (
+        f"{over} of {len(counts)} images hold more objects ({counts.max()} at the most) than the model has slots ({slots}), "
+        f"so that some objects can be neither learnt nor found: give it {counts.max()} or more, or cut the images into tiles."
+    )
+
+
+@dataclass(frozen=True)
+class _Array:
+    """A tensor on its way out of a worker, by value: as tensors, a batch's many small ones would need a file handle each."""
+
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Batch:
+    images: ImageBatch
+    objects: list[Instances]  # with `_Array` in place of tensors
+    problems: list[str]
+
+    def pin_memory(self) -> "_Batch":
+        return _Batch(self.images.pin_memory(), self.objects, self.problems)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Image numbers to a batch; this is what runs in a worker."""
+
+    dataset: Dataset
+    config: Augmentation
+    divisor: int
+    seed: int
+    epoch: int
+
+    def __call__(self, indices: list[int]) -> _Batch | DataError:
+        problems: list[str] = []
+        try:
+            samples = [self._sample(index, problems) for index in indices]
+        except DataError as error:
+            return error  # raised in a worker it would come with a traceback as its message
+        objects = pytree.tree_map_only(Tensor, lambda tensor: _Array(tensor.numpy()), [objects for _, objects in samples])
+        return _Batch(ImageBatch.from_images([pixels for pixels, _ in samples], self.divisor), objects, problems)
+
+    __getitem__ = __call__  # DataLoader asks a data set for the item of a batch's image numbers
+
+    def _sample(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
+        pixels, objects = self._readable(index, problems)
+        rng = np.random.default_rng([self.seed, self.epoch, index + 1])  # a 0 at the end would repeat the stream of the order
+        return augment(pixels, objects, self.config, rng)
+
+    def _readable(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
+        count = len(self.dataset)
+        for step in range(count):
+            try:
+                return self.dataset.read((index + step) % count)
+            except DataError as error:
+                if not self.dataset.skip_broken:
+                    raise
+                problems.append(str(error))
+        raise DataError(f"none of the {count} images can be read. The first: {problems[0]}")
+
+
+def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iterable[_Batch | DataError]:
+    return DataLoader(
+        reader,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=batches,  # type: ignore[arg-type]
+        num_workers=min(workers, max(1, len(batches))),
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from torch's own, and resuming would depend on the number of workers
+        multiprocessing_context="fork" if sys.platform == "linux" else None,  # others copy the data set into each worker
+    )

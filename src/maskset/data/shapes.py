@@ -1,0 +1,289 @@
+"""Generated data: overlapping textured shapes. The same pixels on every machine, so that demos and tests need no download.
+
+Only +, -, *, /, sqrt and comparisons make a pixel, which IEEE 754 fixes to the last bit, and the random numbers are those of
+NumPy's `RandomState`, which will not change.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int, UInt8
+from torch import Tensor
+
+from maskset.data.dataset import DataError, ImageRecord
+from maskset.structures import Category, Instances, Masks
+
+CATEGORIES = (Category("ellipse", 1), Category("rectangle", 2), Category("triangle", 3))
+SPLITS = {"train": 2000, "val": 200, "test": 200}  # how many images each has, unless said otherwise
+
+Plane = Float64[np.ndarray, "h w"]
+
+
+class ShapesDataset:
+    """Scenes of 1 to 5 overlapping shapes, made when asked for; see `maskset.data.dataset.Dataset` for the members.
+
+    Ellipses, rectangles and triangles of any direction, textured, on a textured background; neither colour nor texture tells
+    the class. A shape hides those behind it, and a mask is the part that can be seen. An image depends on the split, its
+    number, the size and the seed, on nothing else.
+    """
+
+    def __init__(self, split: str, count: int | None = None, size: tuple[int, int] = (128, 128), seed: int = 0) -> None:
+        """Choose the scenes.
+
+        Args:
+            split: "train", "val" or "test".
+            count: how many images; None means 2,000 in train, 200 in the others.
+            size: height and width, pixels, at least 16.
+            seed: other seeds, other scenes.
+
+        Raises:
+            DataError: there is no such split, or no image of such a size.
+        """
+        if split not in SPLITS:
+            raise DataError(f"the generated shapes have no split {split!r}, only {', '.join(SPLITS)}.")
+        if min(size) < 16:
+            raise DataError(f"the generated shapes need 16 or more pixels a side, got {size[1]} x {size[0]}.")
+        self.categories, self.size, self.seed = CATEGORIES, size, seed
+        self.images = [ImageRecord(i + 1, None, *size) for i in range(SPLITS[split] if count is None else count)]
+        self.skip_broken, self.skipped = False, list[str]()
+        self._split = list(SPLITS).index(split)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
+        """Return the pixels (RGB) and the objects of an image."""
+        scene = self._scene(index)
+        return torch.from_numpy(scene.painted()).permute(2, 0, 1), self._instances(scene)
+
+    def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
+        """Return the pixels (RGB) of an image."""
+        return self.read(index)[0]
+
+    def objects(self, index: int) -> Instances:
+        """Return the objects of an image."""
+        return self._instances(self._scene(index))
+
+    def crowds(self, index: int) -> Instances:
+        """Return none: there are no crowds."""
+        return Instances.empty(self.size, CATEGORIES)
+
+    def areas(self, index: int) -> Float[Tensor, "T"]:
+        """Return how many pixels each of `objects(index)` has."""
+        return self.objects(index).masks.areas().double()
+
+    def counts(self) -> Int[np.ndarray, "images"]:
+        """Return how many objects each image has."""
+        return np.array([len(self._scene(i).shapes) for i in range(len(self))], dtype=np.int64)
+
+    def _scene(self, index: int) -> "Scene":
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no image {index}, only 0 to {len(self) - 1}.")
+        return Scene(np.random.RandomState([self.seed % 2**32, self._split, index]), self.size)
+
+    def _instances(self, scene: "Scene") -> Instances:
+        masks = Masks.from_dense(torch.from_numpy(scene.visible))
+        labels = torch.tensor([shape.label for shape in scene.shapes], dtype=torch.int64)
+        return Instances(labels, masks.boxes(), masks, None, CATEGORIES)
+
+
+def write(folder: str | Path, counts: Mapping[str, int] = SPLITS, size: tuple[int, int] = (128, 128), seed: int = 0) -> Path:
+    """Write generated shapes as a data set in COCO's format (`instances_<split>.json` and `<split>/*.png`) and return its folder.
+
+    Args:
+        folder: must not exist. It appears when all is written.
+        counts: how many images each split gets.
+        size: height and width, pixels.
+        seed: other seeds, other scenes.
+
+    Raises:
+        DataError: the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder} exists already: choose another folder, or delete it.")
+    aside = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    for split, count in counts.items():
+        _write_split(aside, split, ShapesDataset(split, count, size, seed))
+    aside.rename(folder)
+    return folder
+
+
+def _write_split(folder: Path, split: str, dataset: ShapesDataset) -> None:
+    from PIL import Image
+
+    (folder / split).mkdir(parents=True)
+    images, annotations = [], []
+    for index, record in enumerate(dataset.images):
+        pixels, objects = dataset.read(index)
+        name = f"{record.id:06d}.png"
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / split / name)
+        images.append({"id": record.id, "file_name": name, "height": record.height, "width": record.width})
+        annotations += objects.to_coco(record.id)
+    annotations = [{"id": id, **annotation} for id, annotation in enumerate(annotations, start=1)]
+    categories = [{"id": category.coco_id, "name": category.name} for category in CATEGORIES]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of a scene.
+
+    Attributes:
+        label: 0 ellipse, 1 rectangle, 2 triangle.
+        distance: of each pixel's centre to the edge, pixels, negative inside (about right near the edge).
+        texture: seeds the random numbers of its look.
+    """
+
+    label: int
+    distance: Plane
+    texture: int
+
+
+class Scene:
+    """What is where, decided from front to back, and the pixels, painted from back to front.
+
+    Attributes:
+        shapes: front first.
+        visible: what can be seen of each.
+    """
+
+    def __init__(self, random: np.random.RandomState, size: tuple[int, int]) -> None:
+        self._grid: tuple[Plane, Plane] = tuple(np.meshgrid(*(np.arange(n) + 0.5 for n in size[::-1])))  # type: ignore[assignment]
+        self._side, self._look = float(min(size)), int(random.randint(2**31 - 1))
+        self.shapes: list[Shape] = []
+        visible, taken = [], np.zeros(size, dtype=bool)
+        wanted = random.randint(1, 6)
+        for _ in range(4 * wanted):
+            if len(self.shapes) == wanted:
+                break
+            shape = self._draw_shape(random)
+            inside = shape.distance < 0
+            seen = inside & ~taken
+            if seen.sum() > max(0.4 * inside.sum(), 0.006 * self._side**2):
+                self.shapes.append(shape)
+                visible.append(seen)
+                taken |= inside
+        self.visible: Bool[np.ndarray, "T h w"] = np.array(visible, dtype=bool).reshape(-1, *size)
+
+    def painted(self) -> UInt8[np.ndarray, "h w 3"]:
+        """Return the picture, RGB."""
+        look = np.random.RandomState(self._look)
+        hues = (look.permutation(12) + look.random_sample()) / 12  # every shape and the background have a hue of their own
+        picture = self._background(look, hues[0])
+        for shape, hue in reversed(list(zip(self.shapes, hues[1:], strict=False))):
+            picture = self._paint(picture, shape, hue)
+        return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+    def _draw_shape(self, random: np.random.RandomState) -> Shape:
+        """Return a shape of any class, place, direction, size and proportion."""
+        (x, y), label = self._grid, int(random.randint(3))
+        height, width = x.shape
+        centre_x, centre_y = (0.1 + 0.8 * random.random_sample(2)) * (width, height)
+        cos, sin = _direction(random)
+        u, v = (x - centre_x) * cos + (y - centre_y) * sin, (y - centre_y) * cos - (x - centre_x) * sin
+        a = (0.11 + 0.17 * random.random_sample()) * self._side
+        b = a * (0.55 + 0.45 * random.random_sample())
+        skew = 0.6 * (random.random_sample() - 0.5)
+        distance = (_ellipse(u, v, a, b), _rectangle(u, v, 0.9 * a, 0.9 * b), _triangle(u, v, 1.2 * a, 1.2 * b, skew))[label]
+        return Shape(label, distance, int(random.randint(2**31 - 1)))
+
+    def _background(self, random: np.random.RandomState, hue: float) -> Float64[np.ndarray, "h w 3"]:
+        value = 0.2 + 0.65 * random.random_sample()
+        tones = [_rgb(hue + shift, 0.15 + 0.3 * random.random_sample(), value + shift) for shift in (-0.08, 0.08)]
+        clouds = self._noise(random, self._side / 2) + 0.5 * self._noise(random, self._side / 5) + 0.25 * self._noise(random, 6.0)
+        picture = _mix(*tones, clouds / 1.75)
+        return picture * (1 + 0.16 * (self._pattern(random) - 0.5))[..., None]
+
+    def _paint(self, picture: Float64[np.ndarray, "h w 3"], shape: Shape, hue: float) -> Float64[np.ndarray, "h w 3"]:
+        random = np.random.RandomState(shape.texture)
+        light = _rgb(hue, 0.55 + 0.4 * random.random_sample(), 0.75 + 0.25 * random.random_sample())
+        dark = _rgb(hue + 0.12 * (random.random_sample() - 0.5), 0.6, 0.35 + 0.25 * random.random_sample())
+        colour = _mix(light, dark, self._pattern(random) * (0.5 + 0.5 * random.random_sample()))
+        bevel = np.clip(1 + shape.distance / (0.025 * self._side), 0, 1)  # 1 at the edge, 0 from a little inside
+        shade = (1 - 0.4 * bevel) * (1.12 - 0.24 * self._grid[1] / self._grid[1][-1, 0]) + 0.06 * (self._noise(random, 3.0) - 0.5)
+        shadow = 1 - 0.45 * np.clip(1 - shape.distance / (0.05 * self._side), 0, 1)
+        cover = np.clip(0.5 - shape.distance, 0, 1)[..., None]
+        return picture * shadow[..., None] * (1 - cover) + colour * shade[..., None] * cover
+
+    def _pattern(self, random: np.random.RandomState) -> Plane:
+        """Return a pattern in [0, 1]: a gradient, stripes, checks, dots or clouds."""
+        kind, period = random.randint(5), (0.06 + 0.08 * random.random_sample()) * self._side
+        (cos, sin), (x, y) = _direction(random), self._grid
+        along, across = x * cos + y * sin, y * cos - x * sin
+        if kind == 0:
+            return (along - along.min()) / (along.max() - along.min())
+        if kind == 1:
+            return _wave(along, period)
+        if kind == 2:
+            a, b = _wave(along, period), _wave(across, period)
+            return a + b - 2 * a * b
+        if kind == 3:
+            u, v = along / period - np.floor(along / period) - 0.5, across / period - np.floor(across / period) - 0.5
+            return np.clip((0.32 - np.sqrt(u * u + v * v)) * period + 0.5, 0, 1)
+        return np.clip(2.2 * self._noise(random, 1.5 * period) - 0.6, 0, 1)
+
+    def _noise(self, random: np.random.RandomState, cell: float) -> Plane:
+        """Return smooth noise in [0, 1]: random values `cell` pixels apart, blended in between."""
+        height, width = self._grid[0].shape
+        values = random.random_sample((int(height / cell) + 3, int(width / cell) + 3))
+        (row, down), (column, right) = (_cells(np.arange(n), cell) for n in (height, width))
+        rows = values[row] + (values[row + 1] - values[row]) * down[:, None]
+        return rows[:, column] + (rows[:, column + 1] - rows[:, column]) * right
+
+
+def _direction(random: np.random.RandomState) -> tuple[float, float]:
+    """Return cosine and sine of any angle, without trigonometry, whose last bit differs between machines."""
+    while True:
+        x, y = 2 * random.random_sample(2) - 1
+        if 0.01 < x * x + y * y <= 1:
+            length = np.sqrt(x * x + y * y)
+            return x / length, y / length
+
+
+def _ellipse(u: Plane, v: Plane, a: float, b: float) -> Plane:
+    radius = np.sqrt((u / a) * (u / a) + (v / b) * (v / b))
+    slope = np.sqrt((u / (a * a)) * (u / (a * a)) + (v / (b * b)) * (v / (b * b)))
+    return radius * (radius - 1) / np.maximum(slope, 1e-9)
+
+
+def _rectangle(u: Plane, v: Plane, a: float, b: float) -> Plane:
+    return np.maximum(np.abs(u) - a, np.abs(v) - b)
+
+
+def _triangle(u: Plane, v: Plane, a: float, b: float, skew: float) -> Plane:
+    """Return the distance to a triangle with corners (-a, b), (a, b) and (skew * a, -b)."""
+    left, right = (1 + skew) * a, (1 - skew) * a  # how far the sides run along u while v goes from -b to b
+    height = 2 * b
+    from_left = (-(u + a) * height - (v - b) * left) / np.sqrt(height * height + left * left)
+    from_right = ((u - a) * height - (v - b) * right) / np.sqrt(height * height + right * right)
+    return np.maximum(v - b, np.maximum(from_left, from_right))
+
+
+def _wave(along: Plane, period: float) -> Plane:
+    """Return stripes, half of a period 0 and half 1, with edges one pixel wide."""
+    phase = along / period - np.floor(along / period)
+    return np.clip((np.abs(2 * phase - 1) - 0.5) * period / 2 + 0.5, 0, 1)
+
+
+def _cells(positions: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
+    whole = (positions / cell).astype(np.int64)
+    part = positions / cell - whole
+    return whole, part * part * (3 - 2 * part)
+
+
+def _rgb(hue: float, saturation: float, value: float) -> Float64[np.ndarray, "3"]:
+    """Return a colour given as hue (1 is once around), saturation and value."""
+    sector = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
+    return value - value * saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1)
+
+
+def _mix(first: np.ndarray, second: np.ndarray, share: Plane) -> Float64[np.ndarray, "h w 3"]:
+    return first + (second - first) * share[..., None]

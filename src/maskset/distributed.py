@@ -1,0 +1,30 @@
+"""One process or many: the few things that differ. On one process everything here does nothing."""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def active() -> bool:
+    """Return whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if active() else 1
+
+
+def divisor(count: float | Tensor, like: Tensor) -> Tensor:
+    """Return what a sum over this process's objects is divided by: max(total over processes, 1) / processes.
+
+    With gradients averaged over processes, N processes then equal one process with the same global batch.
+
+    Args:
+        count: how many this process has.
+        like: a tensor whose device and type (float) the result takes.
+    """
+    total = torch.as_tensor(count, dtype=torch.float32, device=like.device).clone()
+    if active():
+        dist.all_reduce(total)
+    return total.clamp(min=1) / world_size()

@@ -1,0 +1,127 @@
+"""Evaluation: a model on annotated images, measured by COCO's average precision."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, distributed
+
+from maskset.data import open_data
+from maskset.data.dataset import DataError, Dataset
+from maskset.data.transforms import fitted_size
+from maskset.distributed import active, world_size
+from maskset.evaluation.average_precision import Row, average_precision
+from maskset.evaluation.metrics import Metrics
+from maskset.inference.predict import ready, run, shown
+from maskset.structures import Category, Device, Instances
+from maskset.systems.base import System
+
+
+def evaluate(
+    model: System | str | Path,
+    data: str | Path | Dataset,
+    *,
+    split: str = "val",
+    max_detections: int = 100,
+    images: str | Path | None = None,
+    skip_broken: bool = False,
+    batch_size: int | None = None,
+    device: Device | None = None,
+    progress: bool = True,
+) -> Metrics:
+    """Return COCO's metrics of a model on a split of annotated images.
+
+    The classes of model and data are matched by name. Classes that only the model has are not looked at, so that they take no
+    place among the best `max_detections`: the result is that of a model without them. Classes that only the data has count as
+    never found. Several processes (torch.distributed) share the images and return the same.
+
+    Args:
+        model: a system, or what `maskset.load` takes. Its mode (training or not) stays as it is.
+        data: what `maskset.data.open_data` takes, or what it returned.
+        split: which part of the data; of no meaning where `data` is open already, like `images` and `skip_broken`.
+        max_detections: how many objects of an image count, best first. It should not be less than images have objects.
+        images: the folder of the images, where `data` is a JSON file.
+        skip_broken: leave out what `open_data` finds broken, and images that cannot be read.
+        batch_size: most images computed at once; None chooses by their size.
+        device: see `maskset.predict`.
+        progress: whether to show how far it is on stderr.
+
+    Raises:
+        maskset.data.dataset.DataError: the data cannot be read, or no class of the model is in it.
+    """
+    model = ready(model, device)
+    dataset = open_data(data, split, images, skip_broken) if isinstance(data, (str, Path)) else data
+    labels = _labels(model.categories, dataset.categories)
+    hidden = [channel for channel, label in enumerate(labels) if label < 0]
+    share = _share(dataset, model)
+    answers = run(model, share, partial(_read, dataset), limit=max_detections, batch_size=batch_size, hidden=hidden)
+    if progress and (not active() or distributed.get_rank() == 0):
+        answers = shown(answers, len(share), "evaluating")
+    found = {index: _renamed(one, labels, dataset.categories).to_coco(index) for index, one in answers}
+    known = {category.name for category in model.categories}
+    return replace(
+        _measured(dataset, found, max_detections),
+        missing_in_model=tuple(category.name for category in dataset.categories if category.name not in known),
+        missing_in_data=tuple(model.categories[channel].name for channel in hidden),
+    )
+
+
+def _read(dataset: Dataset, index: int) -> UInt8[Tensor, "3 h w"] | None:
+    """Return the pixels of an image; None if it is broken and broken ones shall be skipped."""
+    try:
+        return dataset.image(index)
+    except DataError as error:
+        if not dataset.skip_broken:
+            raise
+        dataset.skipped.append(str(error))
+        return None
+
+
+def _labels(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
+    """Return which class of the data each of the model's is, -1 for none."""
+    if tuple(model) == tuple(data):
+        return list(range(len(data)))
+    places = {category.name: label for label, category in enumerate(data)}
+    labels = [places.get(category.name, -1) for category in model]
+    if max(labels, default=-1) < 0:
+        raise DataError(f"the model finds {_some(model)}, the data has {_some(data)}: no class has the same name in both.")
+    return labels
+
+
+def _some(categories: Sequence[Category]) -> str:
+    return ", ".join(category.name for category in categories[:5]) + (", ..." if len(categories) > 5 else "")
+
+
+def _share(dataset: Dataset, model: System) -> list[int]:
+    """Return the images that this process evaluates, those of one size together, so that batches are full."""
+    wanted = model.input
+    sizes = [fitted_size((image.height, image.width), wanted.short_side, wanted.long_side) for image in dataset.images]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    return order[distributed.get_rank() :: world_size()] if active() else order
+
+
+def _renamed(found: Instances, labels: Sequence[int], categories: tuple[Category, ...]) -> Instances:
+    """Return what was found with the data's classes, without what the data has no class for."""
+    renamed = torch.tensor(labels)[found.labels]
+    return replace(found, labels=renamed, categories=categories)[renamed >= 0]
+
+
+def _measured(dataset: Dataset, found: dict[int, list[Row]], max_detections: int) -> Metrics:
+    """Return the metrics of what all processes found, by image; the first process computes them."""
+    first, parts = True, [found]
+    if active():
+        first = distributed.get_rank() == 0
+        parts = [{}] * world_size()
+        distributed.gather_object(found, parts if first else None)
+    answer = [None]
+    if first:
+        everything = {index: rows for part in parts for index, rows in part.items()}
+        results = [row for rows in everything.values() for row in rows]
+        metrics = average_precision(dataset, results, max_detections, sorted(everything))
+        answer = [replace(metrics, skipped=len(dataset) - len(everything))]
+    if active():
+        distributed.broadcast_object_list(answer)
+    return answer[0]

@@ -1,0 +1,149 @@
+"""What an evaluation measured: printed as COCO's table, written as JSON and CSV."""
+
+import csv
+import json
+import math
+from dataclasses import asdict, dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from maskset.inference.results import written
+
+# Rows of the printed table: what, over which IoU, of which objects, and the name of the number without mask_ or box_.
+_ROWS = (
+    ("AP", "0.50:0.95", "all", "ap"),
+    ("AP50", "0.50", "all", "ap50"),
+    ("AP75", "0.75", "all", "ap75"),
+    ("AP", "0.50:0.95", "small", "ap_small"),
+    ("AP", "0.50:0.95", "medium", "ap_medium"),
+    ("AP", "0.50:0.95", "large", "ap_large"),
+    ("AR@1", "0.50:0.95", "all", "ar_1"),
+    ("AR@10", "0.50:0.95", "all", "ar_10"),
+    ("AR@{most}", "0.50:0.95", "all", "ar"),
+    ("AR@{most}", "0.50:0.95", "small", "ar_small"),
+    ("AR@{most}", "0.50:0.95", "medium", "ar_medium"),
+    ("AR@{most}", "0.50:0.95", "large", "ar_large"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMetrics:
+    """What was measured of one class; NaN where the data has no object of it.
+
+    Attributes:
+        name: of the class.
+        objects: how many the data holds.
+        mask_ap: average precision of masks over IoU 0.50:0.95; `box_ap` of boxes.
+        mask_ap50: the same at IoU 0.50; `box_ap50` of boxes.
+    """
+
+    name: str
+    objects: int
+    mask_ap: float
+    mask_ap50: float
+    box_ap: float
+    box_ap50: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What an evaluation measured; `print` shows COCO's table. A number that nothing could be measured for is NaN.
+
+    Average precision (`ap`) and average recall (`ar`) are means over the classes and over IoU 0.50:0.95; `ap50` and `ap75`
+    are at that one IoU. Small objects have an area below 32 x 32 pixels, large ones one from 96 x 96 on. `ar_1`, `ar_10` and
+    `ar` count, in each image, the best 1, 10 and `max_detections` results of a class.
+
+    Attributes:
+        max_detections: how many results of an image were counted at the most.
+        images: how many were evaluated.
+        skipped: how many were left out, because they could not be read.
+        objects: how many are annotated in them, without crowds.
+        per_class: one element per class of the data, in the data's order.
+        missing_in_model: classes of the data that the model does not know; none of their objects counts as found.
+        missing_in_data: classes of the model that the data does not know; their results were left out.
+    """
+
+    mask_ap: float = nan
+    mask_ap50: float = nan
+    mask_ap75: float = nan
+    mask_ap_small: float = nan
+    mask_ap_medium: float = nan
+    mask_ap_large: float = nan
+    mask_ar_1: float = nan
+    mask_ar_10: float = nan
+    mask_ar: float = nan
+    mask_ar_small: float = nan
+    mask_ar_medium: float = nan
+    mask_ar_large: float = nan
+    box_ap: float = nan
+    box_ap50: float = nan
+    box_ap75: float = nan
+    box_ap_small: float = nan
+    box_ap_medium: float = nan
+    box_ap_large: float = nan
+    box_ar_1: float = nan
+    box_ar_10: float = nan
+    box_ar: float = nan
+    box_ar_small: float = nan
+    box_ar_medium: float = nan
+    box_ar_large: float = nan
+    max_detections: int
+    images: int
+    skipped: int = 0
+    objects: int
+    per_class: tuple[ClassMetrics, ...] = ()
+    missing_in_model: tuple[str, ...] = ()
+    missing_in_data: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.images} images, {self.objects} objects, {len(self.per_class)} classes, "
+            f"at most {self.max_detections} results per image",
+            "",
+            f"{'':10}{'IoU':12}{'objects':10}{'masks':>7}{'boxes':>8}",
+        ]
+        for what, iou, size, name in _ROWS:
+            mask, box = getattr(self, f"mask_{name}"), getattr(self, f"box_{name}")
+            lines.append(f"{what.format(most=self.max_detections):10}{iou:12}{size:10}{_short(mask):>7}{_short(box):>8}")
+        if self.skipped:
+            lines += ["", f"{self.skipped} images that cannot be read were left out."]
+        if self.missing_in_model:
+            lines += ["", f"The model does not know {_listed(self.missing_in_model)} of the data: none of their objects is found."]
+        if self.missing_in_data:
+            lines += ["", f"The data does not know {_listed(self.missing_in_data)} of the model: their results are left out."]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers, text, lists and dicts, with None for NaN."""
+        return _without_nan(asdict(self))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `metrics.json` and `per_class.csv` into a folder, which is made if it is not there, and return the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with written(folder / "metrics.json") as part:
+            part.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with written(folder / "per_class.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(ClassMetrics.__dataclass_fields__))
+            table.writeheader()
+            table.writerows(_without_nan(asdict(one)) for one in self.per_class)
+        return folder
+
+
+def _short(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _listed(names: tuple[str, ...], most: int = 8) -> str:
+    """Return how many classes there are and what the first ones are called."""
+    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({shown})"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,161 @@
+"""Pictures of objects: masks, boxes, names and scores over the image, in colours that colour-blind people can tell apart."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from maskset import rle
+from maskset.inference import pictures
+from maskset.inference.pictures import Picture
+from maskset.structures import Instances
+
+Colour = tuple[int, int, int]
+Box = tuple[int, int, int, int]  # x0 y0 x1 y1, pixels of the drawing, all inside of it
+
+# Okabe and Ito's colours (Color Universal Design, 2008) without black, those easiest to confuse far apart in the list.
+PALETTE: tuple[Colour, ...] = (
+    (230, 159, 0),  # orange
+    (86, 180, 233),  # sky blue
+    (204, 121, 167),  # reddish purple
+    (240, 228, 66),  # yellow
+    (0, 158, 115),  # bluish green
+    (213, 94, 0),  # vermillion
+    (0, 114, 178),  # blue
+)
+_FILL = 0.4  # share of an object's colour in the pixels of its mask
+_COMFORTABLE = 800  # longer side, pixels: smaller images are enlarged towards it
+
+
+def draw(image: Picture, instances: Instances, scale: int | None = None) -> Image.Image:
+    """Return the image with masks, boxes, names and scores drawn on it.
+
+    With two to seven classes each class has a colour, and objects of a class that lie side by side have shades of it; with
+    one class, or more, objects that lie side by side differ in colour. Small objects lie on top of large ones. Labels for
+    which there is no room are left out, and so are the boxes of very small objects and the name of an only class.
+
+    Args:
+        image: what the objects were found in, see `maskset.inference.pictures.read`.
+        instances: at the size of the image.
+        scale: whole factor to enlarge the image by; None enlarges small images, so that lines and labels do not hide them.
+
+    Raises:
+        ValueError: the objects are of an image of another size.
+    """
+    picture = Image.fromarray(pictures.read(image).permute(1, 2, 0).numpy())
+    height, width = instances.masks.size
+    if picture.size != (width, height):
+        raise ValueError(f"the image has {picture.width} x {picture.height} pixels, the objects are of one of {width} x {height}.")
+    scale = scale or max(1, _COMFORTABLE // max(picture.size))
+    picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    instances = instances.to("cpu")
+    runs, colours, labels = instances.masks.rle(), _colours(instances), _labels(instances)
+    boxes = [_inside(box, picture.size) for box in (instances.boxes * scale).tolist()]
+    order = sorted(range(len(runs)), key=lambda i: -rle.area(runs[i]))
+
+    pixels = np.array(picture)
+    for i in order:
+        x0, y0, x1, y1 = boxes[i]
+        line = min(round(max(picture.size) / 400), min(x1 - x0, y1 - y0) // 16)  # thin on small objects
+        _paint(pixels, runs[i], scale, colours[i], max(1, line))
+    picture = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(picture, "RGBA")
+    for i in order:
+        x0, y0, x1, y1 = boxes[i]
+        if max(x1 - x0, y1 - y0) > max(picture.size) / 16:
+            pen.rectangle(boxes[i], outline=(*colours[i], 160))
+    _write(picture, [(labels[i], boxes[i], colours[i]) for i in order if labels[i]])
+    return picture
+
+
+def _inside(box: list[float], size: tuple[int, int]) -> Box:
+    """Return a box as the first and last pixels that it covers, inside of a picture of `size` (width, height)."""
+    x0, x1 = (min(max(round(value), 0), size[0]) for value in box[0::2])
+    y0, y1 = (min(max(round(value), 0), size[1]) for value in box[1::2])
+    return min(x0, size[0] - 1), min(y0, size[1] - 1), max(x0, x1 - 1), max(y0, y1 - 1)
+
+
+def _colours(instances: Instances) -> list[Colour]:
+    """Return a colour for each object, where possible one that no object beside it has."""
+    low, high = instances.boxes[:, :2] - 2, instances.boxes[:, 2:] + 2
+    beside = ((low[:, None] < high[None]) & (low[None] < high[:, None])).all(-1).tolist()
+    by_class = 1 < len(instances.categories) <= len(PALETTE)
+    chosen: list[Colour] = []
+    for i, label in enumerate(instances.labels.tolist()):
+        choice = _shades(PALETTE[label]) if by_class else PALETTE
+        near = [colour for colour, is_near in zip(chosen, beside[i], strict=False) if is_near]
+        everywhere = [] if by_class else chosen  # else the first colours of the palette would be in every place
+        chosen.append(min(choice, key=lambda colour: (near.count(colour), everywhere.count(colour))))
+    return chosen
+
+
+def _shades(colour: Colour) -> tuple[Colour, Colour, Colour]:
+    """Return the colour, a lighter and a darker one."""
+    red, green, blue = colour
+    lighter = (red + (255 - red) // 2, green + (255 - green) // 2, blue + (255 - blue) // 2)
+    return colour, lighter, (red * 2 // 3, green * 2 // 3, blue * 2 // 3)
+
+
+def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, colour: Colour, line: int) -> None:
+    """Fill one mask in pixels [h w 3], with a line of its colour along the inside of its edge and a dark rim outside of it."""
+    height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
+    x0, y0, x1, y1 = (int(value) for value in rle.box(counts, height))
+    x0, y0, x1, y1 = max(x0 - 2, 0), max(y0 - 2, 0), min(x1 + 2, width), min(y1 + 2, height)
+    # The columns x0 to x1 are one stretch of the run lengths, so that only they are decoded.
+    ends = counts.cumsum(0).clamp(x0 * height, x1 * height).to(torch.int32)
+    columns = torch.diff(ends, prepend=ends.new_tensor([x0 * height]))
+    mask = rle.decode([columns], (height, x1 - x0))[0, y0:y1].numpy()
+    if scale > 1:  # with a smooth edge instead of stairs
+        soft = Image.fromarray(mask.astype(np.uint8) * 255)
+        mask = np.array(soft.resize(((x1 - x0) * scale, (y1 - y0) * scale), Image.Resampling.BICUBIC)) > 127
+    window = pixels[y0 * scale : y1 * scale, x0 * scale : x1 * scale]
+    inside, rim = mask & ~_grown(~mask, line), _grown(mask, 1) & ~mask
+    window[inside] = (window[inside] * (1 - _FILL) + np.array(colour) * _FILL).astype(np.uint8)
+    window[mask & ~inside] = colour
+    window[rim] //= 2
+
+
+def _grown(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Return the mask with its 4-neighbours, `steps` times."""
+    for _ in range(steps):
+        wider = mask.copy()
+        wider[1:] |= mask[:-1]
+        wider[:-1] |= mask[1:]
+        wider[:, 1:] |= mask[:, :-1]
+        wider[:, :-1] |= mask[:, 1:]
+        mask = wider
+    return mask
+
+
+def _labels(instances: Instances) -> list[str]:
+    """Return what is written at each object: its name and score. Where there is only one class, its name says nothing."""
+    names = [""] * len(instances) if len(instances.categories) == 1 else instances.names
+    scores = [""] * len(instances) if instances.scores is None else [f"{score:.2f}" for score in instances.scores.tolist()]
+    return [f"{name} {score}".strip() for name, score in zip(names, scores, strict=True)]
+
+
+def _write(picture: Image.Image, labels: list[tuple[str, Box, Colour]]) -> None:
+    """Write labels on plates of their objects' colours, inside of the picture and none over another."""
+    size = max(11, round(max(picture.size) / 54))
+    font, margin = ImageFont.load_default(size), size // 5
+    pen = ImageDraw.Draw(picture)
+    taken: list[Box] = []
+    for text, (x0, y0, x1, y1), colour in labels:
+        width, height = round(font.getlength(text)) + 2 * margin, size + margin + 1
+        # The more objects there are, the larger one must be to have a label, or labels would hide a crowded picture.
+        if width * height * len(labels) > 30 * (x1 + 1 - x0) * (y1 + 1 - y0):
+            continue
+        right = x1 + 1 - width
+        for x, y in ((x0, y0 - height), (x0, y1 + 1), (x0, y0), (right, y0 - height), (right, y1 + 1), (right, y1 + 1 - height)):
+            x, y = min(max(x, 0), picture.width - width), min(max(y, 0), picture.height - height)
+            plate = (x, y, x + width - 1, y + height - 1)
+            if min(x, y) < 0 or any(_overlap(plate, other) for other in taken):
+                continue
+            taken.append(plate)
+            pen.rectangle(plate, fill=colour)
+            dark = np.dot(colour, (0.299, 0.587, 0.114)) < 110
+            pen.text((x + margin, y + height / 2), text, "white" if dark else "black", font, anchor="lm")
+            break
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]

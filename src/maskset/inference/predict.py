@@ -1,0 +1,239 @@
+"""Prediction: pictures in, objects out, in the order of the pictures."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL.Image import Image
+from torch import Tensor
+
+from maskset.data.transforms import fit
+from maskset.inference import pictures
+from maskset.inference.pictures import Picture
+from maskset.structures import Device, ImageBatch, Instances, ModelOutput
+from maskset.systems.base import System
+
+Item = TypeVar("Item")
+Size = tuple[int, int]  # height, width
+
+_READERS = 4  # threads that read and resize pictures while others are computed
+_WINDOW = 32  # pictures that are kept, to find those of one canvas among them
+_LARGEST_BATCH = 16  # pictures
+_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}  # a batch's canvases together: four of 800 x 1333 on a GPU, one on the CPU
+
+
+@overload
+def predict(
+    model: System | str | Path, source: str | Path, *, threshold: float = ..., limit: int = ..., device: Device | None = ...
+) -> Any: ...  # Instances for a file, an iterator for a folder or pattern: only the disk can tell
+@overload
+def predict(
+    model: System | str | Path,
+    source: Image | np.ndarray | Tensor,
+    *,
+    threshold: float = ...,
+    limit: int = ...,
+    device: Device | None = ...,
+) -> Instances: ...
+@overload
+def predict(
+    model: System | str | Path, source: Sequence[Picture], *, threshold: float = ..., limit: int = ..., device: Device | None = ...
+) -> Iterator[Instances]: ...
+def predict(
+    model: System | str | Path,
+    source: Picture | Sequence[Picture],
+    *,
+    threshold: float = 0.5,
+    limit: int = 100,
+    device: Device | None = None,
+) -> Instances | Iterator[Instances]:
+    """Return the objects in a picture, best first; for several pictures an iterator over those of each, in order.
+
+    What is found in a picture does not depend on the others (but for rounding): pictures share a batch only if each has the
+    padding that it would have alone.
+
+    Args:
+        model: a system, or what `maskset.load` takes.
+        source: one picture: a file, a Pillow image, a uint8 array [h w 3] or [h w], or a uint8 tensor [3 h w]; RGB. Several:
+            a list of these, a folder, or a pattern such as "photos/*.jpg"; a list may hold folders and patterns.
+        threshold: least score of an object.
+        limit: how many objects a picture may have at the most.
+        device: where to compute; None leaves a system where it is, and puts one that is loaded on a GPU if there is one.
+
+    Raises:
+        maskset.inference.pictures.SourceError: there is no such file, or no image in the folder, or it is no picture.
+        maskset.data.dataset.DataError: a file cannot be read as an image.
+    """
+    _check(threshold, limit)
+    listed = pictures.listed(source)
+    answers = run(ready(model, device), listed, pictures.read, limit=limit, threshold=threshold)
+    found = (instances for _, instances in answers)
+    return found if pictures.several(source) else next(found)
+
+
+def predict_files(
+    model: System | str | Path,
+    sources: Sequence[str | Path],
+    *,
+    threshold: float = 0.5,
+    limit: int = 100,
+    device: Device | None = None,
+) -> Iterator[tuple[Path, Instances]]:
+    """Return an iterator over the files that are meant and the objects in each; it shows its progress on stderr.
+
+    Args:
+        model: as of `predict`, like `threshold`, `limit`, `device` and what is raised.
+        sources: files, folders and patterns.
+    """
+    _check(threshold, limit)
+    files = pictures.files(sources)
+    return shown(run(ready(model, device), files, pictures.read, limit=limit, threshold=threshold), len(files), "predicting")
+
+
+def ready(model: System | str | Path, device: Device | None = None) -> System:
+    """Return the model, loaded where it is given by name, on the device; see `predict`."""
+    if isinstance(model, System):
+        return model if device is None else model.to(device)
+    from maskset.checkpoint import load
+
+    return load(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def run(
+    model: System,
+    items: Iterable[Item],
+    read: Callable[[Item], UInt8[Tensor, "3 h w"] | None],
+    *,
+    limit: int,
+    threshold: float = 0.0,
+    batch_size: int | None = None,
+    hidden: Sequence[int] = (),
+) -> Iterator[tuple[Item, Instances]]:
+    """Yield each item with the objects that the model finds in its picture, in order, on the CPU.
+
+    Args:
+        model: it is left in the mode (training or not) in which it was.
+        items: what `read` makes pictures of, in threads, a little ahead.
+        read: returns RGB pixels, or None for an item that shall be left out.
+        limit: how many objects a picture may have at the most.
+        threshold: least score of an object.
+        batch_size: most pictures of a batch; None chooses by their size.
+        hidden: class channels that shall not be looked at; they take no part in `limit`.
+    """
+
+    def fitted(item: Item) -> tuple[Item, Size, Tensor] | None:
+        pixels = read(item)
+        if pixels is None:
+            return None
+        return item, (pixels.shape[1], pixels.shape[2]), fit(pixels, model.input.short_side, model.input.long_side)
+
+    pending: dict[int, tuple[Item, Size, Tensor]] = {}  # read but not computed
+    found: dict[int, tuple[Item, Instances]] = {}  # computed, but one before it is not
+    pictures_read = enumerate(one for one in _ahead(fitted, items) if one is not None)
+    turn = 0
+    while True:
+        pending.update(islice(pictures_read, _WINDOW - len(pending)))
+        if not pending:
+            return
+        canvases = {place: _canvas(pixels, model.input.divisor) for place, (_, _, pixels) in pending.items()}
+        canvas = canvases[turn]  # the next in order is never kept waiting
+        alike = [place for place in canvases if canvases[place] == canvas]
+        batch = alike[: batch_size or _batch_size(canvas, model)]
+        answers = _answer(model, [pending[place][1:] for place in batch], limit, threshold, hidden)
+        found |= {place: (pending.pop(place)[0], answer) for place, answer in zip(batch, answers, strict=True)}
+        while turn in found:
+            yield found.pop(turn)
+            turn += 1
+
+
+def shown(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Yield the items while a bar on stderr shows how far it is; not on a terminal, a line every half minute and at the end."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(items, description=what, total=total, console=console)
+        return
+    start = told = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if count == total or now - told > 30:
+            print(f"{what}: {count} of {total} images in {now - start:.0f} s", file=sys.stderr, flush=True)
+            told = now
+
+
+@torch.no_grad()
+def _answer(
+    model: System, batch: Sequence[tuple[Size, Tensor]], limit: int, threshold: float, hidden: Sequence[int]
+) -> list[Instances]:
+    """Return the objects in pictures, given with their own sizes and at the size that the model wants."""
+    sizes, pixels = zip(*batch, strict=True)
+    with _not_training(model):
+        images = ImageBatch.from_images(pixels, model.input.divisor).to(_device(model)).normalised(model.input)
+        output = model(images)
+        if hidden:
+            output = _without(output, hidden)
+        return [found.to("cpu") for found in model.postprocess(output, images, sizes, limit, threshold)]
+
+
+@contextmanager
+def _not_training(model: System) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]  # frozen parts of a model in training are not
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _without(output: ModelOutput, channels: Sequence[int]) -> ModelOutput:
+    """Return the output with a score of zero for some classes."""
+    places = torch.tensor(channels, device=output.layers[-1].class_logits.device)
+    layers = [replace(layer, class_logits=layer.class_logits.index_fill(2, places, -torch.inf)) for layer in output.layers]
+    return replace(output, layers=layers)
+
+
+def _device(model: System) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _canvas(pixels: UInt8[Tensor, "3 h w"], divisor: int) -> Size:
+    """Return the height and width to which a picture is padded when it is alone."""
+    return -(-pixels.shape[1] // divisor) * divisor, -(-pixels.shape[2] // divisor) * divisor
+
+
+def _batch_size(canvas: Size, model: System) -> int:
+    most = _BATCH_PIXELS.get(_device(model).type, 2**22) // (canvas[0] * canvas[1])
+    return min(max(most, 1), _LARGEST_BATCH)
+
+
+def _ahead(read: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[Any]:
+    """Yield what `read` returns of each item, in order; threads work on the next ones meanwhile."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > 2 * _READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _check(threshold: float, limit: int) -> None:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be between 0 and 1, got {threshold}.")
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")

@@ -1,0 +1,258 @@
+"""Backbones: an image in, maps at strides 8, 16 and 32 out. ResNets and others come from timm, Swin from `layers/swin.py`."""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from maskset.config import ConfigError
+from maskset.layers.swin import SWIN_SIZES, SwinTransformer, rename_swin
+
+STRIDES = [8, 16, 32]
+MAPS = (-3, -2, -1)  # of timm's maps: the last three
+PRETRAINED_SWIN = {  # which of timm's weights a Swin starts from
+    "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_small": "swin_small_patch4_window7_224.ms_in1k",
+    "swin_base": "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
+    "swin_large": "swin_large_patch4_window7_224.ms_in22k_ft_in1k",
+}
+
+
+class Backbone(nn.Module):
+    """A network whose features a system reads.
+
+    Args:
+        name: what `build_backbone` was asked for.
+        body: the network; it returns a list of maps.
+        channels: of each map.
+        channels_last: the body's maps are [B h w C] instead of [B C h w].
+
+    Attributes:
+        strides: pixels per cell of each map.
+    """
+
+    def __init__(self, name: str, body: nn.Module, channels: list[int], channels_last: bool = False) -> None:
+        super().__init__()
+        self.name, self.body = name, body
+        self.channels, self.strides = channels, STRIDES
+        self._channels_last = channels_last
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
+        """Return one map [B C h w] for each stride, finest first."""
+        maps = self.body(pixels)
+        return [x.permute(0, 3, 1, 2) for x in maps] if self._channels_last else maps
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm as one fixed scale and shift per channel: nothing is learnt, and training and evaluation do not differ.
+
+    Args:
+        norm: the batch norm that this stands for.
+    """
+
+    weight: Float[Tensor, "C"]
+    bias: Float[Tensor, "C"]
+    running_mean: Float[Tensor, "C"]
+    running_var: Float[Tensor, "C"]
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.activation = _activation(norm)
+        # timm starts the last norm of a residual branch at zero, from which a frozen norm could never leave.
+        self.register_buffer("weight", torch.ones(norm.num_features))
+        self.register_buffer("bias", torch.zeros(norm.num_features))
+        self.register_buffer("running_mean", torch.zeros(norm.num_features))
+        self.register_buffer("running_var", torch.ones(norm.num_features))
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """Return (x - mean) / sqrt(variance + eps) * weight + bias, in the type of x."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        # Unlike batch_norm, this keeps no copy of x for the gradient.
+        return self.activation(torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in the place of a batch norm: 32 groups, or fewer where they would not divide the channels.
+
+    Args:
+        norm: the batch norm that this stands for; its initial scale is kept.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(math.gcd(32, norm.num_features), norm.num_features)
+        self.load_state_dict({"weight": norm.weight, "bias": norm.bias})
+        self.activation = _activation(norm)
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:  # type: ignore[override]
+        """Return x normalised over the cells and channels of each group."""
+        return self.activation(super().forward(x))
+
+
+def build_backbone(name: str, norm: Literal["frozen", "group"], frozen_stages: int, drop_path: float) -> Backbone:
+    """Return a backbone with random weights.
+
+    Args:
+        name: swin_tiny, swin_small, swin_base, swin_large, or any timm model that gives maps at strides 8, 16 and 32.
+        norm: what takes the place of batch norm; without meaning for a Swin.
+        frozen_stages: how many of stem, stage 1, stage 2, ... are not trained; without meaning for a Swin, which is whole.
+        drop_path: Swin's greatest probability of skipping a block's branch; without meaning for others.
+
+    Raises:
+        ConfigError: there is no such model, or it has no such maps or stages.
+    """
+    if name in SWIN_SIZES:
+        swin = SwinTransformer(SWIN_SIZES[name], drop_path)
+        return Backbone(name, swin, swin.channels)
+    body = _timm_body(name)
+    if body.feature_info.reduction() != STRIDES:
+        raise ConfigError(f"the backbone {name!r} gives maps at strides {body.feature_info.reduction()}, needed are {STRIDES}.")
+    if body.pretrained_cfg.get("fixed_input_size"):
+        raise ConfigError(
+            f"the backbone {name!r} is made for images of one size; use a convolutional one or {', '.join(SWIN_SIZES)}."
+        )
+    _replace_batch_norms(body, FrozenBatchNorm if norm == "frozen" else GroupNorm)
+    _freeze(name, body, frozen_stages)
+    channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
+    return Backbone(name, body, list(body.feature_info.channels()), channels_last)
+
+
+def check_start(name: str, norm: Literal["frozen", "group"], frozen_stages: int, pretrained: bool) -> None:
+    """Refuse to train a backbone of which a part would stay random for ever.
+
+    Raises:
+        ConfigError: layers are frozen that no weights are read for.
+    """
+    if name in SWIN_SIZES:
+        return
+    if not pretrained and (norm == "frozen" or frozen_stages > 0):
+        raise ConfigError(
+            f"the backbone {name} would be frozen in part (backbone_norm {norm}, frozen_stages {frozen_stages}) with random "
+            "weights: use --model.backbone-norm group --model.frozen-stages 0, or pretrained weights."
+        )
+    if norm == "group" and frozen_stages > 0:
+        raise ConfigError(
+            f"backbone_norm group with frozen_stages {frozen_stages}: no pretrained weights hold group norms, so the frozen "
+            "ones would stay untrained: use --model.frozen-stages 0 or --model.backbone-norm frozen."
+        )
+
+
+def load_pretrained(backbone: Backbone, weights: str | None) -> str:
+    """Fill the backbone with ImageNet weights and return one line that says what was taken from where.
+
+    Group norms keep their initial values (no weights for them are published), and so do the output norms of a Swin that
+    was trained as a classifier.
+
+    Args:
+        backbone: made by `build_backbone`.
+        weights: a .safetensors or .pth file in the layout of timm, torchvision or the authors of Swin; None asks timm's hub.
+
+    Raises:
+        ConfigError: the weights cannot be had, or are not those of this backbone; the backbone is unchanged.
+    """
+    source = weights or "timm's hub"
+    state = _fetch(backbone.name) if weights is None else _read(Path(weights))
+    state = rename_swin(state) if backbone.name in SWIN_SIZES else _flatten_stages(state, backbone.body)
+    modules, own = dict(backbone.body.named_modules()), backbone.body.state_dict()
+    norms = {path for path, module in modules.items() if isinstance(module, (FrozenBatchNorm, GroupNorm))}
+    fresh = {key for key in own if isinstance(modules[key.rpartition(".")[0]], GroupNorm)}
+    fresh |= {key for key in own if "output_norm" in key and key not in state}
+    wanted = {key: value for key, value in own.items() if key not in fresh}
+
+    wrong = [f"{key} is missing" for key in wanted if key not in state]
+    for key, value in state.items():
+        if key in wanted and value.shape != wanted[key].shape:
+            wrong.append(f"{key} is {list(value.shape)} instead of {list(wanted[key].shape)}")
+        # The classifier is not needed, but anything else that is left over is of a larger network.
+        if key not in own and key.partition(".")[0] in modules and key.rpartition(".")[0] not in norms:
+            wrong.append(f"{key} has no place")
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {'; '.join(wrong[:3])}{more}.")
+    backbone.body.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    start = f"; {len(fresh)} of its norm layers start anew" if fresh else ""
+    return f"backbone {backbone.name}: took {len(wanted)} of {len(own)} tensors from {source}{start}."
+
+
+def _activation(norm: nn.BatchNorm2d) -> nn.Module:
+    """Return what some of timm's batch norms apply after normalising."""
+    return getattr(norm, "act", nn.Identity())
+
+
+def _timm_body(name: str) -> Any:
+    """Return timm's network, cut after its last map, with random weights."""
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, [*SWIN_SIZES, *timm.list_models()], n=3)
+        raise ConfigError(f"there is no backbone {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "."))
+    try:
+        return timm.create_model(name, features_only=True, out_indices=MAPS)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the backbone {name!r} cannot be built: {error}") from None
+
+
+def _replace_batch_norms(module: nn.Module, substitute: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, substitute(child))
+        else:
+            _replace_batch_norms(child, substitute)
+
+
+def _freeze(name: str, body: nn.Module, count: int) -> None:
+    """Take the first `count` of stem, layer1, ..., layer4 out of training."""
+    stages = 5 if hasattr(body, "layer4") else 0
+    if not 0 <= count <= stages:
+        allowed = f"0 to {stages}" if stages else "0, since it is not laid out as a ResNet"
+        raise ConfigError(f"frozen_stages of the backbone {name!r} can be {allowed}; got {count} (--model.frozen-stages).")
+    for path, parameter in body.named_parameters():
+        stage = int(path[len("layer")]) if path.startswith("layer") else 0
+        if stage < count:
+            parameter.requires_grad_(False)
+
+
+def _fetch(name: str) -> dict[str, Tensor]:
+    import timm
+
+    try:
+        if name in SWIN_SIZES:
+            return timm.create_model(PRETRAINED_SWIN[name], pretrained=True).state_dict()
+        return timm.create_model(name, pretrained=True, features_only=True, out_indices=MAPS).state_dict()
+    except Exception as error:  # no network, no such file, a proxy's answer: each library in between raises its own
+        raise ConfigError(
+            f"the ImageNet weights of the backbone {name} cannot be fetched from timm's hub ({type(error).__name__}): "
+            "give a file with --model.backbone-weights FILE, or do without with --model.pretrained false."
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    problem = "it holds something else"
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise almost anything at a file that is damaged or is not theirs
+        state, problem = None, type(error).__name__
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(
+            f"{path} cannot be read as weights ({problem}): --model.backbone-weights takes a .safetensors file, or a .pth file "
+            "of nothing but tensors."
+        )
+    return state
+
+
+def _flatten_stages(state: Mapping[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
+    """Return a whole timm model's weights under the names of its feature extractor, where stages.0 is called stages_0."""
+    children = dict(body.named_children())
+    flat = {name: name.replace(".", "_", 1) for name in state}
+    return {flat[name] if flat[name].partition(".")[0] in children else name: value for name, value in state.items()}

@@ -1,0 +1,28 @@
+"""A multi-layer perceptron."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        widths: of the input, each hidden layer and the output.
+    """
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., last width] for [..., first width]."""
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The output layer, for the initialisation that a paper asks for."""
+        return self.layers[-1]  # type: ignore[return-value]

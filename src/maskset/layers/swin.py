@@ -1,0 +1,311 @@
+"""The Swin transformer as detectors use it (Liu et al., ICCV 2021): an image in, maps at strides 8, 16 and 32 out.
+
+Image classifiers have a fixed size that their windows divide. Here any size goes: every block pads its map to whole
+windows. The zeros of that padding take part in attention, as in the authors' detection code, from which all published
+numbers come; implementations that roll before they pad, or mask the padding, differ at the right and bottom border.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+PATCH = 4  # pixels, the side of a patch
+WINDOW = 7  # cells, the side of a window
+SHIFT = WINDOW // 2  # cells, how far every second block moves its windows
+
+
+@dataclass(frozen=True)
+class SwinSize:
+    """What differs between Swin-T, S, B and L (section 3.3).
+
+    Attributes:
+        width: C, channels of the first stage; each further stage has twice as many.
+        depths: blocks in each stage.
+        heads: attention heads in each stage.
+    """
+
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+
+
+SWIN_SIZES = {
+    "swin_tiny": SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_small": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_base": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_large": SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+
+
+class SwinTransformer(nn.Module):
+    """The hierarchy of figure 3a: patches, then stages of blocks, all but the first of which merge patches.
+
+    Args:
+        size: width, depths and heads.
+        drop_path: greatest probability of skipping a residual branch; it rises linearly from 0 over the blocks.
+    """
+
+    def __init__(self, size: SwinSize, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.channels = [size.width * 2**stage for stage in range(1, len(size.depths))]
+        self.patches = PatchEmbedding(size.width)
+        skip = torch.linspace(0, drop_path, sum(size.depths)).tolist()
+        self.stages = nn.ModuleList()
+        for stage, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
+            self.stages.append(Stage(size.width * 2**stage, depth, heads, skip[:depth], first=stage == 0))
+            skip = skip[depth:]
+        self.apply(_initialise)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
+        """Return the normalised maps of all stages but the first, [B C h w]."""
+        x = self.patches(pixels)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            if stage.output_norm is not None:
+                maps.append(stage.output_norm(x).permute(0, 3, 1, 2))
+        return maps
+
+
+class PatchEmbedding(nn.Module):
+    """Makes one cell of every 4 x 4 pixels ("patch partition" and "linear embedding")."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(3, width, PATCH, stride=PATCH)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w C"]:
+        """Return one cell per patch; zeros fill up the patches at the right and bottom border."""
+        height, width = pixels.shape[2:]
+        pixels = F.pad(pixels, (0, -width % PATCH, 0, -height % PATCH))
+        return self.norm(self.projection(pixels).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Makes one cell of every 2 x 2 cells, with twice the channels.
+
+    Args:
+        width: C, channels of the result.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(2 * width)
+        self.reduction = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Float[Tensor, "B h w c"]) -> Float[Tensor, "B ceil(h/2) ceil(w/2) 2*c"]:
+        """Return the merged cells; an odd row or column is joined with zeros."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        corners = [x[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        return self.reduction(self.norm(torch.cat(corners, -1)))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution. Windows stay in place in the first, third, ... block, and move in the others.
+
+    Args:
+        width: C, channels.
+        depth: number of blocks.
+        heads: attention heads.
+        skip: probability of skipping a residual branch, for each block.
+        first: whether this is the first stage, which has no patches to merge and gives no output.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, skip: list[float], first: bool) -> None:
+        super().__init__()
+        self.merge = None if first else PatchMerging(width)
+        self.blocks = nn.ModuleList(Block(width, heads, SHIFT * (i % 2), skip[i]) for i in range(depth))
+        self.output_norm = None if first else nn.LayerNorm(width)
+
+    def forward(self, x: Float[Tensor, "B _ _ _"]) -> Float[Tensor, "B h w C"]:
+        """Return the stage's features, before `output_norm`, which the next stage does not see."""
+        if self.merge is not None:
+            x = self.merge(x)
+        mask = shift_mask(x.shape[1], x.shape[2], x.device)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+class Block(nn.Module):
+    """Attention inside windows, then an MLP, each after a layer norm and beside a residual (figure 3b, equation 3).
+
+    Args:
+        width: C, channels.
+        heads: attention heads.
+        shift: cells that the windows are moved by, down and to the right; 0 leaves them in place.
+        skip: probability, in training, that a residual branch is skipped for an image.
+    """
+
+    def __init__(self, width: int, heads: int, shift: int, skip: float) -> None:
+        super().__init__()
+        self.shift = shift
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = WindowAttention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = Mlp(width)
+        self.drop_path = DropPath(skip)
+
+    def forward(self, x: Float[Tensor, "B h w C"], mask: Float[Tensor, "n 49 49"]) -> Float[Tensor, "B h w C"]:
+        """Return new features; `mask` is `shift_mask`'s."""
+        x = x + self.drop_path(self._attend(self.attention_norm(x), mask))
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+    def _attend(self, x: Float[Tensor, "B h w C"], mask: Float[Tensor, "n 49 49"]) -> Float[Tensor, "B h w C"]:
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
+        if not self.shift:
+            return join_windows(self.attention(split_windows(x), None), x.shape)[:, :height, :width]
+        # Windows moved down and right over a map that stays are windows that stay over a map rolled up and left (figure 4).
+        x = x.roll((-self.shift, -self.shift), (1, 2))
+        x = join_windows(self.attention(split_windows(x), mask), x.shape)
+        return x.roll((self.shift, self.shift), (1, 2))[:, :height, :width]
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention among the 49 cells of each window, with a learnt bias for each relative position (equation 4)."""
+
+    index: Int[Tensor, "49 49"]
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, heads))
+        self.output = nn.Linear(width, width)
+        self.register_buffer("index", relative_positions(WINDOW), persistent=False)
+
+    def forward(self, windows: Float[Tensor, "b 49 C"], mask: Float[Tensor, "n 49 49"] | None) -> Float[Tensor, "b 49 C"]:
+        """Return new features of the cells.
+
+        Args:
+            windows: all windows of the batch, image after image.
+            mask: for each of an image's n windows, what is added to the attention of a cell (row) to a cell (column).
+        """
+        query, key, value = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.bias_table[self.index].permute(2, 0, 1)[None]  # [1, heads, 49, 49]
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(len(windows) // len(mask), 1, 1, 1)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        return self.output(seen.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
+        """Return new features of each cell."""
+        return self.down(F.gelu(self.up(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a residual branch is dropped for whole images, and scaled up for the others.
+
+    Args:
+        skip: probability of dropping.
+    """
+
+    def __init__(self, skip: float) -> None:
+        super().__init__()
+        self.skip = skip
+
+    def forward(self, branch: Float[Tensor, "B *n"]) -> Float[Tensor, "B *n"]:
+        """Return the branch, or zero for an image whose branch is dropped."""
+        if not self.training or not self.skip:
+            return branch
+        kept = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= self.skip
+        return branch * kept / (1 - self.skip)
+
+
+def split_windows(x: Float[Tensor, "B h w C"]) -> Float[Tensor, "b 49 C"]:
+    """Return the windows of maps whose sides are multiples of 7, image after image, row by row; so are a window's cells."""
+    batch, height, width, channels = x.shape
+    windows = x.view(batch, height // WINDOW, WINDOW, width // WINDOW, WINDOW, channels)
+    return windows.transpose(2, 3).reshape(-1, WINDOW * WINDOW, channels)
+
+
+def join_windows(windows: Float[Tensor, "b 49 C"], shape: tuple[int, ...]) -> Float[Tensor, "B h w C"]:
+    """Return maps of `shape` from their windows."""
+    batch, height, width, channels = shape
+    x = windows.view(batch, height // WINDOW, width // WINDOW, WINDOW, WINDOW, channels)
+    return x.transpose(2, 3).reshape(batch, height, width, channels)
+
+
+def shift_mask(height: int, width: int, device: torch.device) -> Float[Tensor, "n 49 49"]:
+    """Return what keeps cells apart that only rolling made neighbours: -100 between them, else 0, for each window.
+
+    A rolled map holds, along each axis, whole windows, then the rest of the last window, then what was rolled around.
+
+    Args:
+        height: of the map before it is padded to whole windows, cells.
+        width: likewise.
+        device: where the mask shall be.
+    """
+    regions = []
+    for cells in (height + -height % WINDOW, width + -width % WINDOW):
+        position = torch.arange(cells, device=device)
+        regions.append((position >= cells - WINDOW).int() + (position >= cells - SHIFT).int())
+    region = 3.0 * regions[0][:, None] + regions[1][None, :]
+    windows = split_windows(region[None, :, :, None])[:, :, 0]
+    return -100.0 * (windows[:, :, None] != windows[:, None, :])
+
+
+def relative_positions(side: int) -> Int[Tensor, "side*side side*side"]:
+    """Return which row of a bias table holds the position of a cell (row) relative to a cell (column) of a window."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    down, right = (axis.flatten()[:, None] - axis.flatten()[None, :] + side - 1 for axis in (y, x))
+    return down * (2 * side - 1) + right
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, WindowAttention):
+        nn.init.trunc_normal_(module.bias_table, std=0.02)
+
+
+# How the names in other weight files become ours: a pattern for a whole name, and its replacement (None: not needed).
+_SHARED_RULES: list[tuple[str, str | None]] = [
+    (r"patch_embed\.proj\.(weight|bias)", r"patches.projection.\1"),
+    (r"patch_embed\.norm\.(weight|bias)", r"patches.norm.\1"),
+    (r"layers\.(\d)\.blocks\.(\d+)\.norm1\.(weight|bias)", r"stages.\1.blocks.\2.attention_norm.\3"),
+    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.relative_position_bias_table", r"stages.\1.blocks.\2.attention.bias_table"),
+    (r"layers\.(\d)\.blocks\.(\d+)\.(attn\.relative_position_index|attn_mask)", None),  # computed, not learnt
+    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"stages.\1.blocks.\2.attention.qkv.\3"),
+    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"stages.\1.blocks.\2.attention.output.\3"),
+    (r"layers\.(\d)\.blocks\.(\d+)\.norm2\.(weight|bias)", r"stages.\1.blocks.\2.mlp_norm.\3"),
+    (r"layers\.(\d)\.blocks\.(\d+)\.mlp\.fc1\.(weight|bias)", r"stages.\1.blocks.\2.mlp.up.\3"),
+    (r"layers\.(\d)\.blocks\.(\d+)\.mlp\.fc2\.(weight|bias)", r"stages.\1.blocks.\2.mlp.down.\3"),
+    (r"norm([1-3])\.(weight|bias)", r"stages.\1.output_norm.\2"),  # only detectors have these
+]
+# The authors' code merges patches at the end of the stage before; the paper's figure, timm and we, at the start.
+SWIN_RULES = _SHARED_RULES + [(rf"layers\.{s}\.downsample\.(.*)", rf"stages.{s + 1}.merge.\1") for s in range(3)]
+TIMM_SWIN_RULES = [*_SHARED_RULES, (r"layers\.([1-3])\.downsample\.(.*)", r"stages.\1.merge.\2")]
+
+
+def rename_swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of the authors' or timm's Swin under our names; what has no place here (the classifier) keeps its name."""
+    official = "layers.0.downsample.reduction.weight" in state
+    rules = SWIN_RULES if official else TIMM_SWIN_RULES
+    renamed = {_rename(name, rules): value for name, value in state.items()}
+    return {name: value for name, value in renamed.items() if name is not None}
+
+
+def _rename(name: str, rules: list[tuple[str, str | None]]) -> str | None:
+    for pattern, replacement in rules:
+        if match := re.fullmatch(pattern, name):
+            return None if replacement is None else match.expand(replacement)
+    return name

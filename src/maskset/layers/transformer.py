@@ -1,0 +1,206 @@
+"""The deformable transformer: encoder, decoder layer, iterative boxes, two-stage proposals (Deformable DETR, sections 4.1-4.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from maskset.layers.deformable import DeformableAttention, Shapes
+from maskset.layers.positions import frequencies, sine_positions
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """The cells of all feature levels, level after level, row-major: S is the sum of all h * w.
+
+    Attributes:
+        cells: features.
+        positions: encoding of each cell's place and level.
+        padding: which cells are padding.
+        shapes: height and width of each level.
+        valid: width and height of the unpadded part of each level, as fractions of the level.
+    """
+
+    cells: Float[Tensor, "B S C"]
+    positions: Float[Tensor, "B S C"]
+    padding: Bool[Tensor, "B S"]
+    shapes: Shapes
+    valid: Float[Tensor, "B L 2"]
+
+    def references(self, boxes: Float[Tensor, "B Q _"]) -> Float[Tensor, "B Q L _"]:
+        """Return points or boxes given in fractions of the unpadded image as fractions of each padded level."""
+        return boxes[:, :, None] * self.valid[:, None].repeat(1, 1, 1, boxes.shape[-1] // 2)
+
+
+def flatten_levels(
+    levels: Sequence[Float[Tensor, "B C _ _"]], paddings: Sequence[Bool[Tensor, "B _ _"]], level_embedding: Float[Tensor, "L C"]
+) -> Memory:
+    """Return feature levels as one sequence, with the sine encoding plus each level's embedding as positions."""
+    width = levels[0].shape[1]
+    positions = [
+        sine_positions(padding, width) + embedding for padding, embedding in zip(paddings, level_embedding, strict=True)
+    ]
+    valid = [
+        torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], -1) for padding in paddings
+    ]
+    return Memory(
+        cells=torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1),
+        positions=torch.cat(positions, 1),
+        padding=torch.cat([padding.flatten(1) for padding in paddings], 1),
+        shapes=[(level.shape[2], level.shape[3]) for level in levels],
+        valid=torch.stack(valid, 1),
+    )
+
+
+def cell_centres(memory: Memory) -> Float[Tensor, "B S 2"]:
+    """Return the centre of every cell, x and y as fractions of the unpadded level."""
+    centres = []
+    for level, (height, width) in enumerate(memory.shapes):
+        y = torch.arange(0.5, height, device=memory.cells.device)
+        x = torch.arange(0.5, width, device=memory.cells.device)
+        grid = torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)
+        valid = memory.valid[:, None, level] * grid.new_tensor([width, height])
+        centres.append(grid / valid)
+    return torch.cat(centres, 1)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with ReLU between, dropout after each, the residual and a layer norm."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Float[Tensor, "B n C"]) -> Float[Tensor, "B n C"]:
+        """Return x and what the layers make of it, normalised."""
+        return self.norm(x + self.dropout(self.down(self.dropout(self.up(x).relu()))))
+
+
+class EncoderLayer(nn.Module):
+    """Every cell looks at a few places of every level, then passes a feed-forward network."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(width, heads, levels, points)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+
+    def forward(self, cells: Float[Tensor, "B S C"], memory: Memory, reference: Tensor) -> Float[Tensor, "B S C"]:
+        """Return new features of every cell; `memory` gives positions, padding and shapes."""
+        seen = self.attention(cells + memory.positions, reference, cells, memory.shapes, memory.padding)
+        return self.feed_forward(self.norm(cells + self.dropout(seen)))
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers without a final norm."""
+
+    def __init__(self, layers: int, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, levels, points, hidden, dropout) for _ in range(layers))
+
+    def forward(self, memory: Memory) -> Memory:
+        """Return the memory with new features."""
+        reference = memory.references(cell_centres(memory))
+        cells = memory.cells
+        for layer in self.layers:
+            cells = layer(cells, memory, reference)
+        return Memory(cells, memory.positions, memory.padding, memory.shapes, memory.valid)
+
+
+class DecoderLayer(nn.Module):
+    """Queries look at each other, then at a few places of the memory around their reference, then pass a feed-forward network."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.self_norm = nn.LayerNorm(width)
+        self.cross_attention = DeformableAttention(width, heads, levels, points)
+        self.cross_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        content: Float[Tensor, "B N C"],
+        position: Float[Tensor, "B N C"],
+        reference: Float[Tensor, "B N _"],
+        memory: Memory,
+    ) -> Float[Tensor, "B N C"]:
+        """Return new content of every query.
+
+        Args:
+            content: of the queries.
+            position: of the queries, added to the content wherever it asks (not where it answers).
+            reference: a point (x, y) or box (cx, cy, w, h) of each query, in fractions of the unpadded image.
+            memory: what the encoder returned.
+        """
+        query = content + position
+        seen = self.self_attention(query, query, content, need_weights=False)[0]
+        content = self.self_norm(content + self.dropout(seen))
+        references = memory.references(reference)
+        seen = self.cross_attention(content + position, references, memory.cells, memory.shapes, memory.padding)
+        content = self.cross_norm(content + self.dropout(seen))
+        return self.feed_forward(content)
+
+
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    """Return log(x / (1 - x)) with both parts at least 1e-5, so that 0 and 1 stay finite."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=1e-5) / (1 - x).clamp(min=1e-5)).log()
+
+
+def refine(delta: Float[Tensor, "B N 4"], reference: Float[Tensor, "B N _"]) -> Float[Tensor, "B N 4"]:
+    """Return boxes cx cy w h: the reference (a point or a box) moved by `delta` before the sigmoid (eq. in appendix A.4)."""
+    start = inverse_sigmoid(reference)
+    if start.shape[-1] == 2:  # a point has no size yet: the delta alone gives it
+        start = torch.cat([start, torch.zeros_like(start)], -1)
+    return (delta + start).sigmoid()
+
+
+class Proposals(nn.Module):
+    """The first stage of two: every cell of the memory proposes a box, and the best become queries (appendix A.4).
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.output = nn.Linear(width, width)
+        self.output_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(4 * (width // 2), 2 * width)
+        self.query_norm = nn.LayerNorm(2 * width)
+
+    def forward(self, memory: Memory) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"], Bool[Tensor, "B S"]]:
+        """Return features for the heads, the anchor of each cell (cx cy w h, before the sigmoid), and which cells may propose.
+
+        An anchor is the cell's centre with a side of 0.05 * 2^level; it may propose if it is not padding and none of its
+        four numbers is within 0.01 of 0 or 1. The others have zero features and an anchor of infinity: sigmoid 1.
+        """
+        centres = cell_centres(memory)
+        sides = [0.05 * 2.0**level for level, (h, w) in enumerate(memory.shapes) for _ in range(h * w)]
+        side = centres.new_tensor(sides)[None, :, None].expand(len(centres), -1, 2)
+        anchors = torch.cat([centres, side], -1)
+        allowed = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
+        logits = (anchors / (1 - anchors)).log().masked_fill(~allowed[..., None], torch.inf)
+        features = self.output_norm(self.output(memory.cells.masked_fill(~allowed[..., None], 0.0)))
+        return features, logits, allowed
+
+    def queries(self, boxes: Float[Tensor, "B N 4"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Return position and content of the queries that start from boxes (cx cy w h before the sigmoid).
+
+        Each coordinate gets C / 2 channels of sine encoding. The official code has 128 of them whatever the width, and so
+        works at C = 256 only.
+        """
+        encoded = frequencies(boxes.sigmoid() * (2 * torch.pi), self.width // 2).flatten(-2)
+        position, content = self.query_norm(self.query(encoded)).chunk(2, -1)
+        return position, content
+
+

@@ -1,0 +1,106 @@
+"""Bipartite matching of slots and objects: costs for all layers and images at once, one copy to the host, scipy.
+
+Objects of a batch are padded to the greatest count T of an image, so a cost is one tensor [L, B, N, T].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from maskset import boxes as box_ops
+
+
+class MatchingError(ValueError):
+    """A cost is NaN or infinite, which means that training has diverged."""
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The matched pairs of all layers and images, layer by layer and image by image; each attribute is Int[M].
+
+    Attributes:
+        layer: which layer the pair belongs to.
+        image: which image of the batch.
+        slot: which slot of the image.
+        object: which object of the image.
+    """
+
+    layer: Int[Tensor, "M"]
+    image: Int[Tensor, "M"]
+    slot: Int[Tensor, "M"]
+    object: Int[Tensor, "M"]
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+
+def pad(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors [T_i, ...] of the images of a batch as one [B, max T_i, ...], filled up with zero."""
+    longest = max(len(part) for part in parts)
+    padded = parts[0].new_zeros(len(parts), longest, *parts[0].shape[1:])
+    for row, part in zip(padded, parts, strict=True):
+        row[: len(part)] = part
+    return padded
+
+
+def focal_cost(
+    logits: Float[Tensor, "L B N K"], labels: Int[Tensor, "B T"], alpha: float = 0.25, gamma: float = 2.0
+) -> Float[Tensor, "L B N T"]:
+    """Return the change of the focal loss if the slot took the object's class (Deformable DETR's classification cost)."""
+    index = labels[None, :, None, :].expand(logits.shape[0], -1, logits.shape[2], -1)
+    chosen = logits.gather(3, index)  # only the classes that occur: K is far greater than T
+    probability = chosen.sigmoid()
+    positive = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
+    negative = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
+    return positive - negative
+
+
+def l1_cost(boxes: Float[Tensor, "L B N 4"], targets: Float[Tensor, "B T 4"]) -> Float[Tensor, "L B N T"]:
+    """Return the sum of absolute differences of the four numbers of two boxes."""
+    return torch.cdist(boxes, targets[None].expand(len(boxes), -1, -1, -1), p=1)
+
+
+def giou_cost(boxes: Float[Tensor, "L B N 4"], targets: Float[Tensor, "B T 4"]) -> Float[Tensor, "L B N T"]:
+    """Return minus the generalised IoU of two boxes, both given as cx cy w h."""
+    a, b = box_ops.to_corners(boxes)[:, :, :, None], box_ops.to_corners(targets)[None, :, None]
+    return -box_ops.generalised_iou(a, b)
+
+
+@torch.no_grad()
+def match(cost: Float[Tensor, "L B N T"], counts: Sequence[int]) -> Matches:
+    """Return, for every layer and image, the one-to-one assignment of slots and objects of least total cost.
+
+    An image with more objects than slots leaves the dearest objects unmatched. Pairs are in the order of their slots.
+
+    Args:
+        cost: of each slot and object; objects beyond an image's count are padding and ignored.
+        counts: number of objects of each image.
+
+    Raises:
+        MatchingError: a cost is NaN or infinite; the message names layer, image and slot.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    host = cost.detach().cpu().numpy()  # the only copy to the host, for all layers
+    rows: list[tuple[int, int, int, int]] = []
+    for layer in range(host.shape[0]):
+        for image, count in enumerate(counts):
+            matrix = host[layer, image, :, :count]
+            try:
+                slots, objects = linear_sum_assignment(matrix)
+            except ValueError:
+                raise _not_finite(cost, layer, image, count) from None
+            rows += [(layer, image, slot, object) for slot, object in zip(slots.tolist(), objects.tolist(), strict=True)]
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(cost.device)
+    return Matches(*table.unbind(1))
+
+
+def _not_finite(cost: Tensor, layer: int, image: int, count: int) -> MatchingError:
+    bad = (~torch.isfinite(cost[layer, image, :, :count])).any(1).nonzero()[:, 0].tolist()
+    return MatchingError(
+        f"the matching cost of layer {layer}, image {image} of the batch is NaN or infinite for slots {bad[:5]}"
+        f"{' and others' if len(bad) > 5 else ''}: a prediction there is not finite, so training has diverged."
+    )

@@ -1,0 +1,44 @@
+"""Recipes: experiments as Python functions. Each docstring gives the command, the time it takes and the result to expect.
+
+A variant of your own calls one of these and changes it with `dataclasses.replace`; no list needs to know of it.
+"""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from maskset import config
+from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
+from maskset.training.config import Recipe
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "solq-r50": solq_r50,
+    "solq-r101": solq_r101,
+    "solq-swin-t": solq_swin_t,
+    "solq-swin-l": solq_swin_l,
+    "solq-small": solq_small,
+    "solq-tiny": solq_tiny,
+}
+
+
+def get(name: str | Path) -> Recipe:
+    """Return a recipe.
+
+    Args:
+        name: one of `RECIPES`, a recipe.json, or a run folder that holds one.
+
+    Raises:
+        maskset.config.ConfigError: there is none of that name, or the file is not usable.
+    """
+    path = Path(name)
+    if path.suffix == ".json" or (path / "recipe.json").is_file():
+        return config.read(Recipe, path if path.suffix == ".json" else path / "recipe.json")
+    key = str(name).lower().replace("_", "-")
+    if key not in RECIPES:
+        near = difflib.get_close_matches(key, RECIPES, n=3, cutoff=0.5)
+        meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}, or give a recipe.json."
+        raise config.ConfigError(f"there is no recipe {str(name)!r}; {meant}")
+    return RECIPES[key]()
+
+
+__all__ = ["RECIPES", "get", "solq_r50", "solq_r101", "solq_small", "solq_swin_l", "solq_swin_t", "solq_tiny"]

@@ -1,0 +1,242 @@
+"""Run lengths: how a mask is kept when it is not dense.
+
+A mask of height h and width w is a list of counts that sum to h * w. They count equal pixels column by column (down, then
+right), first of the background, then of the mask, and so on in turn: COCO's convention, so a count of 0 opens a mask whose
+first pixel is set. Here counts are one-dimensional int32 tensors, on any device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int32, Int64
+from torch import Tensor
+
+Counts = Int32[Tensor, "_"]
+Polygons = tuple[np.ndarray, ...]  # the parts of one object, each float64 [n, 2], x and y in pixels
+
+
+class MaskError(ValueError):
+    """A mask as somebody wrote it down is not usable; the message says why."""
+
+
+def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
+    """Return the run lengths of each mask, on the device of the masks."""
+    count, height, width = masks.shape
+    flat = masks.transpose(1, 2).reshape(count, height * width)
+    if flat.shape[1] == 0:
+        return [torch.zeros(0, dtype=torch.int32, device=masks.device) for _ in range(count)]
+    border = torch.zeros(count, 1, dtype=torch.bool, device=masks.device)
+    changes = torch.cat([border, flat], 1) != torch.cat([flat, ~flat[:, -1:]], 1)  # always one at the end: it closes the last run
+    changed = changes.nonzero()
+    ends = changed[:, 1].to(torch.int32).split(changes.sum(1).tolist())
+    return [torch.diff(end, prepend=end.new_zeros(1)) for end in ends]
+
+
+def decode(counts: Sequence[Counts], size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
+    """Return dense masks of `size` (height, width); every element of `counts` must sum to height * width."""
+    height, width = size
+    device = counts[0].device if len(counts) else None
+    if not len(counts):
+        return torch.zeros(0, height, width, dtype=torch.bool)
+    lengths = torch.tensor([len(c) for c in counts], device=device)
+    starts = lengths.cumsum(0) - lengths
+    flat = torch.cat(list(counts))
+    position = torch.arange(len(flat), device=device) - starts.repeat_interleave(lengths)
+    pixels = (position % 2 == 1).repeat_interleave(flat, output_size=len(counts) * height * width)
+    return pixels.view(len(counts), width, height).transpose(1, 2)
+
+
+def area(counts: Counts) -> int:
+    """Return the number of pixels set."""
+    return int(counts[1::2].sum())
+
+
+def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
+    """Return the tight box x0 y0 x1 y1 of a mask in pixels, x1 and y1 exclusive; all zero if no pixel is set."""
+    ends = counts.cpu().numpy().astype(np.int64).cumsum()
+    first, last = ends[0:-1:2], ends[1::2] - 1  # of every run of set pixels, both inclusive
+    first, last = first[last >= first], last[last >= first]
+    if not len(first):
+        return 0.0, 0.0, 0.0, 0.0
+    left, right = first[0] // height, last[-1] // height
+    wraps = first // height != last // height  # a run that goes on in the next column touches bottom and top
+    top = 0 if wraps.any() else (first % height).min()
+    bottom = height - 1 if wraps.any() else (last % height).max()
+    return float(left), float(top), float(right + 1), float(bottom + 1)
+
+
+def to_string(counts: Counts, size: tuple[int, int]) -> str:
+    """Return the compressed text of COCO files for the run lengths of a mask of `size` (height, width)."""
+    from pycocotools import mask as coco_mask
+
+    return coco_mask.frPyObjects({"counts": counts.tolist(), "size": list(size)}, *size)["counts"].decode()
+
+
+def from_string(text: str | bytes) -> Counts:
+    """Return the run lengths that COCO's compressed text stands for.
+
+    Each number is written in groups of 5 bits, low group first, as characters from '0' on; bit 5 says that more groups
+    follow, the last group's bit 4 is the sign. From the fourth number on, the difference to the number two before is kept.
+
+    Raises:
+        MaskError: a character is outside of '0' to 'o', or the text ends inside a number.
+    """
+    data = np.frombuffer(text.encode("ascii", "replace") if isinstance(text, str) else text, dtype=np.uint8).astype(np.int64) - 48
+    if not len(data):
+        return torch.zeros(0, dtype=torch.int32)
+    if data.min() < 0 or data.max() > 63:
+        raise MaskError("the run-length text holds characters outside of '0' to 'o'.")
+    last = (data & 32) == 0
+    if not last[-1]:
+        raise MaskError("the run-length text ends inside a number.")
+    stops = np.flatnonzero(last) + 1
+    starts = np.concatenate([[0], stops[:-1]])
+    place = np.arange(len(data)) - np.repeat(starts, stops - starts)
+    if place.max() > 6:
+        raise MaskError("the run-length text holds a number of more than 32 bits.")
+    numbers = np.add.reduceat((data & 31) << (5 * place), starts)
+    negative = (data[stops - 1] & 16) != 0
+    numbers -= np.where(negative, np.int64(1) << (5 * (stops - starts)), 0)
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return _as_counts(numbers)
+
+
+def check(counts: Counts, size: tuple[int, int]) -> Counts:
+    """Return `counts` if they are run lengths of a mask of `size` (height, width).
+
+    Raises:
+        MaskError: a count is negative or the sum is not height * width.
+    """
+    total, expected = int(counts.sum(dtype=torch.int64)), size[0] * size[1]
+    if len(counts) and int(counts.min()) < 0:
+        raise MaskError(f"a run length is negative ({int(counts.min())}).")
+    if total != expected:
+        raise MaskError(f"the run lengths sum to {total}, but {size[0]} x {size[1]} (height x width) has {expected} pixels.")
+    return counts
+
+
+def from_list(counts: Sequence[Any]) -> Counts:
+    """Return run lengths from the list of an uncompressed COCO mask.
+
+    Raises:
+        MaskError: an entry is no whole number, or does not fit.
+    """
+    try:
+        values = np.asarray(counts)
+        numbers = values.astype(np.int64)
+        exact = values.ndim == 1 and values.dtype.kind in "iuf" and bool((numbers == values).all())
+    except (TypeError, ValueError, OverflowError):
+        exact = False
+    if len(counts) and not exact:
+        raise MaskError("a run length is not a whole number.")
+    return _as_counts(numbers if len(counts) else np.zeros(0, np.int64))
+
+
+def from_polygons(polygons: Polygons, size: tuple[int, int]) -> Counts:
+    """Return the run lengths of the union of polygons, rasterised as COCO does, in an image of `size` (height, width).
+
+    Raises:
+        MaskError: a coordinate is not finite or lies so far outside of the image that the rasteriser could not be trusted.
+    """
+    from pycocotools import mask as coco_mask
+
+    check_polygons(polygons, size)
+    rles = coco_mask.frPyObjects([part.reshape(-1).tolist() for part in polygons], *size)
+    return from_string(coco_mask.merge(rles)["counts"])
+
+
+def check_polygons(polygons: Polygons, size: tuple[int, int]) -> Polygons:
+    """Return `polygons` if pycocotools, which checks nothing, can rasterise them in an image of `size` (height, width).
+
+    Raises:
+        MaskError: there is no polygon, one has fewer than three points, or a coordinate is not finite or far outside.
+    """
+    if not polygons:
+        raise MaskError("the list of polygons is empty.")
+    reach = 2 * max(size) + 100  # real annotations overshoot by a few pixels; the rasteriser's time and memory grow with this
+    for part in polygons:
+        if part.ndim != 2 or part.shape[1] != 2 or len(part) < 3:
+            raise MaskError(f"a polygon needs three or more x y pairs, got {part.size} numbers.")
+        if not np.isfinite(part).all():
+            raise MaskError("a polygon's coordinate is not finite.")
+        if np.abs(part).max() > reach:
+            raise MaskError(f"a polygon's coordinate is {part.flat[np.abs(part).argmax()]:g}, far outside of {size[1]} x {size[0]} pixels.")
+    return polygons
+
+
+def from_coco(segmentation: Any, size: tuple[int, int]) -> Counts | Polygons:
+    """Return a COCO annotation's `segmentation` (polygons, or compressed or uncompressed run lengths), checked.
+
+    Raises:
+        MaskError: it is none of these or does not fit an image of `size` (height, width).
+    """
+    if isinstance(segmentation, dict):
+        if not isinstance(segmentation.get("counts"), (str, bytes, list)) or "size" not in segmentation:
+            raise MaskError("a run-length segmentation needs 'counts' (text or list) and 'size'.")
+        if list(segmentation["size"]) != list(size):
+            raise MaskError(f"the run lengths are for size {segmentation['size']}, the image is {list(size)} (height, width).")
+        counts = segmentation["counts"]
+        return check(from_list(counts) if isinstance(counts, list) else from_string(counts), size)
+    if not isinstance(segmentation, list):
+        raise MaskError(f"a segmentation is a list of polygons or a dict of run lengths, got {type(segmentation).__name__}.")
+    parts = []
+    for part in segmentation:
+        try:
+            flat = np.asarray(part, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise MaskError("a polygon is not a list of numbers.") from None
+        if flat.ndim != 1 or flat.size % 2:
+            raise MaskError(f"a polygon is a flat list x0, y0, x1, y1, ..., got {flat.size} numbers of shape {flat.shape}.")
+        parts.append(flat.reshape(-1, 2))
+    return check_polygons(tuple(parts), size)
+
+
+def nearest_index(length: int, new: int) -> Int64[Tensor, "new"]:
+    """Return the source index of each of `new` cells when `length` cells are resized by nearest neighbour (torch's rule)."""
+    cells: Float[Tensor, "1 1 length"] = torch.arange(length, dtype=torch.float32)[None, None]
+    return torch.nn.functional.interpolate(cells, size=new, mode="nearest")[0, 0].long()
+
+
+def _as_counts(numbers: np.ndarray) -> Counts:
+    if len(numbers) and (numbers.max() > 2**31 - 1 or numbers.min() < -(2**31)):
+        raise MaskError("a run length does not fit 32 bits.")
+    return torch.from_numpy(numbers.astype(np.int32))
+
+
+Index = Int[Tensor, "_"] | Bool[Tensor, "_"] | slice
+
+
+def outlines(counts: Counts, size: tuple[int, int]) -> list[np.ndarray]:
+    """Return the outer outline of each connected part (4-neighbours) of a mask, [n 2] of x and y along the pixels' edges.
+
+    Every outline is clockwise on the screen, without points on straight lines. Holes are not outlined. Rasterised as COCO
+    does, the outlines of a mask without holes give the mask back, pixel for pixel.
+    """
+    padded = np.pad(decode([counts.cpu()], size)[0].numpy(), 1)
+    # Unit steps along pixel edges with the mask on the right: corner (y, x) of the padded grid -> direction 0..3 = right, down, left, up.
+    inner, edges = padded[1:-1, 1:-1], np.zeros((4, size[0] + 1, size[1] + 1), dtype=bool)
+    edges[0, :-1, :-1] = inner & ~padded[:-2, 1:-1]
+    edges[1, :-1, 1:] = inner & ~padded[1:-1, 2:]
+    edges[2, 1:, 1:] = inner & ~padded[2:, 1:-1]
+    edges[3, 1:, :-1] = inner & ~padded[1:-1, :-2]
+    steps = ((0, 1), (1, 0), (0, -1), (-1, 0))
+    found = []
+    for y0, x0 in np.argwhere(edges[0]):
+        if not edges[0, y0, x0]:
+            continue
+        points, y, x, way = [], int(y0), int(x0), 0
+        while edges[way, y, x]:
+            edges[way, y, x] = False
+            y, x = y + steps[way][0], x + steps[way][1]
+            turns = [turn for turn in ((way + 1) % 4, way, (way + 3) % 4) if edges[turn, y, x]]  # right first: keep to this part
+            if turns and turns[0] != way or not turns:
+                points.append((x, y))
+            way = turns[0] if turns else way
+        outline = np.array(points, dtype=np.float64)
+        rolled = np.roll(outline, -1, 0)
+        if (outline[:, 0] * rolled[:, 1] - rolled[:, 0] * outline[:, 1]).sum() > 0:  # holes run the other way around
+            found.append(outline)
+    return found

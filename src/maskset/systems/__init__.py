@@ -1,0 +1,25 @@
+"""The systems, one file per paper."""
+
+from collections.abc import Sequence
+
+from maskset.structures import Category
+from maskset.systems.base import InputConfig, System
+from maskset.systems.solq import Solq, SolqConfig
+
+CONFIGS: dict[str, type] = {"solq": SolqConfig}
+_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq}
+Config = SolqConfig  # becomes a union of all configs with the second system
+
+
+def build(config: Config, categories: Sequence[Category] | None = None) -> System:
+    """Return an untrained model on the CPU.
+
+    Args:
+        config: the settings of one of the systems.
+        categories: what the class channels stand for; by default "class 0" and so on.
+    """
+    named = categories if categories is not None else [Category(f"class {i}", i) for i in range(config.num_classes)]
+    return _SYSTEMS[type(config)](config, tuple(named))
+
+
+__all__ = ["CONFIGS", "Config", "InputConfig", "System", "build"]

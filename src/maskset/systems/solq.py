@@ -1,0 +1,309 @@
+"""SOLQ: Segmenting Objects by Learning Queries (Dong et al., NeurIPS 2021, arXiv:2106.02351).
+
+One query says everything about one object: its class, its box, and D = 256 numbers that are the low frequencies of its
+mask, seen inside the box on 128 x 128 pixels. Built on Deformable DETR. From top to bottom this file follows figures 1b and 2:
+feature extraction, decoder, unified query representation, then targets, loss and results.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from maskset import boxes as box_ops
+from maskset import distributed
+from maskset.config import ConfigError, config
+from maskset.layers.backbone import build_backbone, check_start
+from maskset.layers.deformable import DeformableAttention
+from maskset.layers.mlp import Mlp
+from maskset.layers.pyramid import LevelProjection
+from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine
+from maskset.losses import dice_loss, focal_loss, giou_loss, l1_loss, sum_by_layer
+from maskset.masks.boxed import binarise, crop, paste
+from maskset.masks.dct import DctCodec
+from maskset.masks.flatten import FlattenCodec
+from maskset.masks.pca import PcaCodec
+from maskset.masks.sparse import SparseCodec
+from maskset.matching import focal_cost, giou_cost, l1_cost, match, pad
+from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.systems.base import InputConfig, System
+
+
+@config
+class SolqConfig:
+    """Settings of SOLQ; the defaults are those of the official ResNet-50 model."""
+
+    system: Literal["solq"] = "solq"  # which system these settings are of
+    num_classes: int = 91  # class channels; training sets it from the data
+    input: InputConfig = InputConfig()  # how images become the network's input
+    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
+    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
+    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
+    pretrained: bool = True  # training starts from ImageNet weights
+    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
+    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
+    hidden_dim: int = 384  # width C of the transformer (the paper says 256; the code, and its numbers, have 384)
+    num_heads: int = 8  # attention heads
+    num_levels: int = 4  # feature levels, strides 8, 16, 32, 64
+    num_points: int = 4  # sampling points of an attention head in a level
+    feedforward_dim: int = 1024  # hidden width of the transformer's MLPs
+    dropout: float = 0.1  # in the transformer
+    encoder_layers: int = 6  # deformable encoder layers
+    decoder_layers: int = 6  # decoder layers
+    num_queries: int = 300  # N, the greatest number of objects that are told apart
+    box_refinement: bool = True  # each layer corrects the box of the layer before, with heads of its own
+    two_stage: bool = False  # queries start from the encoder's best proposals
+    codec: Literal["dct", "pca", "sparse", "flatten"] = "dct"  # Table 3a: how a mask becomes D numbers
+    mask_size: int = 128  # Table 3d: N of the paper, side S of the box-local mask, pixels
+    code_length: int = 256  # Table 3e: n_k of the paper, D numbers for a mask
+    mask_hidden_dim: int = 1024  # hidden width of the mask head
+    mask_loss_layers: int = 6  # Table 3c: how many of the last decoder layers have the vector loss
+    mask_weight: float = 3.0  # Table 3b: weight of the vector loss
+    class_weight: float = 2.0  # weight of the focal loss, and in the matching
+    l1_weight: float = 5.0  # weight of the L1 box loss, and in the matching
+    giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "hidden_dim", "num_heads", "num_levels", "num_points", "decoder_layers", "num_queries"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
+            raise ConfigError(
+                f"model.hidden_dim must be a multiple of 4 and of num_heads ({self.num_heads}), got {self.hidden_dim}."
+            )
+        if not 0 <= self.mask_loss_layers <= self.decoder_layers:
+            raise ConfigError(f"model.mask_loss_layers must be in 0 ... {self.decoder_layers}, got {self.mask_loss_layers}.")
+        if self.two_stage and not self.box_refinement:
+            raise ConfigError("model.two_stage needs model.box_refinement: its queries start from boxes.")
+        if not 1 <= self.code_length <= self.mask_size**2 or (self.codec == "flatten" and self.code_length != self.mask_size**2):
+            allowed = self.mask_size**2 if self.codec == "flatten" else f"1 ... {self.mask_size**2}"
+            raise ConfigError(
+                f"model.code_length must be {allowed} with codec {self.codec} and mask_size {self.mask_size}, got {self.code_length}."
+            )
+        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+
+
+class Solq(System):
+    """The network of figure 1b. See `SolqConfig` for its parts."""
+
+    def __init__(self, config: SolqConfig, categories: tuple[Category, ...]) -> None:
+        super().__init__()
+        self.config, self.categories, self.input = config, categories, config.input
+        width, deformable = config.hidden_dim, (config.num_heads, config.num_levels, config.num_points)
+        # Feature extraction
+        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path)
+        self.project = LevelProjection(self.backbone.channels, width, config.num_levels)
+        self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
+        self.encoder = Encoder(config.encoder_layers, width, *deformable, config.feedforward_dim, config.dropout)
+        # Object queries: where each looks at first, and with what
+        if config.two_stage:
+            self.proposals = Proposals(width)
+        else:
+            self.query_position = nn.Parameter(torch.randn(config.num_queries, width))
+            self.query_content = nn.Parameter(torch.randn(config.num_queries, width))
+            self.reference_points = nn.Linear(width, 2)
+        self.decoder = nn.ModuleList(
+            DecoderLayer(width, *deformable, config.feedforward_dim, config.dropout) for _ in range(config.decoder_layers)
+        )
+        # Unified query representation (figure 2): class, box and mask vector from the same hidden state
+        heads = config.decoder_layers + config.two_stage if config.box_refinement else 1
+        self.class_heads = _clones(nn.Linear(width, config.num_classes), heads)
+        self.box_heads = _clones(Mlp(width, width, width, 4), heads)
+        self.mask_head = Mlp(width, config.mask_hidden_dim, config.mask_hidden_dim, config.code_length)
+        self.codec = _codec(config)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Set the official start (the backbone's and the projection's are theirs)."""
+        for part in (self.encoder, self.decoder, *([self.proposals] if self.config.two_stage else [self.reference_points])):
+            for parameter in part.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.reset_parameters()
+            elif isinstance(module, nn.MultiheadAttention):
+                nn.init.zeros_(module.in_proj_bias)
+                nn.init.zeros_(module.out_proj.bias)
+        if not self.config.two_stage:
+            nn.init.zeros_(self.reference_points.bias)
+        for head in self.class_heads:
+            nn.init.constant_(head.bias, -math.log(99))  # every class starts at a probability of 0.01
+        for head in self.box_heads:
+            nn.init.zeros_(head.last.weight)
+            nn.init.zeros_(head.last.bias)
+        nn.init.constant_(self.box_heads[0].last.bias[2:], -2.0)  # first boxes start at a side of 0.12
+        nn.init.zeros_(self.mask_head.last.weight)
+        nn.init.zeros_(self.mask_head.last.bias)
+        nn.init.constant_(self.mask_head.last.bias[2:], -2.0)  # meant for boxes, but part of the official recipe
+
+    def prepare(self, objects: Iterable[Instances]) -> None:
+        """Fit the code to the masks of the data, if it is one that is learnt (PCA, sparse coding)."""
+        if isinstance(self.codec, (PcaCodec, SparseCodec)):
+            self.codec.fit(self._crops(objects))
+
+    def _crops(self, objects: Iterable[Instances]) -> Iterator[Bool[Tensor, "T S S"]]:
+        return (crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        """Return, for every decoder layer, class logits [B N K], boxes [B N 4] and mask vectors [B N D]."""
+        self._check(images)
+        levels = self.project(self.backbone(images.pixels))  # strides 8, 16, 32, 64; each [B C h w]
+        paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
+        memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))
+        position, content, reference, proposals = self._queries(memory)
+        layers = []
+        for i, layer in enumerate(self.decoder):
+            content = layer(content, position, reference, memory)  # [B N C]
+            class_head, box_head = (heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads))
+            boxes = refine(box_head(content).float(), reference)
+            layers.append(SlotPredictions(class_head(content), self.mask_head(content), boxes))
+            if self.config.box_refinement:
+                reference = boxes.detach()
+        return ModelOutput(layers, proposals=proposals)
+
+    def _check(self, images: ImageBatch) -> None:
+        height, width = images.pixels.shape[2:]
+        if not images.pixels.is_floating_point():
+            raise ValueError("the model takes normalised pixels, got uint8: call images.normalised(model.input) first.")
+        if height % self.input.divisor or width % self.input.divisor:
+            raise ValueError(
+                f"the canvas must be a multiple of {self.input.divisor} pixels, got {height} x {width}: "
+                f"use ImageBatch.from_images(images, divisor={self.input.divisor})."
+            )
+
+    def _queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, SlotPredictions | None]:
+        """Return position, content and reference of the queries, and the proposals where they start from those."""
+        if self.config.two_stage:
+            return self._proposed_queries(memory)
+        batch = len(memory.cells)
+        position = self.query_position.expand(batch, -1, -1)
+        return position, self.query_content.expand(batch, -1, -1), self.reference_points(position).float().sigmoid(), None
+
+    def _proposed_queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, SlotPredictions]:
+        """Two stages (used for no published number): the cells that score best in class channel 0 become queries."""
+        features, anchors, _ = self.proposals(memory)
+        logits = self.class_heads[-1](features)
+        boxes = self.box_heads[-1](features).float() + anchors  # before the sigmoid
+        best = logits[..., 0].topk(min(self.config.num_queries, logits.shape[1]), dim=1).indices
+        chosen = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        position, content = self.proposals.queries(chosen)
+        return position, content, chosen.sigmoid(), SlotPredictions(logits, None, boxes.sigmoid())
+
+    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return the terms of equation 5 for every layer: class (focal), box_l1, box_giou and mask_code (L1).
+
+        Class and box terms are divided by the number of objects, mask_code by the number of matched pairs times D; the
+        official code takes the latter on each GPU alone, here it is the mean over processes.
+        """
+        count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
+        labels = [found.labels for found in objects]
+        boxes = [_fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
+        codes = torch.cat([self._encode(found) for found in objects])
+        terms = self._layer_terms(output.layers, labels, boxes, codes, count)
+        if output.proposals is not None:  # the first stage only tells objects from background
+            anything = [torch.zeros_like(label) for label in labels]
+            first = self._layer_terms([output.proposals], anything, boxes, None, count)
+            terms |= {f"{name}/proposals": term for name, term in first.items()}
+        return terms
+
+    def _layer_terms(
+        self,
+        layers: Sequence[SlotPredictions],
+        labels: Sequence[Int[Tensor, "_"]],
+        boxes: Sequence[Float[Tensor, "_ 4"]],
+        codes: Float[Tensor, "M D"] | None,
+        count: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms of the layers, all layers at once. `codes` are those of all objects, image after image."""
+        settings, lengths = self.config, [len(label) for label in labels]
+        logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
+        predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])  # [L B N 4]
+        padded_labels, padded_boxes = pad(labels), pad(boxes)
+        with torch.no_grad():
+            cost = settings.class_weight * focal_cost(logits, padded_labels)
+            cost = cost + settings.l1_weight * l1_cost(predicted, padded_boxes)
+            cost = cost + settings.giou_weight * giou_cost(predicted, padded_boxes)
+        pairs = match(cost, lengths)
+        targets = torch.zeros_like(logits)
+        targets[pairs.layer, pairs.image, pairs.slot, padded_labels[pairs.image, pairs.object]] = 1
+        matched, wanted = predicted[pairs.layer, pairs.image, pairs.slot], padded_boxes[pairs.image, pairs.object]
+        terms = {
+            "class": settings.class_weight * focal_loss(logits, targets).sum((1, 2, 3)) / count,
+            "box_l1": settings.l1_weight * sum_by_layer(l1_loss(matched, wanted), pairs.layer, len(layers)) / count,
+            "box_giou": settings.giou_weight * sum_by_layer(giou_loss(matched, wanted), pairs.layer, len(layers)) / count,
+        }
+        if codes is not None:
+            starts = torch.tensor([0, *lengths[:-1]], device=codes.device).cumsum(0)
+            vectors = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()
+            errors = self._code_loss(vectors[pairs.layer, pairs.image, pairs.slot], codes[starts[pairs.image] + pairs.object])
+            pairs_per_layer = distributed.divisor(len(pairs) / len(layers), like=errors)
+            terms["mask_code"] = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers)) / pairs_per_layer
+        return self._named(terms, len(layers))
+
+    def _named(self, terms: dict[str, Float[Tensor, "L"]], layers: int) -> dict[str, Tensor]:
+        """Return one entry for every layer and term: the last layer's by its name, that of layer 3 as "name/3"."""
+        named = {}
+        for name, values in terms.items():
+            first = max(0, layers - self.config.mask_loss_layers) if name == "mask_code" else 0
+            for i in range(first, layers):
+                named[name if i == layers - 1 else f"{name}/{i}"] = values[i]
+        return named
+
+    def _encode(self, found: Instances) -> Float[Tensor, "T D"]:
+        """Return the mask vectors that the objects of one image should have (section 3.2)."""
+        return self.codec.encode(crop(found.masks, found.boxes, self.codec.size).float())
+
+    def _code_loss(self, vectors: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]) -> Float[Tensor, "M"]:
+        """Return the vector loss of each pair: mean absolute error; for flat masks squared error and dice (Table 3a)."""
+        if self.config.codec == "flatten":
+            return (vectors - targets).square().mean(1) + dice_loss(vectors.clamp(0, 1), targets)
+        return (vectors - targets).abs().mean(1)
+
+    @torch.no_grad()
+    def postprocess(
+        self,
+        output: ModelOutput,
+        images: ImageBatch,
+        sizes: Sequence[tuple[int, int]],
+        limit: int = 100,
+        threshold: float = 0.0,
+    ) -> list[Instances]:
+        """Return the `limit` best pairs of query and class of each image; a query may appear with several classes."""
+        last = output.layers[-1]
+        assert last.boxes is not None and last.mask_params is not None
+        found = []
+        for logits, boxes, vectors, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
+            scores, index = logits.float().sigmoid().flatten().topk(min(limit, logits.numel()))
+            index, scores = index[scores >= threshold], scores[scores >= threshold]
+            slots, labels = index // logits.shape[1], index % logits.shape[1]
+            corners = box_ops.to_corners(boxes) * box_ops.scale_of(size, boxes)
+            once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
+            masks = paste(binarise(self.codec.decode(vectors[once].float())), corners[once], size)
+            found.append(
+                Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories)
+            )
+        return found
+
+
+def _codec(config: SolqConfig) -> DctCodec | PcaCodec | SparseCodec | FlattenCodec:
+    """Return the code that Table 3a compares under the config's name."""
+    if config.codec == "flatten":
+        return FlattenCodec(config.mask_size)
+    codecs = {"dct": DctCodec, "pca": PcaCodec, "sparse": SparseCodec}
+    return codecs[config.codec](config.mask_size, config.code_length)
+
+
+def _clones(module: nn.Module, count: int) -> nn.ModuleList:
+    """Return `count` copies that start alike, as the official heads do."""
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
+
+
+def _fractions(boxes: Float[Tensor, "T 4"], size: Sequence[int]) -> Float[Tensor, "T 4"]:
+    """Return corner boxes in pixels as cx cy w h in fractions of an image of `size` (height, width)."""
+    height, width = size
+    return box_ops.to_centres(boxes) / boxes.new_tensor([width, height, width, height])

@@ -1,0 +1,26 @@
+"""Averaged weights: a copy of the model that follows it slowly, and is what gets evaluated and saved."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def averaged_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model whose weights `average` will move; it is not trained itself."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the model's: averaged = d * averaged + (1 - d) * weights, in place.
+
+    Args:
+        averaged: made by `averaged_copy`.
+        model: what is trained.
+        decay: d in the long run. At first it is (1 + step) / (10 + step), or the random start would stay in the average.
+        step: optimiser steps done, at least 1.
+    """
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    for average_of, weight in zip(averaged.parameters(), model.parameters(), strict=True):
+        average_of.lerp_(weight, share)

@@ -1,0 +1,85 @@
+"""The optimiser, its groups of parameters, and how the learning rates go with the steps."""
+
+import math
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from maskset.training.config import TrainConfig
+
+_FUSED = {"cpu", "cuda", "xpu", "mps"}  # devices on which one kernel steps all parameters
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """Return AdamW over what is trained, in the groups of `parameter_groups`. The model must be on its device already."""
+    groups = parameter_groups(model, config)
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return AdamW(groups, weight_decay=config.weight_decay, fused=devices <= _FUSED)
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Return the papers' groups: the backbone, sampling offsets and reference points, and the rest.
+
+    Each has a `name`, and its learning rate at full height as `rate`. Weight decay is for everything, norms and biases too,
+    as in the official code.
+    """
+    scale = learning_rate_scale(config)
+    rates = {
+        "rest": config.learning_rate * scale,
+        "backbone": config.backbone_learning_rate * scale,
+        "offsets": config.offset_learning_rate * scale,
+    }
+    members = {name: [] for name in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[_group_of(name)].append(parameter)
+    return [{"params": members[name], "name": name, "rate": rate, "lr": rate} for name, rate in rates.items() if members[name]]
+
+
+def _group_of(name: str) -> str:
+    if name.startswith("backbone."):
+        return "backbone"
+    return "offsets" if "sampling_offsets" in name or "reference_points" in name else "rest"
+
+
+def learning_rate_scale(config: TrainConfig) -> float:
+    """Return what the config's learning rates are multiplied by for its batch size."""
+    return config.batch_size / config.reference_batch_size if config.scale_learning_rate else 1.0
+
+
+def rate_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
+    """Return what the learning rates are multiplied by in optimiser step `step`, counted from 0.
+
+    Warm-up: (step + 1) / warmup_steps, until 1. Times, with schedule "step", drop_factor for each drop epoch that is over;
+    with "cosine", (1 + cos(pi * share)) / 2 where `share` of the steps after the warm-up are done.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "step":
+        return warmup * config.drop_factor ** sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
+    total = config.epochs * steps_per_epoch
+    share = max(0, step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return warmup * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
+    """Set each group's learning rate to `factor` of its full height, and return them by the group's name."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * factor
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def learning_rate_advice(config: TrainConfig) -> str:
+    """Return a line with the learning rates at this batch size, and what linear scaling would make of them."""
+    names = {"rest": "learning_rate", "backbone": "backbone_learning_rate", "offsets": "offset_learning_rate"}
+    base = {group: getattr(config, name) for group, name in names.items()}
+    scale, linear = learning_rate_scale(config), config.batch_size / config.reference_batch_size
+    shown = ", ".join(f"{group} {rate * scale:.3g}" for group, rate in base.items())
+    line = f"learning rates: {shown} at {config.batch_size} images per step"
+    if linear == 1:
+        return line + ", the batch size that they were chosen for"
+    if config.scale_learning_rate:
+        return line + f", scaled from {config.reference_batch_size} images"
+    return line + (
+        f". They were chosen for {config.reference_batch_size}: linear scaling makes it {base['rest'] * linear:.3g} "
+        "(--train.scale-learning-rate true)"
+    )

@@ -1,0 +1,176 @@
+"""What lets a stopped run go on, even one killed in the middle of a write: one file, always replaced whole.
+
+It holds weights, averaged weights and the optimiser's moments as tensors, and where the run stands as JSON. It holds no
+random states: before every step the generators are seeded with (seed, step, process), see `seed_everything`.
+"""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from maskset import config
+from maskset.checkpoint import CheckpointError, opened, write_tensors
+from maskset.config import ConfigError
+from maskset.training.config import Recipe
+
+RECIPE, METRICS, STATE = "recipe.json", "metrics.jsonl", "state.safetensors"  # files of a run folder ...
+LAST, BEST = "last.safetensors", "best.safetensors"  # ... and its checkpoints
+
+# What a resumed run may set anew: nothing that the steps already done depended on. With schedule "cosine" another number of
+# epochs gives the rest of the run another learning rate, as it must.
+MAY_CHANGE = {
+    "data.workers",
+    "train.epochs",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.log_every",
+    "train.patience",
+    "train.max_detections",
+    "train.trackers",
+}
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: the epoch that it is in, from 0.
+        step: optimiser steps done.
+        best: greatest mask AP so far; None before the first evaluation that has one.
+        stale: evaluations since then.
+        log_bytes: length of metrics.jsonl.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best: float | None = None
+    stale: int = 0
+    log_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training changes.
+
+    Attributes:
+        model: the network.
+        optimizer: over its parameters.
+        averaged: its averaged weights, if they are kept.
+        scaler: of the loss in fp16, which has a `state_dict` of plain numbers.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    averaged: nn.Module | None = None
+    scaler: Any = None
+
+
+def seed_everything(seed: int, step: int, process: int) -> None:
+    """Seed all random generators for one step of one process.
+
+    Dropout and the like then depend on these three numbers alone, so that a resumed run draws what it would have drawn.
+    """
+    mixed = int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)  # of all devices
+
+
+def save_state(folder: Path, trained: Trained, progress: Progress, data: dict[str, Any]) -> None:
+    """Write the state of a run.
+
+    Args:
+        folder: of the run.
+        trained: what training has changed.
+        progress: where the run stands.
+        data: what the training data must be like for the run to continue; `load_state` compares it.
+    """
+    tensors = {f"model/{name}": tensor for name, tensor in trained.model.state_dict().items()}
+    if trained.averaged is not None:
+        tensors |= {f"averaged/{name}": tensor for name, tensor in trained.averaged.state_dict().items()}
+    for name, parameter in trained.model.named_parameters():
+        moments = trained.optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer/{name}/{key}": torch.as_tensor(value) for key, value in moments.items()}
+    facts = {
+        "progress": asdict(progress),
+        "data": data,
+        "scaler": trained.scaler.state_dict() if trained.scaler is not None else {},
+    }
+    write_tensors(tensors, folder / STATE, {key: json.dumps(value) for key, value in facts.items()})
+
+
+def load_state(folder: Path, trained: Trained, data: dict[str, Any]) -> Progress:
+    """Put a run's state back and return where it stands; a run that was stopped before it wrote one is at the start.
+
+    Raises:
+        ConfigError: the training data is not that of the run.
+        CheckpointError: the file is damaged or does not fit.
+    """
+    if not (folder / STATE).exists():
+        return Progress()
+    with opened(folder / STATE) as file:
+        facts = {key: json.loads(text) for key, text in file.metadata().items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if facts["data"] != data:
+        changed = [f"{key}: {facts['data'].get(key)} then, {value} now" for key, value in data.items() if facts["data"].get(key) != value]
+        raise ConfigError(f"the training data is not what the run in {folder} was started with: {'; '.join(changed)}.")
+    try:
+        trained.model.load_state_dict(_under(tensors, "model/"))
+        if trained.averaged is not None:
+            trained.averaged.load_state_dict(_under(tensors, "averaged/"))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / STATE} does not fit the model: {' '.join(str(error).split())[:300]}") from None
+    for name, parameter in trained.model.named_parameters():
+        moments = _under(tensors, f"optimizer/{name}/")
+        if moments:
+            trained.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+    if trained.scaler is not None and facts["scaler"]:
+        trained.scaler.load_state_dict(facts["scaler"])
+    return Progress(**facts["progress"])
+
+
+def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse a folder that a run must not be written into.
+
+    Raises:
+        ConfigError: it holds a run and `resume` is not set; or it is, and there is no run, or one of another recipe.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; a run needs a folder.")
+    if not resume:
+        if (folder / RECIPE).exists():
+            raise ConfigError(f"{folder} already holds a run: continue it with --resume, or choose another folder with --out.")
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"there is no run {folder} to resume.")
+    if (folder / RECIPE).exists():
+        changed = differences(config.read(Recipe, folder / RECIPE), recipe)
+        if changed:
+            raise ConfigError(f"the run in {folder} has another recipe: {'; '.join(changed)}. Resume it with the same settings.")
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Return one text for each setting that differs and that a resumed run may not change."""
+    before, after = flat(config.to_dict(old)), flat(config.to_dict(new))
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name) and name not in MAY_CHANGE]
+    return [f"{name} was {before.get(name)}, is {after.get(name)}" for name in names]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one, with names such as "model.input.mean"."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from goldens import golden, notes, weights
+
+from maskset.layers.deformable import DeformableAttention, deformable_attention, deformable_attention_reference
+
+FUNCTIONS = [deformable_attention_reference, deformable_attention]
+SHAPES = [tuple(shape) for shape in golden("solq", "msda.shapes").tolist()]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_output_and_gradients_are_the_official_ones(function):
+    value, locations, share = (golden("solq", f"msda.{n}").double().requires_grad_() for n in ("value", "loc", "weight"))
+    out = function(value, SHAPES, locations, share)
+    torch.testing.assert_close(out, golden("solq", "msda.out").double(), atol=1e-6, rtol=1e-6)
+    (out * golden("solq", "msda.grad_out")).sum().backward()
+    for tensor, name in ((value, "value"), (locations, "loc"), (share, "weight")):
+        torch.testing.assert_close(tensor.grad, golden("solq", f"msda.grad_{name}").double(), atol=1e-5, rtol=1e-5)
+
+
+def naive(value, shapes, locations, share):
+    """Equation 3, one sample at a time."""
+    batch, _, heads, width = value.shape
+    out = torch.zeros(batch, locations.shape[1], heads, width, dtype=value.dtype)
+    for b, q, m in torch.cartesian_prod(*(torch.arange(n) for n in (batch, locations.shape[1], heads))).tolist():
+        first = 0
+        for level, (h, w) in enumerate(shapes):
+            for p in range(locations.shape[4]):
+                x = locations[b, q, m, level, p, 0] * w - 0.5
+                y = locations[b, q, m, level, p, 1] * h - 0.5
+                for row in range(h):
+                    for column in range(w):
+                        near = (1 - (x - column).abs()).clamp(min=0) * (1 - (y - row).abs()).clamp(min=0)
+                        out[b, q, m] += share[b, q, m, level, p] * near * value[b, first + row * w + column, m]
+            first += h * w
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shapes", [[(3, 4), (2, 1)], [(1, 1)], [(1, 5), (4, 1), (2, 2)]])
+def test_every_sample_is_bilinear_with_zeros_outside(function, shapes):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(h * w for h, w in shapes)
+    value = torch.randn(2, total, 2, 3, generator=generator, dtype=torch.float64)
+    locations = torch.rand(2, 4, 2, len(shapes), 2, 2, generator=generator, dtype=torch.float64) * 2 - 0.5
+    share = torch.rand(2, 4, 2, len(shapes), 2, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(function(value, shapes, locations, share), naive(value, shapes, locations, share))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_gradients_are_those_of_finite_differences(function):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(1, 10, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    locations = (torch.rand(1, 2, 2, 2, 2, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2).requires_grad_()
+    share = torch.rand(1, 2, 2, 2, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: function(t[0], [(2, 3), (4, 1)], *t[1:]), (value, locations, share), eps=1e-7)
+
+
+def test_locations_far_outside_or_nan_do_no_harm():
+    value, share = torch.ones(1, 4, 1, 2), torch.ones(1, 3, 1, 1, 1)
+    locations = torch.tensor([1e30, torch.inf, -1e9]).view(1, 3, 1, 1, 1, 1).expand(-1, -1, -1, -1, -1, 2)
+    assert deformable_attention(value, [(2, 2)], locations, share).abs().sum() == 0
+    assert deformable_attention(value, [(2, 2)], locations * torch.nan, share).isnan().all()
+
+
+def module() -> DeformableAttention:
+    names = {"value_projection": "value_proj", "output_projection": "output_proj"}
+    attention = DeformableAttention(48, 4, 3, 3)
+    shapes = [
+        (f"solq.msda_module.{names.get(name.split('.')[0], name.split('.')[0])}.{name.split('.')[1]}", value.shape)
+        for name, value in attention.state_dict().items()
+    ]
+    attention.load_state_dict(dict(zip(attention.state_dict(), weights(shapes).values(), strict=True)))
+    return attention
+
+
+@pytest.mark.parametrize(("reference", "width"), [("points", 2), ("boxes", 4)])
+def test_the_module_is_the_official_one(reference, width):
+    query, memory, boxes, padding = (golden("solq", f"msda.module.{n}") for n in ("query", "src", "ref", "padding"))
+    out = module()(query, boxes[..., :width], memory, SHAPES, padding)
+    torch.testing.assert_close(out, golden("solq", f"msda.module.out_{reference}"), atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_offsets_are_the_official_ones():
+    attention = DeformableAttention(384, 8, 4, 4)
+    torch.testing.assert_close(attention.sampling_offsets.bias, golden("solq", "msda.init.offsets_bias"), atol=1e-6, rtol=0)
+    assert attention.sampling_offsets.weight.abs().sum() == 0
+    assert "msda_module" in notes("solq")["arrays"]["msda.module.query"]["meaning"]
+
+
+def test_bfloat16_stays_close():
+    query, memory, boxes, padding = (golden("solq", f"msda.module.{n}") for n in ("query", "src", "ref", "padding"))
+    exact = module()(query, boxes, memory, SHAPES, padding)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = module()(query, boxes, memory, SHAPES, padding)
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)

@@ -1,0 +1,77 @@
+"""Settings as command-line flags."""
+
+from argparse import ArgumentParser
+from typing import Literal
+
+import pytest
+
+from maskset import flags
+from maskset.config import ConfigError, config
+
+
+@config
+class Inner:
+    rate: float = 0.1  # how fast, 1/s
+    sides: tuple[int, ...] = (3, 4)  # pixels
+
+
+@config
+class Outer:
+    inner: Inner = Inner()
+    kind: Literal["fast", "none"] = "fast"  # which way
+    frozen: bool = True  # do not move
+    file: str | None = None  # where from
+
+    def __post_init__(self) -> None:
+        if self.inner.rate <= 0:
+            raise ConfigError(f"inner.rate must be positive, got {self.inner.rate}.")
+
+
+def parsed(*arguments: str) -> Outer:
+    parser = ArgumentParser()
+    flags.add(parser, Outer())
+    return flags.changed(Outer(), vars(parser.parse_args(arguments)))
+
+
+def test_settings_that_are_not_given_keep_their_values():
+    assert parsed() == Outer()
+
+
+def test_a_nested_setting_is_a_flag_with_dots_and_hyphens():
+    assert parsed("--inner.rate", "1e-3").inner.rate == 1e-3
+    assert [setting.flag for setting in flags.listed(Outer())] == ["--inner.rate", "--inner.sides", "--kind", "--frozen", "--file"]
+
+
+def test_a_list_takes_several_values_or_none():
+    assert parsed("--inner.sides", "5", "6", "7").inner.sides == (5, 6, 7)
+    assert parsed("--inner.sides").inner.sides == ()
+
+
+def test_yes_and_no_are_written_true_and_false():
+    assert parsed("--frozen", "false").frozen is False
+
+
+def test_none_is_a_value_only_where_the_setting_may_be_none():
+    assert parsed("--file", "none").file is None
+    assert parsed("--kind", "none").kind == "none"
+
+
+def test_the_help_holds_each_comment_and_the_value_at_hand():
+    parser = ArgumentParser()
+    flags.add(parser, Outer(inner=Inner(rate=0.25)))
+    text = " ".join(parser.format_help().split())
+    assert "how fast, 1/s (default: 0.25)" in text
+    assert "pixels (default: 3 4)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--inner.rate", "often"), "inner.rate: .*got 'often'"),
+        (("--kind", "slow"), "kind: .*'fast' or 'none', got 'slow'"),
+        (("--inner.rate", "-1"), r"^command line: inner.rate must be positive, got -1.0\.$"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parsed(*arguments)

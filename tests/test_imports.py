@@ -1,0 +1,140 @@
+"""Who may import whom, what `import maskset` costs, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "maskset"
+
+GROUND = {"boxes", "rle", "config", "distributed", "structures"}
+PARTS = GROUND | {"layers", "masks", "matching", "losses"}
+
+# The longest name that a module's name starts with decides. What may be imported: these, with all inside them.
+ALLOWED: dict[str, set[str]] = {
+    "boxes": set(),
+    "rle": set(),
+    "config": set(),
+    "distributed": set(),
+    "structures": {"boxes", "rle"},
+    "layers": GROUND | {"layers"},
+    "matching": GROUND,
+    "losses": GROUND,
+    "masks": GROUND | {"layers", "masks"},
+    "systems": {"systems", "structures"},
+    "systems.base": {"config", "structures"},
+    "systems.solq": PARTS | {"systems.base"},
+    "recipes": GROUND | {"systems", "training.config"},
+    "data": GROUND | {"data"},
+    "checkpoint": GROUND | {"systems", "training.config"},
+    "conversion": GROUND | {"layers", "systems", "checkpoint", "recipes", "conversion"},
+    "codecs": GROUND | {"masks", "data", "evaluation"},
+    "inference": GROUND | {"systems", "data", "checkpoint", "inference"},
+    "evaluation": GROUND | {"systems", "data", "checkpoint", "inference", "evaluation"},
+    "training": GROUND | {"systems", "data", "checkpoint", "inference", "evaluation", "recipes", "training"},
+    "training.config": {"config", "systems"},
+    "flags": {"config"},
+    "demo": GROUND | {"recipes", "data", "checkpoint", "inference", "evaluation", "training"},
+}
+
+# Methods that hand over to a verb import it when they are called.
+LAZY = {("structures", "inference.draw"), ("structures", "inference.results")}
+
+
+ENTRANCES = {"", "__main__", "cli"}  # may import anything
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(file: Path) -> set[str]:
+    """Return what a file imports of the package, anywhere in it but for type checkers only."""
+    found = set()
+    for node in _nodes(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} has a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if is_module(whole) else str(node.module))
+    return {name.removeprefix("maskset.") for name in found if name.startswith("maskset.")}
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from _nodes(node)
+
+
+def may_import(importer: str, imported: str) -> bool:
+    inside = [name for name in ALLOWED if importer == name or importer.startswith(f"{name}.")]
+    assert inside, f"{importer} has no rule: add one to ALLOWED"
+    allowed = ALLOWED[max(inside, key=len)]
+    return (importer, imported) in LAZY or any(imported == name or imported.startswith(f"{name}.") for name in allowed)
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - ENTRANCES))
+def test_a_module_imports_only_what_lies_below_it(name):
+    wrong = sorted(imported for imported in imports(FILES[name]) if not may_import(name, imported))
+    assert not wrong, f"maskset.{name} must not import {', '.join(wrong)}"
+
+
+def test_the_rules_see_an_import_inside_a_function(tmp_path):
+    file = tmp_path / "systems.py"
+    file.write_text("def f():\n    from maskset.systems import sotr\n    import maskset.training.train\n")
+    assert imports(file) == {"systems", "training.train"}
+    assert not may_import("systems.solq", "systems.soit")
+    assert not may_import("data.coco", "training.config")
+
+
+def test_importing_maskset_loads_neither_torch_nor_what_only_some_commands_need():
+    assert loaded_by("import maskset") == set()
+    assert loaded_by("import maskset.cli") == set()
+
+
+def test_the_public_names_load_nothing_that_only_some_commands_need():
+    assert loaded_by("import maskset; maskset.Instances, maskset.build") <= {"torch"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Return which of the slow packages a fresh interpreter has loaded after the statement."""
+    slow = ["torch", "timm", "pycocotools", "accelerate", "matplotlib", "faster_coco_eval", "scipy", "PIL", "pydantic"]
+    program = f"{statement}; import sys; print(*[name for name in {slow} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["build", "convert", "evaluate", "load", "predict", "train", "recipes", "Instances"])
+def test_every_public_name_can_be_had(name):
+    import maskset
+
+    assert getattr(maskset, name) is not None
+    assert name in dir(maskset)
+
+
+def test_a_name_that_does_not_exist_is_answered_with_those_that_do():
+    import maskset
+
+    with pytest.raises(AttributeError, match="no attribute 'detect'; it has .*predict"):
+        maskset.detect  # noqa: B018
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_short_enough_to_be_read(name):
+    lines = FILES[name].read_text().count("\n")
+    assert lines <= (500 if name == "structures" else 400), f"{FILES[name].name} has {lines} lines"

@@ -1,0 +1,165 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+
+from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.systems.base import InputConfig
+
+CATEGORIES = (Category("cat", 17), Category("dog", 18))
+
+
+def dense(count=4, height=11, width=17, seed=0):
+    return torch.rand(count, height, width, generator=torch.Generator().manual_seed(seed)) > 0.6
+
+
+def some_instances():
+    masks = Masks.from_dense(dense())
+    return Instances(torch.tensor([0, 1, 1, 0]), masks.boxes(), masks, torch.tensor([0.9, 0.2, 0.6, 0.4]), CATEGORIES)
+
+
+def test_any_chain_of_flip_crop_and_scale_shows_the_pixels_that_dense_masks_would():
+    masks = dense()
+    view = Masks.from_dense(masks).flipped().scaled((23, 9)).cropped((1, 3, 8, 20)).scaled((40, 41)).flipped()
+    expected = F.interpolate(masks.flip(2)[None].float(), size=(23, 9), mode="nearest")[:, :, 3:20, 1:8]
+    expected = F.interpolate(expected, size=(40, 41), mode="nearest")[0].flip(2) > 0
+    assert view.size == (40, 41)
+    assert torch.equal(view.dense(), expected)
+    assert view == Masks.from_dense(expected)
+    assert torch.equal(view.areas(), expected.sum((1, 2)))
+    assert torch.equal(view.boxes(), Masks.from_dense(expected).boxes())
+
+
+def test_masks_keep_polygons_as_they_came():
+    polygons = [[np.array([[1.0, 1], [6, 1.5], [3, 7]])], [np.array([[2.0, 2], [9, 2], [9, 9]]), np.array([[0.0, 0], [1, 0], [1, 1]])]]
+    masks = Masks.from_polygons(polygons, (12, 12))
+    for kept, given in zip(masks.polygons(), polygons, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(kept, given, strict=True))
+    assert masks == Masks.from_dense(masks.dense())
+
+
+def test_masks_are_indexed_like_arrays():
+    masks = Masks.from_dense(dense())
+    whole = masks.dense()
+    assert torch.equal(masks[1:3].dense(), whole[1:3])
+    assert torch.equal(masks[torch.tensor([3, 0])].dense(), whole[[3, 0]])
+    assert torch.equal(masks[torch.tensor([True, False, False, True])].dense(), whole[[0, 3]])
+    assert torch.equal(masks[-1].dense(), whole[-1:])
+    with pytest.raises(IndexError):
+        masks[4]
+    with pytest.raises(IndexError, match="boolean"):
+        masks[torch.tensor([True, False])]
+
+
+def test_masks_of_nothing_work():
+    masks = Masks([], (5, 6))
+    assert masks.dense().shape == (0, 5, 6)
+    assert masks.boxes().shape == (0, 4)
+    assert len(masks.flipped().to("cpu")) == 0
+    assert masks == Masks.from_dense(torch.zeros(0, 5, 6, dtype=torch.bool))
+    assert masks != Masks([], (6, 5))
+
+
+def test_masks_join():
+    a, b = Masks.from_dense(dense(2)), Masks.from_dense(dense(3, seed=1)).flipped()
+    assert torch.equal(Masks.cat([a, b]).dense(), torch.cat([a.dense(), b.dense()]))
+
+
+def test_instances_are_selected_as_a_whole():
+    found = some_instances()
+    good = found[found.scores > 0.5]
+    assert good.labels.tolist() == [0, 1]
+    assert good.scores.tolist() == pytest.approx([0.9, 0.6])
+    assert good.masks == found.masks[[0, 2]]
+    assert len(found[0]) == 1
+    assert [len(one) for one in found] == [1, 1, 1, 1]
+    assert repr(good) == "Instances(2 in 11 x 17 pixels: 1 cat, 1 dog)"
+
+
+def test_instances_of_unequal_lengths_are_refused():
+    masks = Masks.from_dense(dense())
+    with pytest.raises((ValueError, TypeError), match="equally many|Type-check"):
+        Instances(torch.tensor([0, 1]), masks.boxes(), masks)
+
+
+def test_coco_rows_hold_what_pycocotools_reads():
+    from pycocotools import mask as coco_mask
+
+    found = some_instances()
+    rows = found.to_coco(image_id=7)
+    assert [row["category_id"] for row in rows] == [17, 18, 18, 17]
+    assert {row["image_id"] for row in rows} == {7}
+    for row, mask, box in zip(rows, found.masks.dense(), found.boxes.tolist(), strict=True):
+        assert np.array_equal(coco_mask.decode(row["segmentation"]), mask.numpy())
+        assert row["bbox"] == [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    assert rows[0]["score"] == pytest.approx(0.9)
+
+
+def test_supervision_reads_the_same_objects():
+    supervision = pytest.importorskip("supervision")
+    found = some_instances()
+    detections = found.to_supervision()
+    assert isinstance(detections, supervision.Detections)
+    assert np.array_equal(detections.mask, found.masks.dense().numpy())
+    assert detections.data["class_name"].tolist() == found.names
+
+
+def test_padding_is_zero_after_normalising_and_known_at_every_scale():
+    images = [torch.full((3, 10, 7), 255, dtype=torch.uint8), torch.full((3, 5, 12), 255, dtype=torch.uint8)]
+    batch = ImageBatch.from_images(images, divisor=4)
+    assert batch.pixels.shape == (2, 3, 12, 12)
+    normalised = batch.normalised(InputConfig())
+    white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert torch.allclose(normalised.pixels[0, :, :10, :7], white.view(3, 1, 1).expand(3, 10, 7))
+    assert normalised.pixels[0, :, 10:].abs().sum() == 0
+    assert normalised.pixels[1, :, :, 5:].shape == (3, 12, 7)
+    full = torch.ones(2, 12, 12)
+    full[0, :10, :7] = 0
+    full[1, :5, :12] = 0
+    for size in ((12, 12), (6, 6), (5, 7), (1, 1)):
+        expected = F.interpolate(full[:, None], size=size, mode="nearest")[:, 0] > 0
+        assert torch.equal(batch.padding(size), expected)
+    with pytest.raises(ValueError, match="normalised before"):
+        normalised.normalised(InputConfig())
+
+
+def test_bgr_models_get_blue_first():
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    image[0] = 255
+    config = InputConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), channel_order="bgr")
+    assert ImageBatch.from_images([image]).normalised(config).pixels[0, :, 0, 0].tolist() == [0, 0, 1]
+
+
+def things():
+    predictions = SlotPredictions(torch.rand(1, 2, 3), torch.rand(1, 2, 4), torch.rand(1, 2, 4))
+    return [
+        ImageBatch.from_images([torch.zeros(3, 4, 5, dtype=torch.uint8)]),
+        Masks.from_dense(dense()).flipped(),
+        some_instances(),
+        ModelOutput([predictions], None, predictions),
+    ]
+
+
+@pytest.mark.parametrize("thing", things(), ids=lambda thing: type(thing).__name__)
+def test_everything_that_holds_tensors_moves_as_a_whole(thing):
+    moved = thing.to("meta") if not isinstance(thing, (Masks, Instances)) else thing.to("cpu")
+    leaves, spec = pytree.tree_flatten(moved)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    assert tensors
+    assert len({tensor.device for tensor in tensors}) == 1
+    rebuilt = pytree.tree_unflatten(leaves, spec)
+    assert type(rebuilt) is type(thing)
+    for again in (pickle.loads(pickle.dumps(thing)), copy.deepcopy(thing)):
+        old, new = pytree.tree_leaves(thing), pytree.tree_leaves(again)
+        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True) if isinstance(a, torch.Tensor))
+
+
+def test_masks_on_a_device_are_run_lengths():
+    polygons = Masks.from_polygons([[np.array([[1.0, 1], [6, 1.5], [3, 7]])]], (12, 12)).flipped()
+    moved = polygons.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.size == (12, 12)
