@@ -5,6 +5,7 @@ Nothing slow is imported before a command needs it, so that help and mistakes ar
 
 import argparse
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run([argument for argument in given if argument != "--debug"])
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("maskset: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # training says how to go on
+        print(f"maskset: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,13 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return
-    if arguments[0] == "--version":
-        print(f"maskset {__version__}")
-        return
+def parse(arguments: Sequence[str]) -> "tuple[Command, argparse.Namespace]":
+    """Return the command that the arguments name, and what they give it.
+
+    Raises:
+        ValueError: there is no such command or flag, something is missing, or a value is not allowed.
+    """
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
@@ -51,13 +51,23 @@ def _run(arguments: list[str]) -> None:
     command = COMMANDS[name]
     parser = _Parser(prog=f"maskset {name}", description=command.call.__doc__, allow_abbrev=False)
     command.flags(parser, rest)
-    command.call(parser.parse(rest))
+    return command, parser.parse(rest)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+    elif arguments[0] == "--version":
+        print(f"maskset {__version__}")
+    else:
+        command, given = parse(arguments)
+        command.call(given)
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are ValueErrors, and which names the flag that was meant."""
 
-    def parse(self, arguments: list[str]) -> argparse.Namespace:
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Return the values of the flags. An unknown flag is told before a missing one: it may be the same, mistyped."""
         known = self._option_string_actions
         for argument in arguments:
@@ -97,7 +107,7 @@ def _overview() -> str:
     )
 
 
-def _demo_flags(parser: _Parser, arguments: list[str]) -> None:
+def _demo_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the run and the pictures (default: demo)")
 
 
@@ -108,7 +118,7 @@ def _demo(given: argparse.Namespace) -> None:
     demo(given.out)
 
 
-def _train_flags(parser: _Parser, arguments: list[str]) -> None:
+def _train_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     from maskset import flags, recipes
 
     first = arguments[0] if arguments and not arguments[0].startswith("-") else "solq-r50"  # without one: whose flags help shows
@@ -133,11 +143,15 @@ def _train(given: argparse.Namespace) -> None:
         print(metrics)
 
 
-def _evaluate_flags(parser: _Parser, arguments: list[str]) -> None:
+def _evaluate_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     _add_model(parser)
     _add_data(parser)
     parser.add_argument("--split", default="val", help="part of the data (default: val)")
-    parser.add_argument("--max-detections", type=int, default=100, metavar="N", help="objects per image that count (default: 100)")
+    parser.add_argument(
+        "--max-detections", type=int, default=100, metavar="N", help="objects per image that count (default: 100)"
+    )
+    parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
+    parser.add_argument("--device", help="where to compute, such as cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write metrics.json and per_class.csv here")
 
 
@@ -146,14 +160,46 @@ def _evaluate(given: argparse.Namespace) -> None:
     from maskset.evaluation.evaluate import evaluate
 
     metrics = evaluate(
-        given.model, given.data, split=given.split, max_detections=given.max_detections, images=given.images
+        given.model,
+        given.data,
+        split=given.split,
+        max_detections=given.max_detections,
+        images=given.images,
+        skip_broken=given.skip_broken,
+        device=given.device,
     )
     print(metrics)
     if given.out:
         print(f"\nwritten to {metrics.save(given.out)}")
 
 
-def _convert_flags(parser: _Parser, arguments: list[str]) -> None:
+def _predict_flags(parser: _Parser, arguments: Sequence[str]) -> None:
+    _add_model(parser)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help='image files, folders, or patterns such as "photos/*.jpg"')
+    parser.add_argument("--out", type=Path, default=Path("found"), metavar="FOLDER", help="where to write (default: found)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score of an object (default: 0.5)")
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="objects per image at the most (default: 100)")
+    parser.add_argument(
+        "--save",
+        nargs="*",
+        choices=("drawings", "labels"),
+        default=["drawings"],
+        help="what to write beside results.json: drawings of the objects, label images (default: drawings)",
+    )
+    parser.add_argument("--device", help="where to compute, such as cuda:1 (default: a GPU if there is one)")
+
+
+def _predict(given: argparse.Namespace) -> None:
+    """Find the objects in images; write them as COCO results, drawn pictures and label images."""
+    from maskset.inference.predict import predict_files
+    from maskset.inference.results import save_all
+
+    found = predict_files(given.model, given.sources, threshold=given.threshold, limit=given.limit, device=given.device)
+    save_all(found, given.out, drawings="drawings" in given.save, labels="labels" in given.save)
+    print("written: " + ", ".join(str(given.out / name) for name in ["results.json", *given.save]))
+
+
+def _convert_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is: solq")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
     parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
@@ -172,7 +218,7 @@ def _convert(given: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
-def _no_flags(parser: _Parser, arguments: list[str]) -> None:
+def _no_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     pass
 
 
@@ -185,8 +231,23 @@ def _recipes(given: argparse.Namespace) -> None:
         print(f"{name:{width}}{(recipe.__doc__ or '').splitlines()[0]}")
 
 
-def _show_flags(parser: _Parser, arguments: list[str]) -> None:
+def _show_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument("what", metavar="RECIPE|MODEL", help="a recipe's name, a recipe.json, a checkpoint or a run folder")
+
+    parser.add_argument("--json", action="store_true", help="print a recipe.json, to change and to give to `maskset train`")
+
+
+def _show(given: argparse.Namespace) -> None:
+    """Print every setting of a recipe, or of a model with its classes, its source and its licence."""
+    from maskset import checkpoint, config, flags, recipes
+
+    recipe, about = None, ""
+    if given.what.startswith("hub:") or given.what.endswith(".safetensors") or Path(given.what).is_dir():
+        metadata = checkpoint.read_metadata(checkpoint.find(given.what))
+        recipe, names = metadata.recipe, ", ".join(category.name for category in metadata.categories)
+        about = f"classes: {names}\nsource: {metadata.source or 'trained here'}\nlicence: {metadata.licence}\n\n"
+    recipe = recipe or recipes.get(given.what)
+    print(json.dumps(config.to_dict(recipe), indent=2) if given.json else about + flags.table(recipe))
 
 
 def _add_model(parser: _Parser) -> None:
@@ -202,7 +263,7 @@ def _add_data(parser: _Parser) -> None:
 class Command:
     """What a command takes, and what it does; its docstring is its help."""
 
-    flags: Callable[[_Parser, list[str]], None]
+    flags: Callable[[_Parser, Sequence[str]], None]
     call: Callable[[argparse.Namespace], None]
 
 
@@ -210,6 +271,8 @@ COMMANDS = {
     "demo": Command(_demo_flags, _demo),
     "train": Command(_train_flags, _train),
     "evaluate": Command(_evaluate_flags, _evaluate),
+    "predict": Command(_predict_flags, _predict),
     "convert": Command(_convert_flags, _convert),
     "recipes": Command(_no_flags, _recipes),
+    "show": Command(_show_flags, _show),
 }

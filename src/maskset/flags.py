@@ -89,6 +89,15 @@ def changed(settings: Settings, given: Mapping[str, Any]) -> Settings:
     return from_dict(type(settings), values, "command line")
 
 
+def table(settings: Any) -> str:
+    """Return one line for each setting: its flag, its value and its meaning."""
+    rows = list(listed(settings))
+    flag_width, value_width = (
+        min(32, max(map(len, column))) for column in ([row.flag for row in rows], [row.text for row in rows])
+    )
+    return "\n".join(f"{row.flag:{flag_width}}  {row.text:{value_width}}  {row.meaning}" for row in rows)
+
+
 def _comments(cls: type) -> dict[str, str]:
     """Return the comment at the end of each field's line, which is where a field's meaning is written."""
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), flags=re.MULTILINE))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Counts = Int32[Tensor, "_"]
 Polygons = tuple[np.ndarray, ...]  # the parts of one object, each float64 [n, 2], x and y in pixels
+LONGEST_OUTLINE = 2**22  # pixels; pycocotools takes about 60 bytes for each
 
 
 class MaskError(ValueError):
@@ -126,7 +127,8 @@ def from_list(counts: Sequence[Any]) -> Counts:
     """
     try:
         values = np.asarray(counts)
-        numbers = values.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # what does not fit is seen in the comparison below
+            numbers = values.astype(np.int64)
         exact = values.ndim == 1 and values.dtype.kind in "iuf" and bool((numbers == values).all())
     except (TypeError, ValueError, OverflowError):
         exact = False
@@ -164,6 +166,9 @@ def check_polygons(polygons: Polygons, size: tuple[int, int]) -> Polygons:
             raise MaskError("a polygon's coordinate is not finite.")
         if np.abs(part).max() > reach:
             raise MaskError(f"a polygon's coordinate is {part.flat[np.abs(part).argmax()]:g}, far outside of {size[1]} x {size[0]} pixels.")
+        # The outline is at most this long; where that is not short enough to be drawn for certain, it is measured.
+        if 2 * reach * len(part) > LONGEST_OUTLINE and np.abs(np.diff(part, axis=0)).max(1).sum() > LONGEST_OUTLINE:
+            raise MaskError(f"a polygon's outline is longer than {LONGEST_OUTLINE:,} pixels.")
     return polygons
 
 
@@ -176,8 +181,8 @@ def from_coco(segmentation: Any, size: tuple[int, int]) -> Counts | Polygons:
     if isinstance(segmentation, dict):
         if not isinstance(segmentation.get("counts"), (str, bytes, list)) or "size" not in segmentation:
             raise MaskError("a run-length segmentation needs 'counts' (text or list) and 'size'.")
-        if list(segmentation["size"]) != list(size):
-            raise MaskError(f"the run lengths are for size {segmentation['size']}, the image is {list(size)} (height, width).")
+        if segmentation["size"] not in (list(size), tuple(size)):
+            raise MaskError(f"the run lengths are for size {segmentation['size']!r:.50}, the image is {list(size)} (height, width).")
         counts = segmentation["counts"]
         return check(from_list(counts) if isinstance(counts, list) else from_string(counts), size)
     if not isinstance(segmentation, list):
@@ -186,7 +191,7 @@ def from_coco(segmentation: Any, size: tuple[int, int]) -> Counts | Polygons:
     for part in segmentation:
         try:
             flat = np.asarray(part, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise MaskError("a polygon is not a list of numbers.") from None
         if flat.ndim != 1 or flat.size % 2:
             raise MaskError(f"a polygon is a flat list x0, y0, x1, y1, ..., got {flat.size} numbers of shape {flat.shape}.")

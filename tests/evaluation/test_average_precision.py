@@ -1,17 +1,196 @@
-"""COCO's numbers: the same as pycocotools, on generated and on real annotations."""
+"""COCO's numbers are those of pycocotools, on generated and on real annotations."""
 
+import contextlib
+import io
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fakes import Listed, discs, found
 
-from maskset.data.coco import CocoDataset
+from maskset.data import open_data
 from maskset.evaluation.average_precision import average_precision
 from maskset.structures import Category, Instances, Masks
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
-NAMES = "ap ap50 ap75 ap_small ap_medium ap_large ar_1 ar_10 ar ar_small ar_medium ar_large".split()
+CLASSES = (Category("cell", 3), Category("dust", 7), Category("hair", 8))
+NUMBERS = "ap ap50 ap75 ap_small ap_medium ap_large ar_1 ar_10 ar ar_small ar_medium ar_large".split()
+
+
+def crowded(rng: np.random.Generator, size=(150, 200), count=14) -> Instances:
+    """Return random discs, small to large."""
+    places = [(rng.uniform(0, size[1]), rng.uniform(0, size[0]), rng.choice([4, 9, 14, 30, 60])) for _ in range(count)]
+    return found(rng.integers(0, 3, count).tolist(), discs(places, size), None, CLASSES)
+
+
+def disturbed(objects: Instances, rng: np.random.Generator) -> Instances:
+    """Return results that resemble the objects: moved, some doubled, some lost, some of a wrong class, many equal scores."""
+    chosen = rng.integers(0, max(len(objects), 1), round(1.3 * len(objects)))
+    dense = objects.masks[chosen.tolist()].dense().numpy()
+    moved = [np.roll(mask, rng.integers(-3, 4, 2), (0, 1)) for mask in dense]
+    labels = np.where(rng.random(len(chosen)) < 0.1, rng.integers(0, len(objects.categories), len(chosen)), objects.labels[chosen])
+    masks = Masks.from_dense(torch.from_numpy(np.array(moved, dtype=bool).reshape(-1, *objects.masks.size)))
+    scores = torch.from_numpy(rng.integers(1, 40, len(chosen)) / 40)
+    return Instances(torch.from_numpy(labels), masks.boxes(), masks, scores.float(), objects.categories)
+
+
+def generated(images=8, seed=0) -> tuple[Listed, list[dict]]:
+    """Return a data set with crowds and an empty image, and results for it."""
+    rng = np.random.default_rng(seed)
+    objects = [crowded(rng, count=0 if i == 2 else 14) for i in range(images)]
+    data = Listed(objects, [crowded(rng, count=2) for _ in objects])
+    return data, [row for i, one in enumerate(objects) for row in disturbed(one, rng).to_coco(i)]
+
+
+def pycocotools(truth: dict, results: Iterable[dict], kind: str, max_detections: int) -> dict[str, float]:
+    """Return the official program's numbers, with AP taken at `max_detections`."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    left_out = "bbox" if kind == "segm" else "segmentation"  # with both, pycocotools takes the box's area for the mask's
+    rows = [{key: value for key, value in row.items() if key not in (left_out, "area")} for row in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        measured = COCOeval(coco, coco.loadRes(rows), kind)
+        measured.params.maxDets = [1, 10, max_detections]
+        measured.evaluate()
+        measured.accumulate()
+    precision, recall = measured.eval["precision"], measured.eval["recall"]
+    of_sizes = [precision[:, :, :, 0, -1], precision[0, :, :, 0, -1], precision[5, :, :, 0, -1]]
+    of_sizes += [precision[:, :, :, k, -1] for k in (1, 2, 3)]
+    of_sizes += [recall[:, :, 0, k] for k in (0, 1, 2)] + [recall[:, :, k, -1] for k in (1, 2, 3)]
+    return {name: values[values > -1].mean() if (values > -1).any() else math.nan for name, values in zip(NUMBERS, of_sizes, strict=True)}
+
+
+def as_coco(data: Listed) -> dict:
+    """Return a data set as the content of a COCO file."""
+    rows = []
+    for i in range(len(data)):
+        rows += [{**row, "iscrowd": 0} for row in data.objects(i).to_coco(i)]
+        rows += [{**row, "iscrowd": 1} for row in data.crowds(i).to_coco(i)]
+    return {
+        "images": [{"id": i, "height": one.height, "width": one.width} for i, one in enumerate(data.images)],
+        "categories": [{"id": one.coco_id, "name": one.name} for one in data.categories],
+        "annotations": [{**row, "id": number} for number, row in enumerate(rows, 1)],
+    }
+
+
+def check_all(metrics, truth: dict, results: list[dict], max_detections: int) -> None:
+    for kind, prefix in (("segm", "mask"), ("bbox", "box")):
+        expected = pycocotools(truth, results, kind, max_detections)
+        got = {name: getattr(metrics, f"{prefix}_{name}") for name in NUMBERS}
+        assert got == pytest.approx(expected, abs=1e-9, nan_ok=True), prefix
+
+
+@pytest.mark.parametrize("max_detections", [100, 11, 300])
+def test_the_numbers_are_those_of_pycocotools(max_detections):
+    data, results = generated()
+    metrics = average_precision(data, results, max_detections)
+    assert 0.1 < metrics.mask_ap < 0.9
+    check_all(metrics, as_coco(data), results, max_detections)
+
+
+def test_fewer_results_than_ten_can_count():
+    data, results = generated()
+    few, more = average_precision(data, results, 3), average_precision(data, results, 100)
+    assert few.mask_ar_1 == more.mask_ar_1
+    assert few.mask_ar == few.mask_ar_10 < more.mask_ar_10
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real images beside the repository")
+@pytest.mark.parametrize("name", ["coco-mini", "nuclei"])
+def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_file_itself(name):
+    data, truth = open_data(REAL / name, "val"), json.loads((REAL / name / "instances_val.json").read_text())
+    rng = np.random.default_rng(1)
+    results = [row for i in range(len(data)) for row in disturbed(data.objects(i), rng).to_coco(i)]
+    metrics = average_precision(data, results, 400)
+    for row in results:
+        row["image_id"] = data.images[row["image_id"]].id
+    for row in truth["annotations"]:
+        row["id"] += 1  # with an annotation 0 pycocotools itself would be wrong
+    check_all(metrics, truth, results, 400)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real images beside the repository")
+def test_the_annotations_themselves_reach_one_when_enough_results_count():
+    data = open_data(REAL / "nuclei", "val")
+    results = [row for i in range(len(data)) for row in scored(data.objects(i)).to_coco(i)]
+    assert average_precision(data, results, 100).mask_ap == pytest.approx(0.901, abs=1e-3)  # images hold up to 206 nuclei
+    metrics = average_precision(data, results, 400)
+    assert metrics.mask_ap == metrics.box_ap == metrics.mask_ar == pytest.approx(1, abs=1e-9)
+    assert (metrics.images, metrics.objects) == (64, 2780)
+    assert math.isnan(metrics.mask_ap_large)
+
+
+def scored(objects: Instances) -> Instances:
+    return replace(objects, scores=torch.linspace(1, 0.5, len(objects)))
+
+
+def test_an_object_counts_as_found_wherever_it_stands_in_the_data():
+    objects = found([0], discs([(20, 20, 9)], (40, 40)), None, CLASSES)
+    assert average_precision(Listed([objects]), scored(objects).to_coco(0)).mask_ap == 1  # an annotation id 0 would give 0
+
+
+def test_without_results_everything_annotated_is_missed():
+    data, _ = generated()
+    metrics = average_precision(data, [])
+    assert metrics.mask_ap == metrics.box_ap == metrics.mask_ar == 0
+
+
+def test_without_annotations_there_is_no_number():
+    data = Listed([found([], discs([], (40, 40)), None, CLASSES)])
+    metrics = average_precision(data, found([1], discs([(20, 20, 9)], (40, 40)), [0.9], CLASSES).to_coco(0))
+    assert math.isnan(metrics.mask_ap)
+    assert math.isnan(metrics.box_ar)
+    assert metrics.objects == 0
+
+
+def test_what_is_found_in_a_crowd_is_not_a_mistake():
+    size = (60, 60)
+    person, crowd = discs([(15, 15, 9)], size), discs([(45, 45, 14)], size)
+    data = Listed([found([0], person, None, CLASSES)], [found([0], crowd, None, CLASSES)])
+    inside = discs([(45, 45, 8)], size)
+    results = found([0, 0], np.concatenate([inside, person]), [0.9, 0.8], CLASSES).to_coco(0)
+    assert average_precision(data, results).mask_ap == 1
+    assert average_precision(Listed([data.objects(0)]), results).mask_ap < 1
+
+
+def test_a_class_has_its_own_numbers_in_the_order_of_the_data():
+    size = (40, 40)
+    classes = (Category("second", 9), Category("first", 4), Category("absent", 6))  # ids in no order
+    objects = found([0, 1], discs([(10, 10, 6), (30, 30, 6)], size), None, classes)
+    metrics = average_precision(Listed([objects]), scored(objects)[:1].to_coco(0))
+    second, first, absent = metrics.per_class
+    assert (second.name, second.objects, second.mask_ap, second.box_ap50) == ("second", 1, 1, 1)
+    assert (first.name, first.objects, first.mask_ap50, first.box_ap) == ("first", 1, 0, 0)
+    assert (absent.name, absent.objects) == ("absent", 0)
+    assert math.isnan(absent.mask_ap)
+    assert metrics.mask_ap == 0.5
+
+
+def test_the_annotated_area_decides_what_is_small():
+    objects = found([0], discs([(30, 30, 20)], (60, 60)), None, CLASSES)
+    data = Listed([objects])
+    data.areas = lambda index: torch.tensor([1000.0])
+    metrics = average_precision(data, scored(objects).to_coco(0))
+    assert metrics.mask_ap_small == 1
+    assert math.isnan(metrics.mask_ap_medium)
+
+
+def test_only_the_images_that_are_named_are_measured():
+    objects = found([0], discs([(20, 20, 9)], (40, 40)), None, CLASSES)
+    metrics = average_precision(Listed([objects, objects]), scored(objects).to_coco(1), images=[1])
+    assert (metrics.mask_ap, metrics.images, metrics.objects) == (1, 1, 1)
+
+
+def test_a_limit_below_one_is_refused():
+    data, results = generated(images=1)
+    with pytest.raises(ValueError, match="max_detections must be at least 1, got 0"):
+        average_precision(data, results, 0)

@@ -43,7 +43,7 @@ class CocoDataset:
         self._annotations = read_annotations(content["annotations"], self.images, known, self.categories, problems)
         self.skipped: list[str] = [f"{self.file}: {problem}" for problem in problems]
         if problems and not skip_broken:
-            more = f" There are {len(problems) - 1} problems more." if len(problems) > 1 else ""
+            more = f" It has {len(problems)} such problems." if len(problems) > 1 else ""
             raise DataError(f"{self.skipped[0]}{more} Correct the file, or leave out what is broken with --skip-broken.")
         if not self.images:
             raise DataError(f"{self.file} has no image that can be used. {' '.join(self.skipped[:1])}".rstrip())

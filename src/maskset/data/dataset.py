@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -33,6 +33,7 @@ class ImageRecord:
     width: int
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """Annotated images, by number from 0.
 

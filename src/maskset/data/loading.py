@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from maskset.data.transforms import Augmentation, augment
 from maskset.structures import ImageBatch, Instances
 
 
+@runtime_checkable
 class Loading(Augmentation, Protocol):
     """The settings that `training_batches` reads, see `maskset.training.config.DataConfig`."""
 
@@ -61,7 +62,7 @@ def training_batches(
     order = batch_order(len(dataset), batch_size * world_size, seed, epoch, wide)
     mine = [indices.reshape(world_size, -1)[rank].tolist() for indices in order[start:]]
     reader = _Reader(dataset, config, divisor, seed, epoch)
-    for batch in _in_workers(reader, mine, config.workers) if config.workers else map(reader, mine):
+    for batch in _in_workers(reader, mine, config.workers) if config.workers and mine else map(reader, mine):
         if isinstance(batch, DataError):
             raise batch
         dataset.skipped += [problem for problem in batch.problems if problem not in dataset.skipped]
@@ -173,7 +174,7 @@ def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iter
         reader,  # type: ignore[arg-type]
         batch_size=None,
         sampler=batches,  # type: ignore[arg-type]
-        num_workers=min(workers, max(1, len(batches))),
+        num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from torch's own, and resuming would depend on the number of workers
         multiprocessing_context="fork" if sys.platform == "linux" else None,  # others copy the data set into each worker

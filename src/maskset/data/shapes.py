@@ -197,9 +197,9 @@ class Scene:
 
     def _background(self, random: np.random.RandomState, hue: float) -> Float64[np.ndarray, "h w 3"]:
         value = 0.2 + 0.65 * random.random_sample()
-        tones = [_rgb(hue + shift, 0.15 + 0.3 * random.random_sample(), value + shift) for shift in (-0.08, 0.08)]
+        light, dark = (_rgb(hue + shift, 0.15 + 0.3 * random.random_sample(), value + shift) for shift in (0.08, -0.08))
         clouds = self._noise(random, self._side / 2) + 0.5 * self._noise(random, self._side / 5) + 0.25 * self._noise(random, 6.0)
-        picture = _mix(*tones, clouds / 1.75)
+        picture = _mix(light, dark, clouds / 1.75)
         return picture * (1 + 0.16 * (self._pattern(random) - 0.5))[..., None]
 
     def _paint(self, picture: Float64[np.ndarray, "h w 3"], shape: Shape, hue: float) -> Float64[np.ndarray, "h w 3"]:

@@ -1,11 +1,11 @@
 """Augmentation: pixels and objects in, pixels and objects out. Pixels stay uint8, masks keep their run lengths or polygons."""
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -15,6 +15,7 @@ from maskset.structures import Instances
 Pixels = UInt8[Tensor, "3 h w"]
 
 
+@runtime_checkable
 class Augmentation(Protocol):
     """The settings that `augment` reads, see `maskset.training.config.DataConfig`."""
 
@@ -120,7 +121,7 @@ def _random_crop(pixels: Tensor, objects: Instances, size: tuple[int, int], rng:
 
 
 def _scale(pixels: Tensor, objects: Instances, size: tuple[int, int]) -> tuple[Tensor, Instances]:
-    ratio: Float[Tensor, "4"] = boxes.scale_of(size, objects.boxes) / boxes.scale_of(objects.masks.size, objects.boxes)
+    ratio = boxes.scale_of(size, objects.boxes) / boxes.scale_of(objects.masks.size, objects.boxes)
     return _scale_pixels(pixels, size), replace(objects, boxes=objects.boxes * ratio, masks=objects.masks.scaled(size))
 
 

@@ -176,8 +176,8 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {'; '.join(wrong[:3])}{more}.")
     backbone.body.load_state_dict({key: state[key] for key in wanted}, strict=False)
-    start = f"; {len(fresh)} of its norm layers start anew" if fresh else ""
-    return f"backbone {backbone.name}: took {len(wanted)} of {len(own)} tensors from {source}{start}."
+    rest = f"; the {len(fresh)} others belong to norms, which start anew" if fresh else ""
+    return f"backbone {backbone.name}: took {len(wanted)} of {len(own)} tensors from {source}{rest}."
 
 
 def _activation(norm: nn.BatchNorm2d) -> nn.Module:

@@ -54,7 +54,7 @@ class SwinTransformer(nn.Module):
         super().__init__()
         self.channels = [size.width * 2**stage for stage in range(1, len(size.depths))]
         self.patches = PatchEmbedding(size.width)
-        skip = torch.linspace(0, drop_path, sum(size.depths)).tolist()
+        skip = [drop_path * block / max(1, sum(size.depths) - 1) for block in range(sum(size.depths))]
         self.stages = nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
             self.stages.append(Stage(size.width * 2**stage, depth, heads, skip[:depth], first=stage == 0))
@@ -66,9 +66,9 @@ class SwinTransformer(nn.Module):
         x = self.patches(pixels)
         maps = []
         for stage in self.stages:
-            x = stage(x)
-            if stage.output_norm is not None:
-                maps.append(stage.output_norm(x).permute(0, 3, 1, 2))
+            x, output = stage(x)
+            if output is not None:
+                maps.append(output.permute(0, 3, 1, 2))
         return maps
 
 
@@ -99,7 +99,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * width)
         self.reduction = nn.Linear(2 * width, width, bias=False)
 
-    def forward(self, x: Float[Tensor, "B h w c"]) -> Float[Tensor, "B ceil(h/2) ceil(w/2) 2*c"]:
+    def forward(self, x: Float[Tensor, "B h w c"]) -> Float[Tensor, "B (h+1)//2 (w+1)//2 2*c"]:
         """Return the merged cells; an odd row or column is joined with zeros."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         corners = [x[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
@@ -123,14 +123,14 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, SHIFT * (i % 2), skip[i]) for i in range(depth))
         self.output_norm = None if first else nn.LayerNorm(width)
 
-    def forward(self, x: Float[Tensor, "B _ _ _"]) -> Float[Tensor, "B h w C"]:
-        """Return the stage's features, before `output_norm`, which the next stage does not see."""
+    def forward(self, x: Float[Tensor, "B _ _ _"]) -> tuple[Float[Tensor, "B h w C"], Float[Tensor, "B h w C"] | None]:
+        """Return the features for the next stage, and the same, normalised, for the reader of the maps."""
         if self.merge is not None:
             x = self.merge(x)
         mask = shift_mask(x.shape[1], x.shape[2], x.device)
         for block in self.blocks:
             x = block(x, mask)
-        return x
+        return x, None if self.output_norm is None else self.output_norm(x)
 
 
 class Block(nn.Module):
@@ -179,7 +179,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, heads))
         self.output = nn.Linear(width, width)
-        self.register_buffer("index", relative_positions(WINDOW), persistent=False)
+        self.register_buffer("index", relative_positions(), persistent=False)
 
     def forward(self, windows: Float[Tensor, "b 49 C"], mask: Float[Tensor, "n 49 49"] | None) -> Float[Tensor, "b 49 C"]:
         """Return new features of the cells.
@@ -261,11 +261,12 @@ def shift_mask(height: int, width: int, device: torch.device) -> Float[Tensor, "
     return -100.0 * (windows[:, :, None] != windows[:, None, :])
 
 
-def relative_positions(side: int) -> Int[Tensor, "side*side side*side"]:
-    """Return which row of a bias table holds the position of a cell (row) relative to a cell (column) of a window."""
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    down, right = (axis.flatten()[:, None] - axis.flatten()[None, :] + side - 1 for axis in (y, x))
-    return down * (2 * side - 1) + right
+def relative_positions() -> Int[Tensor, "49 49"]:
+    """Return which row of a bias table belongs to the position of a cell (row) relative to a cell (column) of a window."""
+    cell = torch.arange(WINDOW * WINDOW)
+    y, x = cell // WINDOW, cell % WINDOW
+    down, right = (axis[:, None] - axis[None, :] + WINDOW - 1 for axis in (y, x))  # each in 0 ... 12
+    return down * (2 * WINDOW - 1) + right
 
 
 def _initialise(module: nn.Module) -> None:

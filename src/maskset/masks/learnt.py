@@ -1,22 +1,27 @@
-"""What the codes that are learnt from data share: reading masks in batches of one size, and refusing to work unlearnt."""
+"""What the codes that are learnt from data (PCA, sparse) share: reading masks, refusing to work unlearnt, files."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from maskset.config import ConfigError
 
 
 @runtime_checkable
+FORMAT = "maskset codec 1"  # what a file of a learnt code says that it is
+
+
 class LearntCodec(Protocol):
     """A mask code with something to learn; `fitted` says whether it has been, and is saved with the rest."""
 
     size: int
     length: int
     fitted: Bool[Tensor, ""]
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], /) -> Any: ...
 
 
 def rows(masks: Tensor | Iterable[Tensor], count: int) -> Iterator[Tensor]:
@@ -59,3 +64,26 @@ def require_fitted(codec: LearntCodec) -> None:
             f"{type(codec).__name__}({codec.size}, {codec.length}) has not been learnt from masks yet: "
             "call fit(masks) first, or load weights that hold it."
         )
+
+
+def load(codec: LearntCodec, path: str | Path) -> None:
+    """Fill a code with what `maskset codecs fit` wrote for one of the same kind, size and length.
+
+    Raises:
+        ConfigError: the file is not there, is no such file, or is of another code.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    kind = type(codec).__name__.removesuffix("Codec").lower()
+    wanted = {"kind": kind, "size": str(codec.size), "length": str(codec.length)}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as a mask code: {error}") from None
+    if found.get("format") != FORMAT:
+        raise ConfigError(f"{path} is no mask code that this maskset can read: make one with 'maskset codecs fit'.")
+    if differing := [f"{name} {found.get(name)} instead of {value}" for name, value in wanted.items() if found.get(name) != value]:
+        raise ConfigError(f"{path} holds another mask code: {', '.join(differing)}.")
+    codec.load_state_dict(weights)

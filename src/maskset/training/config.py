@@ -13,7 +13,7 @@ class DataConfig:
     augmentation: Literal["detr", "lsj", "flip", "none"] = "detr"  # detr: flip, multi-scale, crop; lsj: large-scale jitter
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # detr, flip: one is drawn for each image, pixels
     long_side: int = 1333  # detr, flip: the longer side is at most this, pixels
-    crop_short_sides: tuple[int, ...] = (400, 500, 600)  # detr: half of the images are resized to one of these and cropped, pixels
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)  # detr: half of the images get one of these, then a crop, pixels
     crop_range: tuple[int, int] = (384, 600)  # detr: least and greatest side of that crop, pixels
     jitter_size: int = 1024  # lsj: side of the square canvas, pixels
     jitter_scale: tuple[float, float] = (0.1, 2.0)  # lsj: least and greatest scale relative to the canvas

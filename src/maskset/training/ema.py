@@ -1,12 +1,15 @@
 """Averaged weights: a copy of the model that follows it slowly, and is what gets evaluated and saved."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def averaged_copy(model: nn.Module) -> nn.Module:
+
+def averaged_copy(model: Model) -> Model:
     """Return a copy of the model whose weights `average` will move; it is not trained itself."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 

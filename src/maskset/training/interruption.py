@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_AGAIN = "stopped at once: the same command with --resume continues from the last checkpoint."
+
 
 class Interruption:
     """Turns the first Ctrl-C (or SIGTERM) into the flag `requested`; a second one raises KeyboardInterrupt.
@@ -16,7 +18,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
-        self._at_once = False
+        self._message, self._waits = _AGAIN, True
         self._process = os.getpid()
         self._previous: dict[int, object] = {}
 
@@ -30,19 +32,21 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Let signals raise KeyboardInterrupt at once inside of this context: nothing there would be lost."""
-        self._at_once = True
+    def at_once(self, message: str) -> Iterator[None]:
+        """Let Ctrl-C raise KeyboardInterrupt with this message inside of the context: nothing there would be lost."""
+        self._message, self._waits = message, False
         try:
+            if self.requested:
+                raise KeyboardInterrupt(message)
             yield
         finally:
-            self._at_once = False
+            self._message, self._waits = _AGAIN, True
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:  # a process that reads images: Ctrl-C is meant for the one that trains
             if number == signal.SIGTERM:
                 raise SystemExit(1)
-        elif self.requested or self._at_once:
-            raise KeyboardInterrupt
+        elif self.requested or not self._waits:
+            raise KeyboardInterrupt(self._message)
         else:
             self.requested = True

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from maskset import config
 from maskset.checkpoint import CheckpointError, opened, write_tensors
 from maskset.config import ConfigError
+from maskset.systems import System
 from maskset.training.config import Recipe
 
 RECIPE, METRICS, STATE = "recipe.json", "metrics.jsonl", "state.safetensors"  # files of a run folder ...
@@ -67,9 +67,9 @@ class Trained:
         scaler: of the loss in fp16, which has a `state_dict` of plain numbers.
     """
 
-    model: nn.Module
+    model: System
     optimizer: Optimizer
-    averaged: nn.Module | None = None
+    averaged: System | None = None
     scaler: Any = None
 
 
@@ -108,19 +108,19 @@ def save_state(folder: Path, trained: Trained, progress: Progress, data: dict[st
 
 
 def load_state(folder: Path, trained: Trained, data: dict[str, Any]) -> Progress:
-    """Put a run's state back and return where it stands; a run that was stopped before it wrote one is at the start.
+    """Put a run's state back and return where it stands.
 
     Raises:
         ConfigError: the training data is not that of the run.
         CheckpointError: the file is damaged or does not fit.
     """
-    if not (folder / STATE).exists():
-        return Progress()
     with opened(folder / STATE) as file:
         facts = {key: json.loads(text) for key, text in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if facts["data"] != data:
-        changed = [f"{key}: {facts['data'].get(key)} then, {value} now" for key, value in data.items() if facts["data"].get(key) != value]
+        changed = [
+            f"{key}: {facts['data'].get(key)} then, {value} now" for key, value in data.items() if facts["data"].get(key) != value
+        ]
         raise ConfigError(f"the training data is not what the run in {folder} was started with: {'; '.join(changed)}.")
     try:
         trained.model.load_state_dict(_under(tensors, "model/"))
@@ -141,20 +141,17 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a folder that a run must not be written into.
 
     Raises:
-        ConfigError: it holds a run and `resume` is not set; or it is, and there is no run, or one of another recipe.
+        ConfigError: it holds a run and `resume` is False; or `resume` is True and it holds none, or one of another recipe.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; a run needs a folder.")
-    if not resume:
-        if (folder / RECIPE).exists():
-            raise ConfigError(f"{folder} already holds a run: continue it with --resume, or choose another folder with --out.")
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"there is no run {folder} to resume.")
-    if (folder / RECIPE).exists():
-        changed = differences(config.read(Recipe, folder / RECIPE), recipe)
-        if changed:
-            raise ConfigError(f"the run in {folder} has another recipe: {'; '.join(changed)}. Resume it with the same settings.")
+    there = (folder / RECIPE).is_file()
+    if there and not resume:
+        raise ConfigError(f"{folder} already holds a run: continue it with --resume, or choose another folder with --out.")
+    if resume and not there:
+        raise ConfigError(f"{folder} holds no run to resume: leave --resume out to start one.")
+    if resume and (changed := differences(config.read(Recipe, folder / RECIPE), recipe)):
+        raise ConfigError(f"the run in {folder} has another recipe: {'; '.join(changed)}. Resume it with the same settings.")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -38,7 +38,7 @@ class Transfer:
     def __str__(self) -> str:
         lines = [f"taken whole: {len(self.taken)} tensors"]
         if self.by_class:
-            lines.append(f"class by class: {', '.join(self.by_class)}")
+            lines.append(f"class by class: {_listed(self.by_class)}")
             lines.append(f"  classes taken: {_listed(self.classes)}")
             lines.append(f"  classes that start anew: {_listed(self.fresh_classes)}")
         lines += [
@@ -69,7 +69,8 @@ def transfer(
     """
     old, new = ([category.name for category in listed] for listed in (state_categories, categories))
     done = Transfer(classes=[name for name in new if name in old], fresh_classes=[name for name in new if name not in old])
-    for name, tensor in model.state_dict().items():  # these share memory with the model's parameters
+    own = model.state_dict()
+    for name, tensor in own.items():  # these share memory with the model's parameters
         given = state.get(name)
         if given is None:
             done.fresh[name] = "not there"
@@ -86,7 +87,7 @@ def transfer(
             done.by_slot[name] = (len(given), len(tensor))
         else:
             done.fresh[name] = f"{list(given.shape)} there, {list(tensor.shape)} here"
-    done.unused = [name for name in state if name not in model.state_dict()]
+    done.unused = [name for name in state if name not in own]
     return done
 
 

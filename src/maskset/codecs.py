@@ -1,0 +1,299 @@
+"""Mask codes on real masks: learn one from a data set, and compare what is lost by each before any network is trained."""
+
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskset.checkpoint import write_tensors
+from maskset.config import ConfigError
+from maskset.data import open_data
+from maskset.data.dataset import Dataset
+from maskset.evaluation.average_precision import average_precision
+from maskset.inference.predict import shown
+from maskset.inference.results import written
+from maskset.masks import MaskCodec, learnt
+from maskset.masks.boxed import binarise, crop, paste
+from maskset.masks.dct import DctCodec
+from maskset.masks.flatten import FlattenCodec
+from maskset.masks.pca import PcaCodec
+from maskset.masks.sparse import SparseCodec
+from maskset.structures import Instances, Masks
+
+MOST_MASKS = 20_000  # from how many masks a code is learnt at the most; more take longer and change little
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # areas of COCO's evaluation, pixels
+
+
+@dataclass(frozen=True)
+class Code:
+    """A mask code by name.
+
+    Attributes:
+        kind: see `maskset.masks`.
+        size: side S of the box-local mask, pixels.
+        length: D, how many numbers describe one mask.
+    """
+
+    kind: Literal["dct", "pca", "sparse", "flatten"]
+    size: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.size} x {self.size}"
+
+
+# Table 3a of SOLQ. It gives the sizes of DCT and flatten, and 256 numbers; PCA with 60 at 28 x 28 is in the official code.
+PAPER_CODES = (
+    Code("dct", 128, 256),
+    Code("flatten", 28, 784),
+    Code("pca", 28, 256),
+    Code("pca", 28, 60),
+    Code("sparse", 28, 256),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeScore:
+    """What a code leaves of the masks of a data set; NaN where there is no object of the size.
+
+    Attributes:
+        data: the data set.
+        code: the code.
+        objects: how many were measured.
+        iou: mean IoU of a mask and its reconstruction; `iou_small` and so on by COCO's sizes of the annotated area.
+        mask_ap: COCO's mask AP of the reconstructions as results of score 1; `mask_ap_small` and so on by size.
+    """
+
+    data: str
+    code: Code
+    objects: int
+    iou: float
+    iou_small: float
+    iou_medium: float
+    iou_large: float
+    mask_ap: float
+    mask_ap_small: float
+    mask_ap_medium: float
+    mask_ap_large: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What mask codes leave of the masks of data sets; `print` shows a table.
+
+    Attributes:
+        scores: one element for each data set and code.
+        split: the part of the data that was measured; `learnt_from` the part that PCA and sparse codes were learnt from.
+        seconds: how long it took.
+    """
+
+    scores: tuple[CodeScore, ...]
+    split: str
+    learnt_from: str
+    seconds: float
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"What mask codes leave of the annotated masks ({self.split})")
+        for name in ("data", "objects", "code", "numbers"):
+            table.add_column(name, justify="right" if name in ("objects", "numbers") else "left")
+        for name in ("IoU", "small", "medium", "large", "mask AP", "small", "medium", "large"):
+            table.add_column(name, justify="right")
+        for i, score in enumerate(self.scores):
+            first = i == 0 or self.scores[i - 1].data != score.data
+            names = [score.data, f"{score.objects:,}"] if first else ["", ""]
+            last = i + 1 == len(self.scores) or self.scores[i + 1].data != score.data
+            numbers = [f"{value:.3f}".replace("nan", "-") for value in list(asdict(score).values())[3:]]
+            table.add_row(*names, str(score.code), str(score.code.length), *numbers, end_section=last)
+        console = Console(file=io.StringIO(), width=120)
+        console.print(table)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue() + (
+            "Upper bounds: each annotated mask is cropped to its annotated box, coded, decoded and pasted back; the results have\n"
+            f"score 1, and none is cut off. PCA and sparse codes were learnt from {self.learnt_from}. Networks trained with these codes\n"
+            "rank otherwise (SOLQ, Table 3a: DCT, PCA, flatten, sparse), since a short code is easier to predict.\n"
+            f"Took {self.seconds:.0f} s."
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as JSON, with null for what could not be measured, and return the path."""
+        rows = [
+            {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(score).items()}
+            for score in self.scores
+        ]
+        with written(Path(path)) as part:
+            part.write_text(json.dumps({**asdict(self), "scores": rows}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return Path(path)
+
+
+def fit(
+    kind: Literal["pca", "sparse"],
+    data: str | Path,
+    out: str | Path,
+    *,
+    size: int = 28,
+    length: int | None = None,
+    beta: float | None = None,
+    split: str = "train",
+    most_masks: int = MOST_MASKS,
+    skip_broken: bool = False,
+    progress: bool = True,
+) -> PcaCodec | SparseCodec:
+    """Return a code learnt from the masks of a data set, and write it as a file that `maskset.masks.learnt.load` reads.
+
+    Args:
+        kind: which code.
+        data: what `maskset.data.open_data` takes.
+        out: the .safetensors file.
+        size: side S of the box-local mask, pixels.
+        length: D, how many numbers describe one mask; None: 60 for pca, 256 for sparse.
+        beta: sparse: see `SparseCodec`.
+        split: which part of the data.
+        most_masks: masks that are read at the most, of images in random order.
+        skip_broken: leave out what `open_data` finds broken.
+        progress: whether to show how far it is on stderr.
+
+    Raises:
+        ConfigError: `kind` cannot be learnt, or the data has too few masks.
+        maskset.data.dataset.DataError: the data cannot be read.
+    """
+    if kind == "pca" and beta is None:
+        codec = PcaCodec(size, 60 if length is None else length)
+    elif kind == "sparse":
+        codec = SparseCodec(size, 256 if length is None else length, beta)
+    else:
+        raise ConfigError(
+            "only a sparse code has a beta."
+            if kind == "pca"
+            else f"a code of kind {kind!r} has nothing to learn; pca and sparse do."
+        )
+    out = Path(out)
+    if out.is_dir() or not out.parent.is_dir():  # before the work, not after
+        raise ConfigError(f"{out} cannot be written: it is a folder, or its folder does not exist.")
+    codec.fit(_crops(open_data(data, split, skip_broken=skip_broken), size, most_masks, f"reading {data} {split}", progress))
+    source = f"{Path(data).absolute().name} {split}, at most {most_masks} masks"
+    metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(size), "length": str(codec.length), "source": source}
+    if isinstance(codec, SparseCodec):
+        metadata["beta"] = f"{float(codec.beta):.6g}"
+    write_tensors(codec.state_dict(), out, metadata)
+    return codec
+
+
+def compare(
+    data: Sequence[str | Path],
+    *,
+    codes: Sequence[Code] = PAPER_CODES,
+    split: str = "val",
+    learn_from: str = "train",
+    most_masks: int = MOST_MASKS,
+    skip_broken: bool = False,
+    progress: bool = True,
+) -> Comparison:
+    """Return how well codes reconstruct the annotated masks of data sets: an upper bound of what a network can reach with them.
+
+    Masks go the way that they go in SOLQ: cropped to the annotated box (as a target), coded, decoded, set where they exceed
+    the middle of their range, pasted into the box (as a result).
+
+    Args:
+        data: each one something that `maskset.data.open_data` takes. A single JSON file has no parts: PCA and sparse codes
+            are then learnt from the masks that they are measured on.
+        codes: which codes.
+        split: the part of the data that is measured.
+        learn_from: the part that PCA and sparse codes are learnt from, for each data set anew.
+        most_masks: masks that they are learnt from at the most, of images in random order.
+        skip_broken: leave out what `open_data` finds broken.
+        progress: whether to show how far it is on stderr.
+
+    Raises:
+        ConfigError: the data has too few masks for a code that is learnt.
+        maskset.data.dataset.DataError: the data cannot be read.
+    """
+    start, scores = time.monotonic(), []
+    for one in data:
+        measured = open_data(one, split, skip_broken=skip_broken)  # a mistake in the path is told at once
+        codecs = [_codec(code) for code in codes]
+        for size in sorted({codec.size for codec in codecs if isinstance(codec, (PcaCodec, SparseCodec))}):
+            source = open_data(one, learn_from, skip_broken=skip_broken)
+            masks = torch.cat(list(_crops(source, size, most_masks, f"reading {one} {learn_from}", progress)))
+            for codec in codecs:
+                if isinstance(codec, (PcaCodec, SparseCodec)) and codec.size == size:
+                    codec.fit(masks)
+        scores += _scores(Path(one).name, measured, codes, codecs, progress)
+    return Comparison(scores=tuple(scores), split=split, learnt_from=learn_from, seconds=time.monotonic() - start)
+
+
+def _codec(code: Code) -> DctCodec | PcaCodec | SparseCodec | FlattenCodec:
+    if code.kind == "flatten":
+        return FlattenCodec(code.size)
+    return {"dct": DctCodec, "pca": PcaCodec, "sparse": SparseCodec}[code.kind](code.size, code.length)
+
+
+def _crops(data: Dataset, size: int, most: int, what: str, progress: bool) -> Iterator[Bool[Tensor, "T S S"]]:
+    """Yield the masks of each image inside their annotated boxes, of images in an order that is random but always the same."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    yield torch.zeros(0, size, size, dtype=torch.bool)  # so that there is something, whatever the data has
+    for index in shown(order, len(order), what) if progress else order:
+        objects = data.objects(index)[:most]
+        yield crop(objects.masks, objects.boxes, size)
+        most -= len(objects)
+        if not most:
+            return
+
+
+@torch.no_grad()
+def _scores(name: str, data: Dataset, codes: Sequence[Code], codecs: Sequence[MaskCodec], progress: bool) -> Iterator[CodeScore]:
+    """Yield the score of each code on all objects of a data set."""
+    overlaps: list[list[Tensor]] = [[] for _ in codes]
+    results: list[list[dict[str, Any]]] = [[] for _ in codes]
+    areas = torch.cat([data.areas(index) for index in range(len(data))])
+    for index in shown(range(len(data)), len(data), f"coding {name}") if progress else range(len(data)):
+        objects = data.objects(index)
+        truth = Masks(objects.masks.rle(), objects.masks.size)  # polygons are drawn once, not for every code
+        for i, codec in enumerate(codecs):
+            masks = reconstructed(codec, truth, objects.boxes)
+            overlaps[i].append(_overlaps(truth, masks))
+            found = Instances(objects.labels, objects.boxes, masks, torch.ones(len(objects)), data.categories)
+            results[i] += found.to_coco(index)
+    most = max(1, int(data.counts().max()))
+    for code, overlap, rows in zip(codes, overlaps, results, strict=True):
+        ious, metrics = torch.cat(overlap), average_precision(data, rows, most)
+        yield CodeScore(
+            data=name,
+            code=code,
+            objects=len(ious),
+            iou=_mean(ious),
+            **{f"iou_{size}": _mean(ious[(areas >= least) & (areas < end)]) for size, (least, end) in SIZES.items()},
+            mask_ap=metrics.mask_ap,
+            mask_ap_small=metrics.mask_ap_small,
+            mask_ap_medium=metrics.mask_ap_medium,
+            mask_ap_large=metrics.mask_ap_large,
+        )
+
+
+def reconstructed(codec: MaskCodec, masks: Masks, boxes: Float[Tensor, "T 4"]) -> Masks:
+    """Return what is left of the masks of an image after they were coded and decoded inside their boxes."""
+    codes = codec.encode(crop(masks, boxes, codec.size).float())
+    return paste(binarise(codec.decode(codes)), boxes, masks.size)
+
+
+def _overlaps(masks: Masks, others: Masks) -> Float[Tensor, "T"]:
+    """Return the IoU of each mask with the other of the same position; NaN if neither has a pixel."""
+    ious = [torch.zeros(0)]
+    for one, other in zip(masks, others, strict=True):  # one at a time: hundreds of large images would not fit
+        a, b = one.dense(), other.dense()
+        ious.append((a & b).sum()[None] / (a | b).sum())
+    return torch.cat(ious)
+
+
+def _mean(values: Float[Tensor, "n"]) -> float:
+    return float(values.nanmean())

@@ -1,0 +1,47 @@
+"""A small model from nothing to pictures, on generated images: what `make demo` runs. A plain script over public functions."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from maskset.data import open_data
+from maskset.evaluation.evaluate import evaluate
+from maskset.evaluation.metrics import Metrics
+from maskset.inference.predict import predict_files
+from maskset.inference.results import save_all
+from maskset.training.train import train
+
+_PICTURES = 12
+
+_NEXT = """
+The model is {run}, the pictures are in {found}/drawings. What to type next:
+
+  maskset predict {run} {images}                       find the objects in pictures
+  maskset show {run}                                  every setting of the model, and its classes
+  maskset train solq-small --data DATA --out runs/first   learn from your own pictures: `maskset train --help`
+"""
+
+
+def demo(folder: Path) -> Metrics:
+    """Train a small model on generated shapes, and return how well it does on images that it has not seen.
+
+    A demo that was interrupted goes on where it stopped; one that is finished is measured and drawn again.
+
+    Args:
+        folder: gets `run/` with the model, `images/` with pictures to look at, and `found/` with what the model finds in them.
+    """
+    run, images, found = folder / "run", folder / "images", folder / "found"
+    train("solq-tiny", "shapes", run, resume=(run / "recipe.json").is_file())
+
+    print("\nOn 200 images that had no part in the training:\n")
+    metrics = evaluate(run, "shapes", split="test")
+    print(metrics)
+
+    unseen = open_data("shapes", "test")
+    images.mkdir(exist_ok=True)
+    for index in range(_PICTURES):
+        pixels = unseen.image(index).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(images / f"{index + 1:02}.png")
+    save_all(predict_files(run, [images]), found)
+    print(_NEXT.format(run=run, images=images, found=found))
+    return metrics

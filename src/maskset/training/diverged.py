@@ -1,0 +1,51 @@
+"""When a loss is not finite: what is said, and what is kept for a look."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from maskset.checkpoint import write_tensors
+from maskset.training.step import NotFinite
+
+
+class TrainingDiverged(ValueError):
+    """A term of the loss, or its gradient, is NaN or infinite."""
+
+
+def diverged(folder: Path, step: int, rates: Mapping[str, float], problem: NotFinite, names: Sequence[str]) -> TrainingDiverged:
+    """Write the batch into diverged/ of the run's folder, and return the error to raise.
+
+    batch.safetensors gets the pixels (uint8), the sizes, and the boxes and labels of each image; batch.json all the rest.
+
+    Args:
+        folder: of the run.
+        step: optimiser steps done before.
+        rates: learning rates by parameter group.
+        problem: what was found.
+        names: of the images in the batch.
+    """
+    images, objects = problem.batch
+    tensors = {"pixels": images.pixels, "sizes": images.sizes}
+    for i, found in enumerate(objects):
+        tensors |= {f"boxes/{i}": found.boxes, f"labels/{i}": found.labels}
+    values = {name: float(term) for name, term in problem.terms.items()}
+    facts = {
+        "why": problem.why,
+        "step": step,
+        "learning_rates": dict(rates),
+        "terms": {name: value if math.isfinite(value) else str(value) for name, value in values.items()},
+        "images": list(names),
+        "annotations": [found.to_coco(i) for i, found in enumerate(objects)],
+    }
+    kept = folder / "diverged"
+    kept.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, kept / "batch.safetensors", {})
+    (kept / "batch.json").write_text(json.dumps(facts, indent=2) + "\n")
+    shown = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+    listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return TrainingDiverged(
+        f"training diverged in step {step}: {problem.why} Learning rates: {shown}. Images: {listed}. The batch is in {kept}. "
+        "Try a lower --train.learning-rate, a longer --train.warmup-steps, a smaller --train.clip-norm, or another "
+        f"--train.precision than fp16: in a new run, which may start from this one's last checkpoint with --init {folder}."
+    )

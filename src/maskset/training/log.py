@@ -1,0 +1,132 @@
+"""What a run says: a bar on a terminal or plain lines elsewhere, metrics.jsonl always, and trackers where asked for."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from maskset.config import ConfigError
+from maskset.evaluation.metrics import Metrics
+from maskset.training.state import Progress
+
+Send = Callable[[dict[str, float], int], None]  # gives a tracker numbers of a step
+
+
+class Log:
+    """The voice of a run; a context, inside of which the bar is shown.
+
+    Args:
+        file: metrics.jsonl, which is cut back to where the run stands.
+        progress: where that is.
+        last_step: optimiser steps when all is done.
+        epochs: how many there will be.
+        send: gives numbers to the trackers.
+        active: False says nothing and writes nothing; so it is in all processes but one.
+    """
+
+    def __init__(self, file: Path, progress: Progress, last_step: int, epochs: int, send: Send, active: bool = True) -> None:
+        self._active, self._epochs, self._last_step, self._send = active, epochs, last_step, send
+        self._console = Console(quiet=not active, highlight=False, soft_wrap=True)
+        self._file = file.open("ab") if active else None
+        if self._file is not None:
+            self._file.truncate(min(progress.log_bytes, self._file.tell()))
+            self._file.seek(0, 2)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=self._console,
+            disable=not (active and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("training", completed=progress.step, total=last_step, losses="")
+        self._time, self._step = time.perf_counter(), progress.step
+
+    def __enter__(self) -> "Log":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def bytes(self) -> int:
+        """The length of metrics.jsonl."""
+        return self._file.tell() if self._file is not None else 0
+
+    def say(self, text: str) -> None:
+        """Print a line or several."""
+        self._console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Move the bar to a step."""
+        self._bar.update(self._task, completed=step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hide the bar inside of this context, and count its time for no training step."""
+        before = time.perf_counter()
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
+            self._time += time.perf_counter() - before
+
+    def trained(self, step: int, epoch: int, rates: Mapping[str, float], values: Mapping[str, float], batch_size: int) -> None:
+        """Write down a training step: the learning rates and the loss's parts, with the time since the last one."""
+        seconds = (time.perf_counter() - self._time) / max(1, step - self._step)
+        self._time, self._step = time.perf_counter(), step
+        learning_rates = {("learning_rate" if name == "rest" else f"learning_rate/{name}"): rate for name, rate in rates.items()}
+        timing = {"seconds": seconds, "images_per_second": batch_size / seconds}
+        self._write("train", epoch, step, {**learning_rates, **values, **timing})
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if "/" not in name)
+        if self._bar.disable:
+            left = seconds * (self._last_step - step)
+            place = f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._last_step}"
+            self.say(f"{place}  {shown}  lr {rates.get('rest', 0):.3g}  {seconds:.2f} s/step  {_clock(left)} left")
+        else:
+            self._bar.update(self._task, description=f"epoch {epoch + 1}/{self._epochs}", losses=shown)
+
+    def evaluated(self, step: int, epoch: int, metrics: Metrics, seconds: float, note: str) -> None:
+        """Write down an evaluation."""
+        numbers = {name: value for name, value in metrics.to_dict().items() if isinstance(value, (int, float)) or value is None}
+        self._write("val", epoch, step, {**numbers, "seconds": seconds})
+        self.say(
+            f"epoch {epoch + 1}/{self._epochs}  mask AP {metrics.mask_ap:.3f}  AP50 {metrics.mask_ap50:.3f}  "
+            f"box AP {metrics.box_ap:.3f}  ({seconds:.0f} s){note}"
+        )
+
+    def _write(self, split: str, epoch: int, step: int, values: Mapping[str, float | None]) -> None:
+        if self._file is None:
+            return
+        self._file.write((json.dumps({"split": split, "epoch": epoch, "step": step, **values}) + "\n").encode())
+        self._file.flush()
+        self._send({f"{split}/{name}": value for name, value in values.items() if value is not None}, step)
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers whose package is not there.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"train.trackers asks for {', '.join(missing)}, not installed: pip install {' '.join(missing)}, or 'maskset[track]'."
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

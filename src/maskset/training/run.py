@@ -1,0 +1,217 @@
+"""A run before its first step: everything checked, built and loaded, in the order that makes mistakes known early."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
+
+from maskset import config as settings
+from maskset import recipes
+from maskset.checkpoint import CheckpointError, find, read, save
+from maskset.config import ConfigError
+from maskset.data import Dataset, open_data
+from maskset.data.loading import batch_order, steps_per_epoch, warn_about_slots
+from maskset.layers.backbone import load_pretrained
+from maskset.systems import System, build
+from maskset.training import state
+from maskset.training.config import Recipe, TrainConfig
+from maskset.training.ema import averaged_copy
+from maskset.training.log import Log, check_trackers
+from maskset.training.optimizer import build_optimizer, learning_rate_advice
+from maskset.training.state import Progress, Trained, seed_everything
+from maskset.training.step import Step
+from maskset.training.transfer import transfer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of; only `progress`, and what `trained` and `step` hold, change.
+
+    Attributes:
+        folder: where everything is written.
+        recipe: with the class count of the data.
+        training: what is learnt from.
+        judging: what is evaluated on.
+        accelerator: devices, processes, precision.
+        trained: model, optimiser, averaged weights.
+        step: the module to call, on its device and wrapped for several processes.
+        batch_size: images that one process computes at once.
+        steps: optimiser steps of an epoch.
+        progress: where the run stands.
+    """
+
+    folder: Path
+    recipe: Recipe
+    training: Dataset
+    judging: Dataset
+    accelerator: Accelerator
+    trained: Trained
+    step: nn.Module
+    batch_size: int
+    steps: int
+    progress: Progress
+
+    @property
+    def kept(self) -> System:
+        """The model to evaluate and to save: the averaged one where there is one."""
+        return self.trained.model if self.trained.averaged is None else self.trained.averaged
+
+    @property
+    def batches_done(self) -> int:
+        """Batches of this epoch that each process has done."""
+        return (self.progress.step - self.progress.epoch * self.steps) * self.recipe.train.accumulate
+
+    def image_names(self, place: int) -> list[str]:
+        """Return the files of the images of this process in batch `place` of the step that comes next."""
+        data, processes = self.training.images, self.accelerator.num_processes
+        wide = np.array([image.width >= image.height for image in data]) if self.recipe.data.group_by_aspect else None
+        order = batch_order(len(data), self.batch_size * processes, self.recipe.train.seed, self.progress.epoch, wide)
+        mine = order[self.batches_done + place].reshape(processes, -1)[self.accelerator.process_index]
+        return [str(data[i].file or f"image {data[i].id}") for i in mine.tolist()]
+
+    def write(self, log: Log) -> None:
+        """Write state and last checkpoint. Each replaces its file whole; to resume, the state alone is needed."""
+        self.progress.log_bytes = log.bytes
+        if self.accelerator.is_main_process:
+            state.save_state(self.folder, self.trained, self.progress, _facts(self.training))
+            save(self.kept, self.recipe, self.folder / state.LAST)
+        self.accelerator.wait_for_everyone()
+
+
+def open_run(
+    recipe: Recipe | str, data: str | Path, folder: Path, init: str | Path | None, resume: bool, images: str | Path | None
+) -> tuple[Run, list[str]]:
+    """Return a run that is ready to go (on), and what to tell the user about it. See `maskset.train`."""
+    recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
+    check_trackers(recipe.train.trackers)
+    training, judging = (open_data(data, split, images, recipe.data.skip_broken) for split in ("train", "val"))
+    recipe = replace(recipe, model=replace(recipe.model, num_classes=len(training.categories)))
+    state.check_folder(folder, recipe, resume)
+    config, accelerator = recipe.train, _open_accelerator(recipe.train, folder)
+    batch_size = _batch_size(config, accelerator.num_processes)
+    lines = []
+
+    seed_everything(config.seed, 0, 0)
+    model = build(recipe.model, training.categories)
+    if not resume:
+        lines += _initialise(model, recipe, training, init, accelerator)
+    step = accelerator.prepare(Step(model))  # moves the model to its device, which the optimiser must see
+    optimizer = accelerator.prepare(build_optimizer(model, config))
+    averaged = averaged_copy(model) if config.ema_decay else None
+    trained = Trained(model, optimizer, averaged, accelerator.scaler)
+    progress = state.load_state(folder, trained, _facts(training)) if resume else Progress()
+
+    batches = steps_per_epoch(len(training), batch_size, accelerator.num_processes)
+    steps = -(-batches // config.accumulate)
+    run = Run(folder, recipe, training, judging, accelerator, trained, step, batch_size, steps, progress)
+    _create_folder(run, resume)
+    return run, [*lines, *_summary(run, resume)]
+
+
+@contextmanager
+def open_log(run: Run) -> Iterator[Log]:
+    """Give the log of the run, cut back to where the run stands, and close its trackers at the end."""
+    config, accelerator = run.recipe.train, run.accelerator
+    if config.trackers:
+        facts = {name: str(value) for name, value in state.flat(settings.to_dict(run.recipe)).items()}
+        accelerator.init_trackers("maskset", facts)
+    file, steps = run.folder / state.METRICS, config.epochs * run.steps
+    try:
+        with Log(file, run.progress, steps, config.epochs, accelerator.log, accelerator.is_main_process) as log:
+            yield log
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _open_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    AcceleratorState._reset_state()  # else accelerate holds a second run in this process to the precision of the first
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(config.trackers),
+        project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while the first process computes AP
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"training runs on one or several CPUs or GPUs with DDP, not with {accelerator.distributed_type.value}."
+        )
+    return accelerator
+
+
+def _batch_size(config: TrainConfig, processes: int) -> int:
+    if config.batch_size % (config.accumulate * processes):
+        raise ConfigError(
+            f"train.batch_size must be a multiple of {processes} processes x train.accumulate {config.accumulate}, "
+            f"got {config.batch_size}."
+        )
+    return config.batch_size // (config.accumulate * processes)
+
+
+def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Path | None, accelerator: Accelerator) -> list[str]:
+    """Give a new model the weights it starts from, and return what was taken from where.
+
+    Raises:
+        CheckpointError: `init` is none, or nothing of it fits.
+        ConfigError: there are no ImageNet weights to be had.
+    """
+    lines, fresh = [], set(model.state_dict())
+    if init is not None:
+        path = find(init)
+        metadata, weights = read(path)
+        done = transfer(model, training.categories, weights, metadata.categories)
+        if not done.taken:
+            raise CheckpointError(f"nothing in {path} fits the model.")
+        lines += [f"start from {path}", *(f"  {line}" for line in str(done).split("\n"))]
+        fresh = set(done.fresh)
+    if recipe.model.pretrained and any(name.startswith("backbone.") for name in fresh):
+        with accelerator.local_main_process_first():  # one process of each machine downloads, the others find it there
+            lines.append(load_pretrained(model.get_submodule("backbone"), recipe.model.backbone_weights))  # type: ignore[arg-type]
+    fitted = {name for name, _ in model.named_buffers() if not name.startswith("backbone.")}
+    if init is None or fitted & fresh:
+        model.prepare(training.objects(index) for index in range(len(training)))
+    return lines
+
+
+def _create_folder(run: Run, resume: bool) -> None:
+    """Write what makes a folder one of a run. The recipe comes last: where it is, there is a state to resume from."""
+    run.accelerator.wait_for_everyone()  # until all have checked that there is no run yet
+    if run.accelerator.is_main_process:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            state.save_state(run.folder, run.trained, run.progress, _facts(run.training))
+        part = run.folder / f".{state.RECIPE}.part"
+        settings.write(run.recipe, part)
+        os.replace(part, run.folder / state.RECIPE)
+    run.accelerator.wait_for_everyone()
+
+
+def _summary(run: Run, resume: bool) -> list[str]:
+    model, config, processes = run.trained.model, run.recipe.train, run.accelerator.num_processes
+    total = sum(parameter.numel() for parameter in model.parameters())
+    learnt = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    device = str(run.accelerator.device) + (f" x {processes} processes" if processes > 1 else "") + f", {config.precision}"
+    lines = [
+        f"model: {run.recipe.model.system}, {total / 1e6:.1f} M parameters ({learnt / 1e6:.1f} M trained), on {device}",
+        f"data: {len(run.training)} images to learn from, {len(run.judging)} to evaluate on, {len(model.categories)} classes",
+        f"{config.epochs} epochs of {run.steps} steps; {learning_rate_advice(config)}",
+        f"run: {run.folder}" + (f", resumed after {run.progress.step} steps" if resume else ""),
+    ]
+    slots = getattr(run.recipe.model, "num_queries", None)
+    warning = warn_about_slots(run.training, slots) if slots is not None else None
+    return lines + ([f"warning: {warning}"] if warning else [])
+
+
+def _facts(training: Dataset) -> dict[str, object]:
+    """Return what the data must be like for a run to go on with it."""
+    return {"images": len(training), "categories": [[category.name, category.coco_id] for category in training.categories]}

@@ -1,0 +1,35 @@
+"""Pictures of what the model finds, drawn after each evaluation: what is annotated above, what is found below."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from maskset.data import Dataset
+from maskset.inference.draw import draw
+from maskset.inference.predict import predict
+from maskset.systems import System
+
+_COUNT = 4  # images, spread over the data
+_HEIGHT = 320  # of each picture in the sheet, pixels
+_THRESHOLD = 0.3  # least score of what is drawn; early in training little is above
+
+
+def draw_samples(model: System, dataset: Dataset, path: Path) -> None:
+    """Write a sheet of a few images of the data set, always the same ones, with annotations and predictions drawn on them."""
+    columns = []
+    for index in range(0, len(dataset), max(1, len(dataset) // _COUNT))[:_COUNT]:
+        pixels, annotated = dataset.read(index)
+        found = predict(model, pixels, threshold=_THRESHOLD)
+        columns.append([_shrunk(draw(pixels, objects)) for objects in (annotated, found)])
+    sheet = Image.new("RGB", (sum(above.width for above, _ in columns), 2 * _HEIGHT))
+    left = 0
+    for pictures in columns:
+        for row, picture in enumerate(pictures):
+            sheet.paste(picture, (left, row * _HEIGHT))
+        left += pictures[0].width
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path, quality=90)
+
+
+def _shrunk(picture: Image.Image) -> Image.Image:
+    return picture.resize((max(1, round(picture.width * _HEIGHT / picture.height)), _HEIGHT), Image.Resampling.LANCZOS)

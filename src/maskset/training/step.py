@@ -1,0 +1,91 @@
+"""One optimiser step, on one or several batches of each process."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from maskset.matching import MatchingError
+from maskset.structures import ImageBatch, Instances
+from maskset.systems import System
+
+Batch = tuple[ImageBatch, list[Instances]]
+
+
+class Step(nn.Module):
+    """Images and objects in, terms of the loss out. DDP wraps this, so that what only the loss uses is inside."""
+
+    def __init__(self, system: System) -> None:
+        super().__init__()
+        self.system = system
+
+    def forward(self, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return the weighted terms, computed in float32 whatever the network is computed in."""
+        output = self.system(images)
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self.system.loss(output, images, objects)
+
+
+class NotFinite(ArithmeticError):
+    """A term of the loss, or the gradient, is NaN or infinite.
+
+    Args:
+        why: a sentence.
+        terms: of the loss, as far as they are known.
+        batch: that it was found in.
+        place: which of the step's batches that is.
+    """
+
+    def __init__(self, why: str, terms: Mapping[str, Tensor], batch: Batch, place: int) -> None:
+        super().__init__(why)
+        self.why, self.terms, self.batch, self.place = why, terms, batch, place
+
+
+def update(
+    accelerator: Accelerator, step: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], clip_norm: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Do one optimiser step and return this process's loss and its terms, and the norm of the gradient before clipping.
+
+    The gradient is the mean over batches and processes; each batch has its own divisors, as in the official code.
+
+    Args:
+        accelerator: that has prepared the next two.
+        step: a `Step`.
+        optimizer: over its parameters.
+        batches: uint8 pixels and objects, on the CPU; they are computed one after the other.
+        clip_norm: greatest norm of the gradient; 0 leaves it alone.
+
+    Raises:
+        NotFinite: a term or the gradient is not finite; no weight has changed.
+    """
+    optimizer.zero_grad()
+    shares = []
+    for place, batch in enumerate(batches):
+        with nullcontext() if place == len(batches) - 1 else accelerator.no_sync(step):
+            terms = _terms(accelerator, step, batch, place)
+            accelerator.backward(terms["loss"] / len(batches))
+        shares.append({name: term.detach() / len(batches) for name, term in terms.items()})
+    norm = accelerator.clip_grad_norm_(step.parameters(), clip_norm or torch.inf)
+    assert isinstance(norm, Tensor)
+    if accelerator.scaler is None and not torch.isfinite(norm):  # in fp16 the scaler leaves the step out and goes on
+        raise NotFinite(f"the norm of the gradient is {norm.item()}.", shares[-1], batches[-1], len(batches) - 1)
+    optimizer.step()
+    return {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}, norm
+
+
+def _terms(accelerator: Accelerator, step: nn.Module, batch: Batch, place: int) -> dict[str, Tensor]:
+    """Return the loss of a batch and, after it, its terms."""
+    system: System = accelerator.unwrap_model(step).system
+    images = batch[0].to(accelerator.device, non_blocking=True).normalised(system.input)
+    try:
+        terms = step(images, [found.to(accelerator.device, non_blocking=True) for found in batch[1]])
+    except MatchingError as error:
+        raise NotFinite(str(error), {}, batch, place) from None
+    total = torch.stack(list(terms.values())).sum()
+    if not torch.isfinite(total):
+        bad = [f"{name} is {term.item()}" for name, term in terms.items() if not torch.isfinite(term)]
+        raise NotFinite(f"{', '.join(bad) or f'the loss is {total.item()}'}.", terms, batch, place)
+    return {"loss": total, **terms}

@@ -1,0 +1,160 @@
+"""Training: one loop for all systems, from top to bottom. Copy it if you need another."""
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from maskset.checkpoint import save
+from maskset.data.loading import training_batches
+from maskset.evaluation.evaluate import evaluate
+from maskset.evaluation.metrics import Metrics
+from maskset.training import state
+from maskset.training.config import Recipe, TrainConfig
+from maskset.training.diverged import TrainingDiverged, diverged
+from maskset.training.ema import average
+from maskset.training.interruption import Interruption
+from maskset.training.log import Log
+from maskset.training.optimizer import rate_factor, set_learning_rates
+from maskset.training.run import Run, open_log, open_run
+from maskset.training.samples import draw_samples
+from maskset.training.state import seed_everything
+from maskset.training.step import Batch, NotFinite, Step, update
+
+Item = TypeVar("Item")
+
+
+def train(
+    recipe: Recipe | str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    init: str | Path | None = None,
+    resume: bool = False,
+    images: str | Path | None = None,
+) -> Metrics:
+    """Train a model and return its last evaluation.
+
+    The folder `out` gets recipe.json, best.safetensors (greatest mask AP) and last.safetensors, which `maskset.load` takes,
+    metrics.jsonl, pictures in samples/, and state.safetensors to resume from. On a CPU, a run that was stopped at any moment
+    and resumed ends with the same bits as one that was not.
+
+    Args:
+        recipe: what to train and how: a recipe, the name of one, or a recipe.json.
+        data: what `maskset.data.open_data` takes, with splits "train" and "val".
+        out: folder of the run.
+        init: what `maskset.load` takes; training starts from what of its weights fits.
+        resume: continue the run in `out`.
+        images: the folder of the images, where `data` is a JSON file; that is then both learnt from and evaluated on.
+
+    Raises:
+        ConfigError: a setting is not possible, `out` holds a run and `resume` is False, or the reverse.
+        DataError: the data cannot be used.
+        CheckpointError: `init` is no checkpoint, or nothing of it fits.
+        TrainingDiverged: the loss or its gradient is not finite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; a checkpoint has been written, and the message says how to go on.
+    """
+    run, lines = open_run(recipe, data, Path(out), init, resume, images)
+    config, progress, trained = run.recipe.train, run.progress, run.trained
+    metrics = None
+    with open_log(run) as log, Interruption() as interruption:
+        log.say("\n".join(lines))
+        for epoch in range(progress.epoch, config.epochs):
+            if config.patience and progress.stale >= config.patience:
+                log.say(f"stopped early: {progress.stale} evaluations without a better mask AP")
+                break
+            trained.model.train()
+            for batches in grouped(_batches(run, epoch), config.accumulate):
+                seed_everything(config.seed, progress.step, run.accelerator.process_index)
+                rates = set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
+                try:
+                    terms, norm = update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
+                except NotFinite as problem:
+                    raise diverged(run.folder, progress.step, rates, problem, run.image_names(problem.place)) from None
+                progress.step += 1
+                if trained.averaged is not None:
+                    average(trained.averaged, trained.model, config.ema_decay, progress.step)
+                log.advance(progress.step)
+                if progress.step % config.log_every == 0:
+                    log.trained(
+                        progress.step, epoch, rates, _mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size
+                    )
+                stop = _any_process(run.accelerator, interruption.requested)
+                if stop or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
+                    run.write(log)
+                if stop:
+                    raise KeyboardInterrupt(_stopped(run))
+            if _evaluation_is_due(epoch, config):
+                run.write(log)
+                with interruption.at_once(_stopped(run)), log.paused():
+                    metrics = _judge(run, epoch, log)
+            progress.epoch = epoch + 1
+            run.write(log)
+    return metrics or evaluate(run.kept, run.judging, max_detections=config.max_detections)
+
+
+def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of `count`; the last list may be shorter."""
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == count:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _batches(run: Run, epoch: int) -> Iterator[Batch]:
+    """Return this process's batches of an epoch that are still to do."""
+    accelerator, divisor, seed = run.accelerator, run.trained.model.input.divisor, run.recipe.train.seed
+    place = accelerator.process_index, accelerator.num_processes
+    return training_batches(run.training, run.recipe.data, run.batch_size, divisor, seed, epoch, *place, start=run.batches_done)
+
+
+def _judge(run: Run, epoch: int, log: Log) -> Metrics:
+    """Evaluate, keep the weights if they are the best so far, draw what they find, and return the metrics."""
+    start, progress = time.perf_counter(), run.progress
+    metrics = evaluate(run.kept, run.judging, max_detections=run.recipe.train.max_detections)
+    better = metrics.mask_ap > (-1 if progress.best is None else progress.best)  # False for NaN: nothing to find
+    if better and run.accelerator.is_main_process:
+        save(run.kept, run.recipe, run.folder / state.BEST)
+    progress.best, progress.stale = (metrics.mask_ap, 0) if better else (progress.best, progress.stale + 1)
+    if run.accelerator.is_main_process:
+        draw_samples(run.kept, run.judging, run.folder / "samples" / f"epoch_{epoch + 1:03}.jpg")
+    log.evaluated(progress.step, epoch, metrics, time.perf_counter() - start, ", the best so far" if better else "")
+    return metrics
+
+
+def _evaluation_is_due(epoch: int, config: TrainConfig) -> bool:
+    done = epoch + 1
+    return done == config.epochs or (config.evaluate_every > 0 and done % config.evaluate_every == 0)
+
+
+def _mean(accelerator: Accelerator, values: dict[str, Tensor]) -> dict[str, float]:
+    """Return the means over the processes."""
+    stacked = torch.stack([value.float() for value in values.values()])
+    return dict(zip(values, accelerator.reduce(stacked, "mean").tolist(), strict=True))  # type: ignore[union-attr]
+
+
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether the flag is set in any process: all must stop after the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    total = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
+    assert isinstance(total, Tensor)
+    return total.item() > 0
+
+
+def _stopped(run: Run) -> str:
+    return (
+        f"stopped after step {run.progress.step}, epoch {run.progress.epoch + 1}: "
+        f"the same command with --resume continues the run in {run.folder}."
+    )
+
+
+__all__ = ["Step", "TrainingDiverged", "train"]

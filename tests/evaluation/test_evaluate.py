@@ -1,0 +1,183 @@
+"""Evaluation: results are measured on the right images, classes and counts, on one process and on two."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fakes import Listed, Oracle, discs, found
+
+from maskset.data import DataError
+from maskset.evaluation.evaluate import evaluate
+from maskset.structures import Category
+
+CLASSES = (Category("cat", 5), Category("dog", 9))
+SIZES = [(40, 60), (60, 40), (40, 60), (50, 50), (40, 60)]
+
+
+def objects(size, seed):
+    rng = np.random.default_rng(seed)
+    places = [(rng.uniform(10, size[1] - 10), rng.uniform(10, size[0] - 10), 6) for _ in range(4)]
+    return found([0, 1, 1, 0], discs(places, size), None, CLASSES)
+
+
+def data() -> Listed:
+    return Listed([objects(size, seed) for seed, size in enumerate(SIZES)])
+
+
+def answers(data: Listed, categories=CLASSES) -> list:
+    """Return the annotations as results, for a model whose classes may be in another order."""
+    order = torch.tensor([[one.name for one in categories].index(one.name) for one in data.categories])
+    return [
+        replace(one, labels=order[one.labels], scores=torch.linspace(0.9, 0.6, len(one)), categories=categories)
+        for one in map(data.objects, range(len(data)))
+    ]
+
+
+def test_a_model_that_knows_the_answers_reaches_one():
+    listed = data()
+    metrics = evaluate(Oracle(answers(listed)), listed, progress=False)
+    assert metrics.mask_ap == metrics.box_ap == 1
+    assert (metrics.images, metrics.objects, metrics.skipped) == (5, 20, 0)
+    assert metrics.missing_in_model == metrics.missing_in_data == ()
+
+
+def test_classes_are_matched_by_name_whatever_their_order_and_ids():
+    listed, classes = data(), (Category("dog", 1), Category("horse", 2), Category("cat", 3), Category("unused", 12))
+    metrics = evaluate(Oracle(answers(listed, classes)), listed, progress=False)
+    assert metrics.mask_ap == 1
+    assert metrics.missing_in_data == ("horse", "unused")
+    assert metrics.missing_in_model == ()
+
+
+def test_a_class_that_the_model_lacks_counts_as_not_found():
+    listed = data()
+    only_cats = [replace(one[one.labels == 0], categories=CLASSES[:1]) for one in answers(listed)]
+    metrics = evaluate(Oracle(only_cats), listed, progress=False)
+    assert metrics.missing_in_model == ("dog",)
+    assert [one.mask_ap for one in metrics.per_class] == [1, 0]
+    assert metrics.mask_ap == 0.5
+
+
+def test_a_class_that_the_data_lacks_takes_no_place_among_the_results():
+    listed, classes = data(), (*CLASSES, Category("horse", 11))
+    with_horses = []
+    for one in answers(listed, classes):
+        horses = replace(one, labels=torch.full((4,), 2), scores=torch.full((4,), 0.99))
+        labels, scores = torch.cat([horses.labels, one.labels]), torch.cat([horses.scores, one.scores])
+        masks = np.concatenate([horses.masks.dense(), one.masks.dense()])
+        with_horses.append(found(labels.tolist(), masks, scores.tolist(), classes))
+    assert evaluate(Oracle(with_horses), listed, max_detections=4, progress=False).mask_ap == 1
+
+
+def test_a_model_and_data_without_a_common_class_are_refused():
+    listed = data()
+    other = [replace(one, categories=(Category("Cat", 5), Category("Dog", 9))) for one in answers(listed)]
+    with pytest.raises(DataError, match="the model finds Cat, Dog, the data has cat, dog: no class has the same name"):
+        evaluate(Oracle(other), listed, progress=False)
+
+
+def test_no_more_than_max_detections_are_asked_for():
+    listed = data()
+    metrics = evaluate(Oracle(answers(listed)), listed, max_detections=2, progress=False)
+    assert metrics.max_detections == 2
+    assert metrics.mask_ar == pytest.approx(0.5)
+
+
+def test_images_of_one_size_share_batches():
+    listed = data()
+    model = Oracle(answers(listed))
+    evaluate(model, listed, batch_size=2, progress=False)
+    assert sorted(model.batches) == [1, 1, 1, 2]
+
+
+def test_the_mode_of_every_part_of_the_model_stays_as_it_was():
+    listed = data()
+    model = Oracle(answers(listed)).train()
+    model.frozen.eval()
+    evaluate(model, listed, progress=False)
+    assert model.training
+    assert not model.frozen.training
+    evaluate(model.eval(), listed, progress=False)
+    assert not model.training
+
+
+def test_a_broken_image_is_an_error_that_names_it():
+    listed = data()
+    listed.broken.add(3)
+    with pytest.raises(DataError, match=r"3\.png"):
+        evaluate(Oracle(answers(listed)), listed, progress=False)
+
+
+def test_where_broken_images_are_skipped_they_are_counted_and_not_missed():
+    listed = data()
+    listed.broken.add(3)
+    listed.skip_broken = True
+    metrics = evaluate(Oracle(answers(listed)), listed, progress=False)
+    assert (metrics.mask_ap, metrics.images, metrics.skipped, metrics.objects) == (1, 4, 1, 16)
+    assert listed.skipped == ["3.png cannot be read as an image."]
+
+
+def test_without_a_terminal_progress_is_a_line(capsys):
+    listed = data()
+    evaluate(Oracle(answers(listed)), listed)
+    assert "evaluating: 5 of 5 images" in capsys.readouterr().err
+
+
+def test_generated_shapes_can_be_evaluated_by_name():
+    from maskset.data import open_data
+
+    shapes = open_data("shapes", "val")
+    empty = [replace(shapes.objects(0)[:0], scores=torch.zeros(0))] * 256
+    metrics = evaluate(Oracle(empty, short_side=16, long_side=16), "shapes", progress=False)
+    assert (metrics.images, metrics.mask_ap) == (len(shapes), 0)
+    assert not math.isnan(metrics.mask_ap_small)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [{tests!r}, {here!r}]
+from fakes import Oracle
+from maskset.evaluation.evaluate import evaluate
+from test_evaluate import answers, data
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}/store", rank=rank, world_size=2)
+listed = data()
+listed.broken.add(3)
+listed.skip_broken = True
+results = answers(listed)
+results[1] = results[1][:2]
+model = Oracle(results)
+evaluate(model, listed).save(folder / str(rank))
+(folder / f"batches{{rank}}").write_text(str(sum(model.batches)))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_and_both_have_the_metrics_of_one(tmp_path):
+    here = Path(__file__).parent
+    program = PROCESS.format(tests=str(here.parent), here=str(here))
+    both = [subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [one.wait(60) for one in both] == [0, 0]
+    listed = data()
+    listed.broken.add(3)
+    listed.skip_broken = True
+    results = answers(listed)
+    results[1] = results[1][:2]
+    expected = evaluate(Oracle(results), listed, progress=False).save(tmp_path / "alone")
+    for rank in range(2):
+        for name in ("metrics.json", "per_class.csv"):
+            assert (tmp_path / str(rank) / name).read_bytes() == (expected / name).read_bytes()
+    assert sorted((tmp_path / f"batches{rank}").read_text() for rank in range(2)) == ["2", "2"]
+    assert 0 < json.loads((expected / "metrics.json").read_text())["mask_ap"] < 1

@@ -1,0 +1,124 @@
+"""Small stand-ins: a data set in memory, and systems whose answers are known."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from maskset.data.dataset import DataError, ImageRecord
+from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.systems.base import InputConfig, System
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # normalised pixels are the pixels / 255
+
+
+def found(labels: Sequence[int], masks: np.ndarray, scores: Sequence[float] | None, categories: tuple[Category, ...]) -> Instances:
+    """Return objects with the tight boxes of their masks [T h w]."""
+    kept = Masks.from_dense(torch.from_numpy(masks.astype(bool)))
+    return Instances(
+        labels=torch.tensor(labels, dtype=torch.int64),
+        boxes=kept.boxes(),
+        masks=kept,
+        scores=None if scores is None else torch.tensor(scores, dtype=torch.float32),
+        categories=categories,
+    )
+
+
+def discs(centres: Iterable[tuple[float, float, float]], size: tuple[int, int]) -> np.ndarray:
+    """Return masks [T h w] of discs, given as x, y and radius."""
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    masks = [(x - cx) ** 2 + (y - cy) ** 2 < radius**2 for cx, cy, radius in centres]
+    return np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
+
+
+class Listed:
+    """A data set of what it is given. Every pixel of an image has the value position + 1, so that a system can know it again."""
+
+    def __init__(self, objects: Sequence[Instances], crowds: Sequence[Instances] | None = None) -> None:
+        self._objects, self._crowds = objects, crowds or [one[:0] for one in objects]
+        self.categories = objects[0].categories
+        self.images = [ImageRecord(i + 1, None, *one.masks.size) for i, one in enumerate(objects)]
+        self.skip_broken, self.skipped, self.broken = False, list[str](), set[int]()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[Tensor, Instances]:
+        return self.image(index), self.objects(index)
+
+    def image(self, index: int) -> Tensor:
+        if index in self.broken:
+            raise DataError(f"{index}.png cannot be read as an image.")
+        return torch.full((3, *self._objects[index].masks.size), index + 1, dtype=torch.uint8)
+
+    def objects(self, index: int) -> Instances:
+        return self._objects[index]
+
+    def crowds(self, index: int) -> Instances:
+        return self._crowds[index]
+
+    def areas(self, index: int) -> Tensor:
+        return self._objects[index].masks.areas().float()
+
+    def counts(self) -> np.ndarray:
+        return np.array([len(one) for one in self._objects])
+
+
+class _Fake(System):
+    def __init__(self, categories: tuple[Category, ...], **settings) -> None:
+        super().__init__()
+        self.config, self.categories, self.input = None, categories, InputConfig(**PLAIN | settings)
+        self.frozen = nn.Identity().eval()
+        self.batches: list[int] = []  # how many images each batch had
+
+    def prepare(self, objects: Iterable[Instances]) -> None:
+        raise NotImplementedError
+
+    def loss(self, output, images, objects):
+        raise NotImplementedError
+
+
+class Oracle(_Fake):
+    """A system that knows the answers: for image number i of a `Listed` it gives `answers[i]`, classes and scores as there."""
+
+    def __init__(self, answers: Sequence[Instances], **settings) -> None:
+        super().__init__(answers[0].categories, **settings)
+        self.answers = answers
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        assert not self.training
+        numbers = [round(float(pixels[0, 0, 0]) * 255) - 1 for pixels in images.pixels]
+        self.batches.append(len(numbers))
+        slots = max(len(self.answers[number]) for number in numbers)
+        logits = torch.full((len(numbers), slots, len(self.categories)), -1e3)
+        for row, number in zip(logits, numbers, strict=True):
+            answer = self.answers[number]
+            row[torch.arange(len(answer)), answer.labels] = torch.logit(answer.scores)
+        return ModelOutput([SlotPredictions(logits, mask_params=torch.tensor(numbers).view(-1, 1, 1).float())])
+
+    def postprocess(self, output, images, sizes, limit=100, threshold=0.0) -> list[Instances]:
+        results = []
+        for logits, number in zip(output.layers[-1].class_logits, output.layers[-1].mask_params.flatten().int().tolist(), strict=True):
+            answer = self.answers[number]
+            scores, best = logits[: len(answer)].sigmoid().flatten().sort(descending=True)
+            best = best[:limit][scores[:limit] >= threshold]
+            slots, labels = best // logits.shape[1], best % logits.shape[1]
+            chosen = answer[slots]
+            results.append(Instances(labels, chosen.boxes, chosen.masks, scores[: len(best)], self.categories))
+        return results
+
+
+class Mean(_Fake):
+    """A system that finds one thing, the whole image, with a score that depends on every pixel and on the padding."""
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        assert not self.training
+        assert all(side % self.input.divisor == 0 for side in images.pixels.shape[2:])
+        self.batches.append(len(images))
+        return ModelOutput([SlotPredictions(torch.logit(images.pixels.mean((1, 2, 3))).view(-1, 1, 1))])
+
+    def postprocess(self, output, images, sizes, limit=100, threshold=0.0) -> list[Instances]:
+        scores = output.layers[-1].class_logits[:, 0, 0].sigmoid().tolist()
+        everything = [found([0], np.ones((1, *size)), [score], self.categories) for size, score in zip(sizes, scores, strict=True)]
+        return [one[one.scores >= threshold] for one in everything]

@@ -1,0 +1,342 @@
+"""Backbones: the official features, which parts are trained, and where weights come from."""
+
+import pytest
+import torch
+from goldens import golden, image, notes, weights
+from safetensors.torch import save_file
+from torch import nn
+
+from maskset.config import ConfigError
+from maskset.layers import backbone as backbones
+from maskset.layers.backbone import FrozenBatchNorm, GroupNorm, build_backbone, check_start, load_pretrained
+from maskset.layers.swin import SwinSize
+
+PREFIX = "backbone.0.body."
+TINY_SWIN = SwinSize(16, (2, 2, 2, 2), (1, 2, 4, 8))
+
+
+@pytest.fixture(scope="module")
+def official_resnet():
+    """The frozen ResNet-50 filled by the recipe; the official names of its weights are ours."""
+    entries = [entry for entry in notes("solq")["state_dict"] if entry[0].startswith(PREFIX)]
+    backbone = build_backbone("resnet50.tv_in1k", "frozen", 2, 0.0)
+    backbone.body.load_state_dict({name.removeprefix(PREFIX): value for name, value in weights(entries).items()}, strict=True)
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def official_maps(official_resnet):
+    with torch.no_grad():
+        return official_resnet(image("solq-a", 192, 256)[None])
+
+
+@pytest.mark.parametrize(("index", "name"), [(0, "C3"), (1, "C4"), (2, "C5")])
+def test_the_maps_of_the_frozen_resnet_are_the_official_ones(official_maps, index, name):
+    found = official_maps[index]
+    assert list(found.shape) == golden("solq", f"a.backbone.{name}.shape").tolist()
+    for key, value in {
+        "mean": found.mean(),
+        "std": found.std(correction=0),
+        "slice": found[:, :8, :4, :4],
+        "chmean": found.mean((2, 3)),
+    }.items():
+        torch.testing.assert_close(value, golden("solq", f"a.backbone.{name}.{key}"), atol=1e-4, rtol=0)
+
+
+def test_the_frozen_resnet_trains_the_official_parameters(official_resnet):
+    everything = {name: p for name, p in official_resnet.body.named_parameters()}
+    frozen = {name for name, p in everything.items() if not p.requires_grad}
+    assert frozen == {name for name in everything if name.startswith(("conv1", "layer1"))}
+    assert sum(p.numel() for p in everything.values()) == 23_454_912  # all convolutions of ResNet-50
+    assert len(everything) - len(frozen) == 42
+    assert sum(everything[name].numel() for name in frozen) == 54_193_660 - 53_971_260
+
+
+def test_training_mode_does_not_move_a_frozen_norm(official_resnet):
+    pixels = torch.randn(2, 3, 64, 64)
+    before = {name: value.clone() for name, value in official_resnet.body.state_dict().items()}
+    with torch.no_grad():
+        evaluated, trained = official_resnet.eval()(pixels), official_resnet.train()(pixels)
+    for a, b in zip(evaluated, trained, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(value, before[name]) for name, value in official_resnet.body.state_dict().items())
+
+
+def test_a_frozen_norm_is_batch_norm_in_evaluation():
+    norm = nn.BatchNorm2d(5, eps=1e-3).eval()
+    for value in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        value.copy_(torch.rand(5) + 0.5)
+    frozen = FrozenBatchNorm(norm)
+    frozen.load_state_dict({name: value for name, value in norm.state_dict().items() if name != "num_batches_tracked"})
+    x = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(frozen(x), norm(x))
+    assert not list(frozen.parameters())
+    assert frozen(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("resnet10t", "group"), ("resnet10t", "frozen"), ("resnet18", "group"), ("regnety_002", "group"), ("regnety_002", "frozen")],
+)
+def test_gradients_reach_all_that_is_trained_and_nothing_else(name, norm):
+    torch.manual_seed(0)
+    backbone = build_backbone(name, norm, 2 if name.startswith("resnet") else 0, 0.0)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    for module in backbone.modules():
+        if isinstance(module, GroupNorm):
+            nn.init.ones_(module.weight)  # timm starts the last norm of a branch at 0, which needs one step to open
+    maps = backbone(torch.randn(2, 3, 96, 128))
+    sum((x * torch.randn_like(x)).sum() for x in maps).backward()
+    for path, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, path
+            assert parameter.grad.isfinite().all(), path
+            assert parameter.grad.any(), path
+        else:
+            assert parameter.grad is None, path
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "mambaout_femto", "mobilenetv3_small_050", "swin_tiny"])
+def test_maps_have_the_promised_channels_and_strides(name, monkeypatch):
+    monkeypatch.setitem(backbones.SWIN_SIZES, "swin_tiny", TINY_SWIN)
+    backbone = build_backbone(name, "group", 0, 0.2)
+    maps = backbone.eval()(torch.randn(1, 3, 64, 96))
+    assert [tuple(x.shape) for x in maps] == [
+        (1, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, backbone.strides, strict=True)
+    ]
+    assert backbone.strides == [8, 16, 32]
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_an_odd_size_is_rounded_up():
+    maps = build_backbone("resnet10t", "group", 0, 0.0)(torch.randn(1, 3, 65, 97))
+    assert [tuple(x.shape[2:]) for x in maps] == [(9, 13), (5, 7), (3, 4)]
+
+
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+def test_bfloat16_stays_bfloat16_and_near_float32(norm):
+    torch.manual_seed(0)
+    backbone, pixels = build_backbone("resnet10t", norm, 0, 0.0), torch.randn(1, 3, 64, 64)
+    exact = backbone(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = backbone(pixels)
+    for a, b in zip(exact, rounded, strict=True):
+        assert (a - b).abs().mean() < 0.05 * a.abs().mean()
+    assert norm == "group" or rounded[0].dtype == torch.bfloat16  # autocast keeps group norm in float32
+
+
+def test_memory_layout_makes_no_difference():
+    torch.manual_seed(0)
+    backbone, pixels = build_backbone("resnet10t", "group", 0, 0.0), torch.randn(1, 3, 64, 64)
+    plain = backbone(pixels)
+    other = backbone.to(memory_format=torch.channels_last)(pixels.to(memory_format=torch.channels_last))
+    for a, b in zip(plain, other, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frozen_stages", range(6))
+def test_frozen_stages_count_the_stem_first(frozen_stages):
+    backbone = build_backbone("resnet10t", "frozen", frozen_stages, 0.0)
+    stages = ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    frozen = {name.partition(".")[0] for name, p in backbone.body.named_parameters() if not p.requires_grad}
+    assert frozen == set(stages[:frozen_stages])
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen_stages", "message"),
+    [
+        ("resnet49", 0, "no backbone 'resnet49'; did you mean resnet"),
+        ("hf-hub:timm/resnet18", 0, "no backbone 'hf-hub:timm/resnet18'"),
+        ("resnet18.nope", 0, "'resnet18.nope' cannot be built: .*nope"),
+        ("swin_tiny_patch4_window7_224", 0, "images of one size.*swin_tiny"),
+        ("vit_tiny_patch16_224", 0, r"strides \[16, 16, 16\]"),
+        ("resnet18", 6, "can be 0 to 5; got 6"),
+        ("resnet18", -1, "can be 0 to 5; got -1"),
+        ("convnext_atto", 2, "can be 0, since it is not laid out as a ResNet; got 2"),
+    ],
+)
+def test_a_backbone_that_does_not_do_is_refused(name, frozen_stages, message):
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(name, "group", frozen_stages, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "frozen_stages", "pretrained", "message"),
+    [
+        ("resnet50.tv_in1k", "frozen", 0, False, "--model.backbone-norm group --model.frozen-stages 0"),
+        ("resnet50.tv_in1k", "group", 1, False, "--model.backbone-norm group --model.frozen-stages 0"),
+        ("resnet50.tv_in1k", "group", 1, True, "no pretrained weights hold group norms"),
+        ("resnet50.tv_in1k", "frozen", 2, True, None),
+        ("resnet50.tv_in1k", "group", 0, False, None),
+        ("resnet50.tv_in1k", "group", 0, True, None),
+        ("swin_large", "frozen", 2, False, None),
+    ],
+)
+def test_what_would_stay_random_for_ever_is_refused(name, norm, frozen_stages, pretrained, message):
+    if message is None:
+        check_start(name, norm, frozen_stages, pretrained)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_start(name, norm, frozen_stages, pretrained)
+
+
+def timm_weights(name: str, **settings):
+    """What a published file of that model looks like: the whole classifier."""
+    import timm
+
+    return timm.create_model(name, **settings).state_dict()
+
+
+def unchanged(backbone, before) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def snapshot(backbone):
+    return {name: value.clone() for name, value in backbone.state_dict().items()}
+
+
+@pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
+def test_a_pth_file_in_torchvisions_layout_fills_a_frozen_resnet(tmp_path, wrap):
+    from torchvision.models import resnet18
+
+    state = resnet18().state_dict()
+    torch.save({wrap: state} if wrap else state, tmp_path / "weights.pth")
+    backbone = build_backbone("resnet18", "frozen", 2, 0.0)
+    line = load_pretrained(backbone, str(tmp_path / "weights.pth"))
+    assert line == f"backbone resnet18: took 100 of 100 tensors from {tmp_path / 'weights.pth'}."
+    assert all(torch.equal(value, state[name]) for name, value in backbone.body.state_dict().items())
+
+
+def test_group_norms_take_nothing_from_batch_norms(tmp_path):
+    state = timm_weights("resnet10t")
+    for name, value in state.items():
+        if "bn" in name and value.is_floating_point():
+            value.fill_(7.0)
+    save_file(state, tmp_path / "weights.safetensors")
+    backbone = build_backbone("resnet10t", "group", 0, 0.0)
+    line = load_pretrained(backbone, str(tmp_path / "weights.safetensors"))
+    assert "took 15 of 47 tensors" in line
+    assert line.endswith("; the 32 others belong to norms, which start anew.")
+    own = backbone.body.state_dict()
+    assert torch.equal(own["layer2.0.conv1.weight"], state["layer2.0.conv1.weight"])
+    assert not any((value == 7).any() for value in own.values())
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050", "regnety_002"])
+def test_the_file_of_a_whole_timm_model_fills_its_feature_extractor(tmp_path, name):
+    torch.manual_seed(1)
+    state = timm_weights(name)
+    save_file(state, tmp_path / "weights.safetensors")
+    backbone = build_backbone(name, "frozen", 0, 0.0).eval()
+    load_pretrained(backbone, str(tmp_path / "weights.safetensors"))
+    import timm
+
+    reference = timm.create_model(name).eval()
+    reference.load_state_dict(state)
+    pixels = torch.randn(1, 3, 64, 64)
+    expected = reference.forward_intermediates(pixels, intermediates_only=True, indices=3)
+    for found, other in zip(backbone(pixels), expected, strict=True):
+        torch.testing.assert_close(found, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["timm", "official"])
+def test_a_swin_starts_from_classifiers_but_for_its_output_norms(tmp_path, monkeypatch, layout):
+    monkeypatch.setitem(backbones.SWIN_SIZES, "swin_tiny", TINY_SWIN)
+    state = timm_weights(
+        "swin_tiny_patch4_window7_224", embed_dim=TINY_SWIN.width, depths=TINY_SWIN.depths, num_heads=TINY_SWIN.heads
+    )
+    reduction = state["layers.1.downsample.reduction.weight"]
+    if layout == "official":
+        moved = {f"layers.{s + 1}.downsample": f"layers.{s}.downsample" for s in range(3)}
+        state = {next((name.replace(a, b) for a, b in moved.items() if a in name), name): v for name, v in state.items()}
+        state["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+        state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    backbone = build_backbone("swin_tiny", "frozen", 0, 0.1)
+    line = load_pretrained(backbone, str(tmp_path / "weights.pth"))
+    assert line.endswith("; the 6 others belong to norms, which start anew.")
+    assert torch.equal(backbone.body.state_dict()["stages.1.merge.reduction.weight"], reduction)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("resnet18", "resnet34", r"layer1\.2\.conv1\.weight has no place"),
+        ("resnet34", "resnet18", r"layer1\.2\.conv1\.weight is missing"),
+        ("resnet10t", "resnet18", r"conv1\.0\.weight is missing.*and \d+ more"),
+        ("convnext_atto", "convnext_femto", r"is \[\d+, .*\] instead of \[\d+, "),
+        ("swin_tiny", "resnet18", r"patches\.projection\.weight is missing"),
+    ],
+)
+def test_the_weights_of_another_network_are_refused_and_nothing_is_changed(tmp_path, monkeypatch, name, other, message):
+    monkeypatch.setitem(backbones.SWIN_SIZES, "swin_tiny", TINY_SWIN)
+    save_file(timm_weights(other), tmp_path / "other.safetensors")
+    backbone = build_backbone(name, "frozen", 0, 0.0)
+    before = snapshot(backbone)
+    with pytest.raises(ConfigError, match=f"not those of the backbone {name}.*{message}"):
+        load_pretrained(backbone, str(tmp_path / "other.safetensors"))
+    assert unchanged(backbone, before)
+
+
+def test_a_deeper_swin_does_not_pass_for_a_shallow_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(backbones.SWIN_SIZES, "swin_tiny", TINY_SWIN)
+    state = timm_weights("swin_tiny_patch4_window7_224", embed_dim=16, depths=(2, 2, 3, 2), num_heads=(1, 2, 4, 8))
+    save_file(state, tmp_path / "deeper.safetensors")
+    with pytest.raises(ConfigError, match=r"stages\.2\.blocks\.2\.attention_norm\.weight has no place"):
+        load_pretrained(build_backbone("swin_tiny", "frozen", 0, 0.0), str(tmp_path / "deeper.safetensors"))
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("a pickle was run",))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("content", ["nothing", "text", "half", "trap", "list"])
+def test_a_file_that_holds_no_weights_is_refused_and_never_run(tmp_path, capsys, content, suffix):
+    path = tmp_path / f"weights{suffix}"
+    if content == "text":
+        path.write_text("not weights at all")
+    elif content == "half":
+        torch.save({"conv1.weight": torch.zeros(100)}, path)
+        path.write_bytes(path.read_bytes()[:700])
+    elif content == "trap":
+        torch.save({"conv1.weight": Trap()}, path)
+    elif content == "list":
+        torch.save([torch.zeros(2)], path)
+    with pytest.raises(ConfigError, match=r"cannot be read as weights .*--model.backbone-weights") as caught:
+        load_pretrained(build_backbone("resnet10t", "group", 0, 0.0), str(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["resnet18.tv_in1k", "swin_tiny"])
+def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path, name):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    backbone = build_backbone(name, "group", 0, 0.0)
+    with pytest.raises(ConfigError, match=r"--model.backbone-weights FILE.*--model.pretrained false") as caught:
+        load_pretrained(backbone, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_from_the_hub_are_those_of_the_named_model(monkeypatch):
+    import timm
+
+    state, asked = timm_weights("resnet18"), []
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **settings):
+        asked.append((name, pretrained))
+        model = create(name, **settings)
+        model.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
+        return model
+
+    backbone = build_backbone("resnet18.tv_in1k", "frozen", 2, 0.0)
+    monkeypatch.setattr(timm, "create_model", offline)
+    assert load_pretrained(backbone, None).endswith("from timm's hub.")
+    assert asked == [("resnet18.tv_in1k", True)]
+    assert torch.equal(backbone.body.conv1.weight, state["conv1.weight"])
