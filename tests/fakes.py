@@ -10,7 +10,8 @@ from maskset.data.dataset import DataError, ImageRecord
 from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System
 
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # normalised pixels are the pixels / 255
+# Small, and normalised pixels are the pixels / 255.
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "short_side": 32, "long_side": 64}
 
 
 def found(labels: Sequence[int], masks: np.ndarray, scores: Sequence[float] | None, categories: tuple[Category, ...]) -> Instances:
@@ -88,25 +89,25 @@ class Oracle(_Fake):
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         assert not self.training
-        numbers = [round(float(pixels[0, 0, 0]) * 255) - 1 for pixels in images.pixels]
-        self.batches.append(len(numbers))
-        slots = max(len(self.answers[number]) for number in numbers)
-        logits = torch.full((len(numbers), slots, len(self.categories)), -1e3)
-        for row, number in zip(logits, numbers, strict=True):
-            answer = self.answers[number]
+        answers = self._answers(images)
+        self.batches.append(len(answers))
+        logits = torch.full((len(answers), max(map(len, answers)), len(self.categories)), -1e3)
+        for row, answer in zip(logits, answers, strict=True):
             row[torch.arange(len(answer)), answer.labels] = torch.logit(answer.scores)
-        return ModelOutput([SlotPredictions(logits, mask_params=torch.tensor(numbers).view(-1, 1, 1).float())])
+        return ModelOutput([SlotPredictions(logits)])
 
     def postprocess(self, output, images, sizes, limit=100, threshold=0.0) -> list[Instances]:
         results = []
-        for logits, number in zip(output.layers[-1].class_logits, output.layers[-1].mask_params.flatten().int().tolist(), strict=True):
-            answer = self.answers[number]
+        for logits, answer in zip(output.layers[-1].class_logits, self._answers(images), strict=True):
             scores, best = logits[: len(answer)].sigmoid().flatten().sort(descending=True)
-            best = best[:limit][scores[:limit] >= threshold]
-            slots, labels = best // logits.shape[1], best % logits.shape[1]
-            chosen = answer[slots]
-            results.append(Instances(labels, chosen.boxes, chosen.masks, scores[: len(best)], self.categories))
+            scores, best = scores[:limit], best[:limit]
+            slots, labels = best[scores >= threshold] // logits.shape[1], best[scores >= threshold] % logits.shape[1]
+            boxes, masks = answer[slots].boxes, answer[slots].masks
+            results.append(Instances(labels, boxes, masks, scores[scores >= threshold], self.categories))
         return results
+
+    def _answers(self, images: ImageBatch) -> list[Instances]:
+        return [self.answers[round(float(pixels[0, 0, 0]) * 255) - 1] for pixels in images.pixels]
 
 
 class Mean(_Fake):

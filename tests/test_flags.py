@@ -39,7 +39,13 @@ def test_settings_that_are_not_given_keep_their_values():
 
 def test_a_nested_setting_is_a_flag_with_dots_and_hyphens():
     assert parsed("--inner.rate", "1e-3").inner.rate == 1e-3
-    assert [setting.flag for setting in flags.listed(Outer())] == ["--inner.rate", "--inner.sides", "--kind", "--frozen", "--file"]
+    assert [setting.flag for setting in flags.listed(Outer())] == [
+        "--inner.rate",
+        "--inner.sides",
+        "--kind",
+        "--frozen",
+        "--file",
+    ]
 
 
 def test_a_list_takes_several_values_or_none():

@@ -130,7 +130,7 @@ def test_every_public_name_can_be_had(name):
 def test_a_name_that_does_not_exist_is_answered_with_those_that_do():
     import maskset
 
-    with pytest.raises(AttributeError, match="no attribute 'detect'; it has .*predict"):
+    with pytest.raises(AttributeError, match=r"no attribute 'detect'; it has .*predict"):
         maskset.detect  # noqa: B018
 
 

@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str]) -> "tuple[Command, argparse.Namespace]":
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
-        raise ValueError(f"there is no command {name!r}{_nearest(name, COMMANDS)}; `maskset --help` lists them.")
+        raise ValueError(f"there is no command {name}{_nearest(name, COMMANDS)} (`maskset --help` lists them).")
     command = COMMANDS[name]
     parser = _Parser(prog=f"maskset {name}", description=command.call.__doc__, allow_abbrev=False)
     command.flags(parser, rest)

@@ -29,6 +29,10 @@ from maskset.masks.sparse import SparseCodec
 from maskset.structures import Instances, Masks
 
 MOST_MASKS = 20_000  # from how many masks a code is learnt at the most; more take longer and change little
+FOOTNOTE = """\
+Upper bounds: each annotated mask is cropped to its annotated box, coded, decoded and pasted back; the results have score 1,
+and none is cut off. PCA and sparse codes were learnt from {learnt_from}. Networks trained with these codes rank otherwise
+(SOLQ, Table 3a: DCT, PCA, flatten, sparse), since a short code is easier to predict. Took {seconds:.0f} s."""
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # areas of COCO's evaluation, pixels
 
 
@@ -118,12 +122,7 @@ class Comparison:
         console = Console(file=io.StringIO(), width=120)
         console.print(table)
         assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue() + (
-            "Upper bounds: each annotated mask is cropped to its annotated box, coded, decoded and pasted back; the results have\n"
-            f"score 1, and none is cut off. PCA and sparse codes were learnt from {self.learnt_from}. Networks trained with these codes\n"
-            "rank otherwise (SOLQ, Table 3a: DCT, PCA, flatten, sparse), since a short code is easier to predict.\n"
-            f"Took {self.seconds:.0f} s."
-        )
+        return console.file.getvalue() + FOOTNOTE.format(learnt_from=self.learnt_from, seconds=self.seconds)
 
     def save(self, path: str | Path) -> Path:
         """Write everything as JSON, with null for what could not be measured, and return the path."""

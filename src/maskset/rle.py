@@ -165,7 +165,9 @@ def check_polygons(polygons: Polygons, size: tuple[int, int]) -> Polygons:
         if not np.isfinite(part).all():
             raise MaskError("a polygon's coordinate is not finite.")
         if np.abs(part).max() > reach:
-            raise MaskError(f"a polygon's coordinate is {part.flat[np.abs(part).argmax()]:g}, far outside of {size[1]} x {size[0]} pixels.")
+            raise MaskError(
+                f"a polygon's coordinate is {part.flat[np.abs(part).argmax()]:g}, far outside of {size[1]} x {size[0]} pixels."
+            )
         # The outline is at most this long; where that is not short enough to be drawn for certain, it is measured.
         if 2 * reach * len(part) > LONGEST_OUTLINE and np.abs(np.diff(part, axis=0)).max(1).sum() > LONGEST_OUTLINE:
             raise MaskError(f"a polygon's outline is longer than {LONGEST_OUTLINE:,} pixels.")
@@ -182,7 +184,9 @@ def from_coco(segmentation: Any, size: tuple[int, int]) -> Counts | Polygons:
         if not isinstance(segmentation.get("counts"), (str, bytes, list)) or "size" not in segmentation:
             raise MaskError("a run-length segmentation needs 'counts' (text or list) and 'size'.")
         if segmentation["size"] not in (list(size), tuple(size)):
-            raise MaskError(f"the run lengths are for size {segmentation['size']!r:.50}, the image is {list(size)} (height, width).")
+            raise MaskError(
+                f"the run lengths are for size {segmentation['size']!r:.50}, the image is {list(size)} (height, width)."
+            )
         counts = segmentation["counts"]
         return check(from_list(counts) if isinstance(counts, list) else from_string(counts), size)
     if not isinstance(segmentation, list):

@@ -1,7 +1,6 @@
 """Evaluation: results are measured on the right images, classes and counts, on one process and on two."""
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,14 +128,12 @@ def test_without_a_terminal_progress_is_a_line(capsys):
     assert "evaluating: 5 of 5 images" in capsys.readouterr().err
 
 
-def test_generated_shapes_can_be_evaluated_by_name():
-    from maskset.data import open_data
-
-    shapes = open_data("shapes", "val")
-    empty = [replace(shapes.objects(0)[:0], scores=torch.zeros(0))] * 256
-    metrics = evaluate(Oracle(empty, short_side=16, long_side=16), "shapes", progress=False)
-    assert (metrics.images, metrics.mask_ap) == (len(shapes), 0)
-    assert not math.isnan(metrics.mask_ap_small)
+def test_data_that_is_named_is_opened_with_everything_that_was_said_of_it(monkeypatch):
+    listed, asked = data(), []
+    monkeypatch.setattr("maskset.evaluation.evaluate.open_data", lambda *given: asked.append(given) or listed)
+    metrics = evaluate(Oracle(answers(listed)), "a.json", split="test", images="pictures", skip_broken=True, progress=False)
+    assert asked == [("a.json", "test", "pictures", True)]
+    assert metrics.mask_ap == 1
 
 
 PROCESS = """

@@ -81,11 +81,12 @@ def read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}): is the file whole?") from None
+    lists = {}
     for key in ("images", "annotations", "categories"):
-        value = content.get(key) if isinstance(content, dict) else None
+        lists[key] = value = content.get(key) if isinstance(content, dict) else None
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
             raise DataError(f"{path} is no COCO annotation file: it needs {key!r}, a list of objects.")
-    return content
+    return lists
 
 
 def read_categories(rows: list[dict[str, Any]], path: Path) -> tuple[Category, ...]:

@@ -44,7 +44,9 @@ class CocoDataset:
         self.skipped: list[str] = [f"{self.file}: {problem}" for problem in problems]
         if problems and not skip_broken:
             more = f" It has {len(problems)} such problems." if len(problems) > 1 else ""
-            raise DataError(f"{self.skipped[0]}{more} Correct the file, or leave out what is broken with --skip-broken.")
+            raise DataError(
+                f"{self.skipped[0]}{more} Correct it, or leave out what is broken: --skip-broken (train: --data.skip-broken true)."
+            )
         if not self.images:
             raise DataError(f"{self.file} has no image that can be used. {' '.join(self.skipped[:1])}".rstrip())
 
@@ -98,6 +100,6 @@ class CocoDataset:
         return Instances(
             labels=torch.from_numpy(self._annotations.labels[rows]),
             boxes=torch.from_numpy(self._annotations.boxes[rows]),
-            masks=Masks([self._annotations.shape(row) for row in rows], (record.height, record.width)),
+            masks=Masks([self._annotations.shape(row) for row in rows.tolist()], (record.height, record.width)),
             categories=self.categories,
         )

@@ -105,8 +105,10 @@ def build_backbone(name: str, norm: Literal["frozen", "group"], frozen_stages: i
         drop_path: Swin's greatest probability of skipping a block's branch; without meaning for others.
 
     Raises:
-        ConfigError: there is no such model, or it has no such maps or stages.
+        ConfigError: there is no such model, or it has no such maps or stages; or `drop_path` is no probability.
     """
+    if not 0 <= drop_path < 1:
+        raise ConfigError(f"drop_path must be in [0, 1), got {drop_path} (--model.drop-path).")
     if name in SWIN_SIZES:
         swin = SwinTransformer(SWIN_SIZES[name], drop_path)
         return Backbone(name, swin, swin.channels)
@@ -212,9 +214,9 @@ def _freeze(name: str, body: nn.Module, count: int) -> None:
     if not 0 <= count <= stages:
         allowed = f"0 to {stages}" if stages else "0, since it is not laid out as a ResNet"
         raise ConfigError(f"frozen_stages of the backbone {name!r} can be {allowed}; got {count} (--model.frozen-stages).")
+    trained = tuple(f"layer{stage}." for stage in range(max(1, count), 5))  # the stem is all before layer1
     for path, parameter in body.named_parameters():
-        stage = int(path[len("layer")]) if path.startswith("layer") else 0
-        if stage < count:
+        if count and not path.startswith(trained):
             parameter.requires_grad_(False)
 
 

@@ -1,7 +1,8 @@
 """What the codes that are learnt from data (PCA, sparse) share: reading masks, refusing to work unlearnt, files."""
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -9,11 +10,10 @@ from torch import Tensor
 
 from maskset.config import ConfigError
 
-
-@runtime_checkable
 FORMAT = "maskset codec 1"  # what a file of a learnt code says that it is
 
 
+@runtime_checkable
 class LearntCodec(Protocol):
     """A mask code with something to learn; `fitted` says whether it has been, and is saved with the rest."""
 
@@ -84,6 +84,7 @@ def load(codec: LearntCodec, path: str | Path) -> None:
         raise ConfigError(f"{path} cannot be read as a mask code: {error}") from None
     if found.get("format") != FORMAT:
         raise ConfigError(f"{path} is no mask code that this maskset can read: make one with 'maskset codecs fit'.")
-    if differing := [f"{name} {found.get(name)} instead of {value}" for name, value in wanted.items() if found.get(name) != value]:
+    differing = [f"{name} {found.get(name)} instead of {value}" for name, value in wanted.items() if found.get(name) != value]
+    if differing:
         raise ConfigError(f"{path} holds another mask code: {', '.join(differing)}.")
     codec.load_state_dict(weights)

@@ -88,6 +88,6 @@ def _sketched_components(batches: Iterator[Tensor], pixels: int, length: int) ->
     for batch in batches:
         found += len(batch)
         sketch = torch.cat([sketch, batch.float()])
-        values, vectors = torch.linalg.eigh((sketch @ sketch.T).double())  # of rows x rows, much smaller than pixels x pixels
+        vectors = torch.linalg.eigh((sketch @ sketch.T).double()).eigenvectors  # rows x rows: far fewer than pixels x pixels
         sketch = vectors[:, -kept:].flip(1).T.float() @ sketch
     return found, nn.functional.normalize(sketch[:length].T, dim=0)

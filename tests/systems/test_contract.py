@@ -1,0 +1,223 @@
+"""What every system promises. A new system needs a line in `tiny.TINY` and passes all of this."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import TINY, batch, shapes
+
+from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput
+from maskset.systems import CONFIGS, System, build
+
+every_system = pytest.mark.parametrize("name", list(CONFIGS))
+
+
+def tiny(name: str, **changes) -> System:
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY[name], **changes)
+    model = build(config, tuple(Category(f"class {i}", i) for i in range(config.num_classes)))
+    model.prepare(objects for _, objects in shapes(8))
+    return model
+
+
+def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def awake(model: System) -> System:
+    """Return the model with every parameter moved off its start, so that no part is silent because of a zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def assert_same(found: ModelOutput, expected: ModelOutput, image: int, atol: float = 1e-4) -> None:
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        for key in ("class_logits", "mask_params", "boxes"):
+            x, y = getattr(a, key), getattr(b, key)
+            assert (x is None) == (y is None)
+            if x is not None:
+                torch.testing.assert_close(x[image], y[0], atol=atol, rtol=0)
+
+
+def test_there_is_a_tiny_model_of_every_system():
+    assert set(TINY) == set(CONFIGS)
+    assert all(type(TINY[name]) is CONFIGS[name] and TINY[name].system == name for name in CONFIGS)
+
+
+@every_system
+def test_every_parameter_learns(name):
+    model = tiny(name).train()
+    images, objects = batch(shapes(3), model.config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        total(model.loss(model(images), images, objects)).backward()
+        parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        assert not [key for key, p in parameters.items() if p.grad is None or not p.grad.isfinite().all()], step
+        silent = [key for key, p in parameters.items() if p.grad is not None and not p.grad.any()]
+        optimizer.step()
+    assert not silent
+
+
+@every_system
+def test_a_batch_without_any_object_trains(name):
+    model = tiny(name).train()
+    images, objects = batch(shapes(2), model.config)
+    terms = model.loss(model(images), images, [found[[]] for found in objects])
+    total(terms).backward()
+    assert total(terms).isfinite()
+    missing = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    assert not missing
+
+
+@every_system
+def test_an_images_result_does_not_depend_on_its_companions(name):
+    model = awake(tiny(name)).eval()
+    images, _ = batch(shapes(3), model.config)
+    with torch.no_grad():
+        together = model(images)
+        sizes = [(64, 80)] * 3
+        found = model.postprocess(together, images, sizes)
+        for i in range(3):
+            single = ImageBatch(images.pixels[i : i + 1], images.sizes[i : i + 1])
+            alone = model(single)
+            assert_same(together, alone, i)
+            (expected,) = model.postprocess(alone, single, sizes[:1])
+            torch.testing.assert_close(found[i].scores, expected.scores, atol=1e-5, rtol=0)
+            clear = expected.scores.diff().abs() > 1e-5
+            clear = torch.cat([clear, clear.new_ones(1)]) & torch.cat([clear.new_ones(1), clear])
+            assert clear.sum() > len(clear) / 2
+            assert torch.equal(found[i].labels[clear], expected.labels[clear])
+
+
+@every_system
+def test_an_image_on_a_larger_canvas_does_not_depend_on_its_companions(name):
+    model = awake(tiny(name)).eval()
+    small, large = shapes(1)[0], shapes(1, size=(96, 112))[0]
+    images, _ = batch([small, large], model.config)
+    with torch.no_grad():
+        together = model(images)
+        alone = model(ImageBatch(images.pixels[:1], images.sizes[:1]))
+    assert_same(together, alone, 0)
+
+
+@every_system
+def test_a_thousand_objects_in_one_image(name):
+    model = tiny(name).train()
+    images, objects = batch(shapes(1), model.config)
+    found = objects[0]
+    many = [i % len(found) for i in range(1000)]
+    crowd = dataclasses.replace(found[many], boxes=found.boxes[many] + torch.rand(1000, 1))
+    terms = model.loss(model(images), images, [crowd])
+    total(terms).backward()
+    assert total(terms).isfinite()
+
+
+@every_system
+@pytest.mark.parametrize("classes", [1, 1200])
+def test_one_class_and_very_many(name, classes):
+    model = tiny(name, num_classes=classes).train()
+    images, objects = batch(shapes(2), model.config)
+    objects = [dataclasses.replace(found, labels=(found.labels * 400).clamp(max=classes - 1)) for found in objects]
+    output = model(images)
+    assert output.layers[-1].class_logits.shape[-1] == classes
+    total(model.loss(output, images, objects)).backward()
+    for result in model.postprocess(output, images, [(64, 80)] * 2, limit=50):
+        assert len(result) <= 50
+        assert result.categories == model.categories
+        assert result.labels.max() < classes
+
+
+@every_system
+def test_results_are_sorted_limited_and_of_the_size_asked_for(name):
+    model = awake(tiny(name)).eval()
+    images, _ = batch(shapes(2), model.config)
+    with torch.no_grad():
+        output = model(images)
+    sizes = [(120, 77), (33, 200)]
+    everything = model.postprocess(output, images, sizes, limit=10_000)
+    for result, size in zip(everything, sizes, strict=True):
+        assert result.masks.size == size
+        assert result.scores is not None
+        assert (result.scores.diff() <= 0).all()
+        assert len(result) == len(result.boxes) == len(result.masks)
+    for limit in (0, 1, 7):
+        for result, full in zip(model.postprocess(output, images, sizes, limit=limit), everything, strict=True):
+            assert len(result) == limit
+            assert torch.equal(result.scores, full.scores[:limit])
+    middle = float(everything[0].scores.median())
+    above = model.postprocess(output, images, sizes, limit=10_000, threshold=middle)[0]
+    assert len(above) == int((everything[0].scores >= middle).sum())
+
+
+@every_system
+def test_bfloat16_runs_and_its_loss_is_in_float32(name):
+    model = awake(tiny(name)).train()
+    images, objects = batch(shapes(2), model.config)
+    exact = total(model.loss(model(images), images, objects))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images)
+    terms = model.loss(output, images, objects)
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    total(terms).backward()
+    assert total(terms).item() == pytest.approx(exact.item(), rel=0.2)
+    assert len(model.postprocess(output, images, [(64, 80)] * 2)) == 2
+
+
+@every_system
+def test_the_state_dict_holds_all_there_is(name):
+    model, other = awake(tiny(name)).eval(), build(TINY[name]).eval()
+    other.load_state_dict(model.state_dict(), strict=True)
+    images, _ = batch(shapes(1), model.config)
+    with torch.no_grad():
+        assert_same(other(images), model(images), 0, atol=0)
+
+
+@every_system
+def test_a_model_moves_to_another_device_whole(name):
+    model = tiny(name).to("meta")
+    images, _ = batch(shapes(1), model.config)
+    output = model(images.to("meta"))
+    tensors = [value for layer in output.layers for value in vars(layer).values() if value is not None]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+@every_system
+def test_evaluation_repeats_itself(name):
+    model = awake(tiny(name, dropout=0.5)).eval()
+    images, _ = batch(shapes(2), model.config)
+    with torch.no_grad():
+        assert_same(model(images), model(ImageBatch(images.pixels[:1], images.sizes[:1])), 0)
+        first, second = model(images), model(images)
+    for a, b in zip(first.layers, second.layers, strict=True):
+        assert torch.equal(a.class_logits, b.class_logits)
+
+
+@every_system
+def test_uint8_pixels_are_refused(name):
+    model = tiny(name)
+    with pytest.raises((ValueError, TypeError), match="normalised"):
+        model(ImageBatch.from_images([shapes(1)[0][0]]))
+
+
+@every_system
+def test_a_canvas_that_is_no_multiple_of_the_divisor_is_refused(name):
+    model = tiny(name, input=dataclasses.replace(TINY[name].input, divisor=32))
+    images = ImageBatch(torch.zeros(1, 3, 64, 80), torch.tensor([[64, 80]]))
+    with pytest.raises(ValueError, match=r"multiple of 32 pixels, got 64 x 80"):
+        model(images)
+
+
+@every_system
+def test_objects_without_a_pixel_do_no_harm(name):
+    model = tiny(name).train()
+    images, objects = batch(shapes(1), model.config)
+    empty = Instances(
+        torch.tensor([0]), torch.tensor([[5.0, 5, 9, 9]]), Masks.from_dense(torch.zeros(1, 64, 80, dtype=torch.bool)), None, ()
+    )
+    assert total(model.loss(model(images), images, [empty])).isfinite()
+    assert len(objects) == 1

@@ -1,0 +1,248 @@
+"""The command line: what it answers, and how mistakes end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskset import cli
+
+
+def answer(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Return a command's exit code, output and error output."""
+    code = cli.main(arguments)
+    return code, *capsys.readouterr()
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """Return the one line that a mistake ends with."""
+    code, output, error = answer(capsys, *arguments)
+    assert code == 2
+    assert output == ""
+    assert error.startswith("maskset: error: ")
+    assert error.count("\n") == 1
+    return error.removeprefix("maskset: error: ").strip()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """An untrained model in a file."""
+    from maskset import recipes
+    from maskset.checkpoint import save
+    from maskset.data.shapes import CATEGORIES
+    from maskset.systems import build
+
+    torch.manual_seed(0)
+    tiny = recipes.get("solq-tiny")
+    recipe = replace(tiny, model=replace(tiny.model, num_classes=len(CATEGORIES)))
+    path = tmp_path_factory.mktemp("model") / "untrained.safetensors"
+    save(build(recipe.model, CATEGORIES), recipe, path, licence="Apache-2.0")
+    return path
+
+
+def test_without_a_command_there_is_a_short_help(capsys):
+    code, output, _ = answer(capsys)
+    assert code == 0
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in output
+    assert answer(capsys, "--help")[1] == output
+
+
+def test_the_help_is_there_without_torch():
+    program = "import sys; from maskset.cli import main; main(['--help']); main(['--version']); sys.exit('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(capsys, name):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*name.split(), "--help"])
+    assert end.value.code == 0
+    assert f"usage: maskset {name}" in capsys.readouterr().out
+
+
+def test_a_mistyped_command_is_answered_with_the_nearest(capsys):
+    assert refusal(capsys, "trian") == "there is no command trian; did you mean train? (`maskset --help` lists them)."
+
+
+@pytest.mark.parametrize("arguments", [["train", "--train.epoch", "3"], ["train", "solq-tiny", "--train.epoch=3", "--out", "x"]])
+def test_a_mistyped_setting_is_answered_with_the_nearest(capsys, arguments):
+    assert "there is no flag --train.epoch; did you mean --train.epochs?" in refusal(capsys, *arguments)
+
+
+def test_a_flag_is_not_guessed_from_its_first_letters(capsys):
+    assert "there is no flag --thresh; did you mean --threshold?" in refusal(capsys, "predict", "m", "x.png", "--thresh", "0.1")
+
+
+def test_what_is_missing_is_named(capsys):
+    assert "--out" in refusal(capsys, "train", "solq-tiny", "--data", "shapes")
+    assert "RECIPE" in refusal(capsys, "train", "--data", "shapes", "--out", "x")
+
+
+def test_the_settings_of_the_named_recipe_are_the_defaults_of_the_flags(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "solq-tiny", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--model.hidden-dim VALUE width C" in text
+    assert "(default: resnet10t)" in text
+
+
+def test_flags_change_the_recipe_that_is_trained(monkeypatch, tmp_path):
+    from maskset import recipes
+    from maskset.training import train as loop
+
+    asked = []
+    monkeypatch.setattr(loop, "train", lambda *values, **options: asked.append((values, options)))
+    flags = ["--train.epochs", "3", "--data.workers", "0", "--model.two-stage", "true"]
+    assert cli.main(["train", "solq-tiny", "--data", "shapes", "--out", str(tmp_path / "run"), *flags]) == 0
+    (recipe, data, out), options = asked[0]
+    assert (recipe.train.epochs, recipe.data.workers, recipe.model.two_stage) == (3, 0, True)
+    assert recipe.model.hidden_dim == recipes.get("solq-tiny").model.hidden_dim
+    assert (data, out) == ("shapes", tmp_path / "run")
+    assert options == {"init": None, "resume": False, "images": None}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.epochs", "three"], "train.epochs: .*got 'three'"),
+        (["--train.epochs", "0"], "train.epochs must be at least 1, got 0"),
+        (["--data.augmentation", "mixup"], "data.augmentation: .*'none'.*got 'mixup'"),
+        (["--model.pretrained", "perhaps"], "model.pretrained: .*got 'perhaps'"),
+    ],
+)
+def test_a_value_that_is_not_allowed_ends_before_anything_is_written(capsys, tmp_path, flags, message):
+    out = tmp_path / "run"
+    assert re.search(message, refusal(capsys, "train", "solq-tiny", "--data", "shapes", "--out", str(out), *flags))
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_there_is_named(capsys, tmp_path):
+    message = refusal(capsys, "train", "solq-tiny", "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "run"))
+    assert str(tmp_path / "missing") in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_named(capsys, tmp_path):
+    (tmp_path / "model.safetensors").write_text("not a model")
+    message = refusal(capsys, "evaluate", str(tmp_path / "model.safetensors"), "--data", "shapes")
+    assert "model.safetensors is no safetensors file" in message
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    with pytest.raises(ValueError, match="there is no recipe 'nothing'"):
+        cli.main(["show", "nothing", "--debug"])
+
+
+def test_an_error_of_several_lines_becomes_one(capsys, monkeypatch):
+    def fails(_):
+        raise ValueError("first\n  second")
+
+    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command(cli.COMMANDS["recipes"].flags, fails))
+    assert refusal(capsys, "recipes") == "first second"
+
+
+def test_an_error_of_the_file_system_names_the_file(capsys, monkeypatch):
+    def fails(_):
+        open("/nowhere/at/all")  # noqa: SIM115
+
+    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command(cli.COMMANDS["recipes"].flags, fails))
+    assert refusal(capsys, "recipes") == "No such file or directory: /nowhere/at/all"
+
+
+def test_an_interruption_is_one_line_and_130(capsys, monkeypatch):
+    def stops(_):
+        raise KeyboardInterrupt("Continue with --resume.")
+
+    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command(cli.COMMANDS["recipes"].flags, stops))
+    assert answer(capsys, "recipes") == (130, "", "maskset: interrupted. Continue with --resume.\n")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"set -o pipefail; {sys.executable} -m maskset show solq-r50 | true; echo ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("0\n", "")
+
+
+def test_recipes_are_listed_with_what_they_are_for(capsys):
+    from maskset.recipes import RECIPES
+
+    lines = answer(capsys, "recipes")[1].splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_a_recipe_is_shown_with_every_setting(capsys):
+    output = answer(capsys, "show", "solq-tiny")[1]
+    assert "--train.clip-norm" in output
+    assert "greatest norm of the gradient" in output
+
+
+def test_a_recipe_that_is_printed_as_json_can_be_trained(capsys, tmp_path):
+    from maskset import recipes
+
+    (tmp_path / "mine.json").write_text(answer(capsys, "show", "solq-small", "--json")[1])
+    assert recipes.get(tmp_path / "mine.json") == recipes.get("solq-small")
+
+
+def test_a_model_is_shown_with_its_classes_and_licence(capsys, checkpoint):
+    output = answer(capsys, "show", str(checkpoint))[1]
+    assert "classes: ellipse, rectangle, triangle\n" in output
+    assert "licence: Apache-2.0\n" in output
+    assert "--model.backbone" in output
+
+
+def test_pictures_are_predicted_into_a_folder(capsys, tmp_path, checkpoint):
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), "white").save(tmp_path / "empty.png")
+    out = tmp_path / "found"
+    code, output, _ = answer(capsys, "predict", str(checkpoint), str(tmp_path), "--out", str(out), "--save", "drawings", "labels")
+    assert code == 0
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*.*")) == [
+        "drawings/empty.jpg",
+        "labels/empty.png",
+        "results.json",
+    ]
+    assert str(out / "results.json") in output
+
+
+def test_a_model_is_evaluated_on_a_data_folder(capsys, tmp_path, checkpoint):
+    from maskset.data import shapes
+
+    shapes.write(tmp_path / "data", {"val": 2})
+    code, output, _ = answer(
+        capsys, "evaluate", str(checkpoint), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")
+    )
+    assert code == 0
+    assert "AP50" in output
+    assert (tmp_path / "out" / "metrics.json").exists()
+    assert (tmp_path / "out" / "per_class.csv").exists()
+
+
+def test_ctrl_c_while_training_ends_with_130_and_something_to_resume(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--data.workers", "0", "--train.log-every", "1", "--train.batch-size", "1"]
+    command = [sys.executable, "-m", "maskset", "train", "solq-tiny", "--data", "shapes", "--out", str(out), *flags]
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert run.stdout is not None
+    deadline = time.monotonic() + 60
+    for line in run.stdout:
+        if "step 2/" in line or time.monotonic() > deadline:
+            break
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130, error
+    assert error.startswith("maskset: interrupted.")
+    assert error.count("\n") == 1
+    assert (out / "last.safetensors").exists()

@@ -1,0 +1,29 @@
+"""A tiny model of every system, and batches of generated shapes, for tests."""
+
+import torch
+
+from maskset.data.shapes import ShapesDataset
+from maskset.structures import ImageBatch, Instances
+from maskset.systems import Config, InputConfig
+from maskset.systems.solq import SolqConfig
+
+SMALL = {"input": InputConfig(short_side=64, long_side=96), "backbone": "resnet10t", "backbone_norm": "group"}
+SCRATCH = {"pretrained": False, "frozen_stages": 0, "dropout": 0.0}
+NARROW = {"hidden_dim": 32, "num_heads": 4, "feedforward_dim": 64, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 12}
+TINY: dict[str, Config] = {
+    "solq": SolqConfig(
+        **SMALL, **SCRATCH, **NARROW, num_classes=3, mask_size=32, code_length=48, mask_hidden_dim=64, mask_loss_layers=2
+    ),
+}  # fmt: skip
+
+
+def shapes(count: int, seed_split: str = "train", size: tuple[int, int] = (64, 80)) -> list[tuple[torch.Tensor, Instances]]:
+    """Return `count` images of generated shapes [3 h w] with their objects."""
+    dataset = ShapesDataset(seed_split, size=size)
+    return [dataset.read(i) for i in range(count)]
+
+
+def batch(examples: list[tuple[torch.Tensor, Instances]], config: Config) -> tuple[ImageBatch, list[Instances]]:
+    """Return examples as a normalised batch and its objects."""
+    images = ImageBatch.from_images([pixels for pixels, _ in examples], config.input.divisor)
+    return images.normalised(config.input), [objects for _, objects in examples]
