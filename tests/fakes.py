@@ -14,7 +14,9 @@ from maskset.systems.base import InputConfig, System
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "short_side": 32, "long_side": 64}
 
 
-def found(labels: Sequence[int], masks: np.ndarray, scores: Sequence[float] | None, categories: tuple[Category, ...]) -> Instances:
+def found(
+    labels: Sequence[int], masks: np.ndarray, scores: Sequence[float] | None, categories: tuple[Category, ...]
+) -> Instances:
     """Return objects with the tight boxes of their masks [T h w]."""
     kept = Masks.from_dense(torch.from_numpy(masks.astype(bool)))
     return Instances(
@@ -121,5 +123,7 @@ class Mean(_Fake):
 
     def postprocess(self, output, images, sizes, limit=100, threshold=0.0) -> list[Instances]:
         scores = output.layers[-1].class_logits[:, 0, 0].sigmoid().tolist()
-        everything = [found([0], np.ones((1, *size)), [score], self.categories) for size, score in zip(sizes, scores, strict=True)]
+        everything = [
+            found([0], np.ones((1, *size)), [score], self.categories) for size, score in zip(sizes, scores, strict=True)
+        ]
         return [one[one.scores >= threshold] for one in everything]

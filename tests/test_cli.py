@@ -6,11 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
 from maskset import cli
 
@@ -29,22 +26,6 @@ def refusal(capsys, *arguments: str) -> str:
     assert error.startswith("maskset: error: ")
     assert error.count("\n") == 1
     return error.removeprefix("maskset: error: ").strip()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """An untrained model in a file."""
-    from maskset import recipes
-    from maskset.checkpoint import save
-    from maskset.data.shapes import CATEGORIES
-    from maskset.systems import build
-
-    torch.manual_seed(0)
-    tiny = recipes.get("solq-tiny")
-    recipe = replace(tiny, model=replace(tiny.model, num_classes=len(CATEGORIES)))
-    path = tmp_path_factory.mktemp("model") / "untrained.safetensors"
-    save(build(recipe.model, CATEGORIES), recipe, path, licence="Apache-2.0")
-    return path
 
 
 def test_without_a_command_there_is_a_short_help(capsys):
@@ -193,19 +174,19 @@ def test_a_recipe_that_is_printed_as_json_can_be_trained(capsys, tmp_path):
     assert recipes.get(tmp_path / "mine.json") == recipes.get("solq-small")
 
 
-def test_a_model_is_shown_with_its_classes_and_licence(capsys, checkpoint):
-    output = answer(capsys, "show", str(checkpoint))[1]
+def test_a_model_is_shown_with_its_classes_and_licence(capsys, untrained):
+    output = answer(capsys, "show", str(untrained))[1]
     assert "classes: ellipse, rectangle, triangle\n" in output
     assert "licence: Apache-2.0\n" in output
     assert "--model.backbone" in output
 
 
-def test_pictures_are_predicted_into_a_folder(capsys, tmp_path, checkpoint):
+def test_pictures_are_predicted_into_a_folder(capsys, tmp_path, untrained):
     from PIL import Image
 
     Image.new("RGB", (90, 60), "white").save(tmp_path / "empty.png")
     out = tmp_path / "found"
-    code, output, _ = answer(capsys, "predict", str(checkpoint), str(tmp_path), "--out", str(out), "--save", "drawings", "labels")
+    code, output, _ = answer(capsys, "predict", str(untrained), str(tmp_path), "--out", str(out), "--save", "drawings", "labels")
     assert code == 0
     assert sorted(str(file.relative_to(out)) for file in out.rglob("*.*")) == [
         "drawings/empty.jpg",
@@ -215,13 +196,11 @@ def test_pictures_are_predicted_into_a_folder(capsys, tmp_path, checkpoint):
     assert str(out / "results.json") in output
 
 
-def test_a_model_is_evaluated_on_a_data_folder(capsys, tmp_path, checkpoint):
+def test_a_model_is_evaluated_on_a_data_folder(capsys, tmp_path, untrained):
     from maskset.data import shapes
 
     shapes.write(tmp_path / "data", {"val": 2})
-    code, output, _ = answer(
-        capsys, "evaluate", str(checkpoint), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")
-    )
+    code, output, _ = answer(capsys, "evaluate", str(untrained), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
     assert code == 0
     assert "AP50" in output
     assert (tmp_path / "out" / "metrics.json").exists()

@@ -27,14 +27,14 @@ ALLOWED: dict[str, set[str]] = {
     "systems": {"systems", "structures"},
     "systems.base": {"config", "structures"},
     "systems.solq": PARTS | {"systems.base"},
-    "recipes": GROUND | {"systems", "training.config"},
+    "recipes": GROUND | {"systems", "training.config", "recipes"},
     "data": GROUND | {"data"},
     "checkpoint": GROUND | {"systems", "training.config"},
     "conversion": GROUND | {"layers", "systems", "checkpoint", "recipes", "conversion"},
-    "codecs": GROUND | {"masks", "data", "evaluation"},
+    "codecs": GROUND | {"masks", "data", "checkpoint", "inference", "evaluation"},
     "inference": GROUND | {"systems", "data", "checkpoint", "inference"},
     "evaluation": GROUND | {"systems", "data", "checkpoint", "inference", "evaluation"},
-    "training": GROUND | {"systems", "data", "checkpoint", "inference", "evaluation", "recipes", "training"},
+    "training": PARTS | {"systems", "data", "checkpoint", "inference", "evaluation", "recipes", "training"},
     "training.config": {"config", "systems"},
     "flags": {"config"},
     "demo": GROUND | {"recipes", "data", "checkpoint", "inference", "evaluation", "training"},
@@ -103,17 +103,16 @@ def test_the_rules_see_an_import_inside_a_function(tmp_path):
 
 
 def test_importing_maskset_loads_neither_torch_nor_what_only_some_commands_need():
-    assert loaded_by("import maskset") == set()
-    assert loaded_by("import maskset.cli") == set()
+    assert loaded_by("import maskset, maskset.cli") == set()
 
 
 def test_the_public_names_load_nothing_that_only_some_commands_need():
-    assert loaded_by("import maskset; maskset.Instances, maskset.build") <= {"torch"}
+    assert loaded_by("import maskset; maskset.Instances, maskset.build, maskset.load") <= {"torch"}
 
 
 def loaded_by(statement: str) -> set[str]:
     """Return which of the slow packages a fresh interpreter has loaded after the statement."""
-    slow = ["torch", "timm", "pycocotools", "accelerate", "matplotlib", "faster_coco_eval", "scipy", "PIL", "pydantic"]
+    slow = ["torch", "timm", "pycocotools", "accelerate", "matplotlib", "faster_coco_eval", "rich"]
     program = f"{statement}; import sys; print(*[name for name in {slow} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(run.stdout.split())

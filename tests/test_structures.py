@@ -35,7 +35,10 @@ def test_any_chain_of_flip_crop_and_scale_shows_the_pixels_that_dense_masks_woul
 
 
 def test_masks_keep_polygons_as_they_came():
-    polygons = [[np.array([[1.0, 1], [6, 1.5], [3, 7]])], [np.array([[2.0, 2], [9, 2], [9, 9]]), np.array([[0.0, 0], [1, 0], [1, 1]])]]
+    polygons = [
+        [np.array([[1.0, 1], [6, 1.5], [3, 7]])],
+        [np.array([[2.0, 2], [9, 2], [9, 9]]), np.array([[0.0, 0], [1, 0], [1, 1]])],
+    ]
     masks = Masks.from_polygons(polygons, (12, 12))
     for kept, given in zip(masks.polygons(), polygons, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(kept, given, strict=True))
@@ -82,7 +85,7 @@ def test_instances_are_selected_as_a_whole():
 
 def test_instances_of_unequal_lengths_are_refused():
     masks = Masks.from_dense(dense())
-    with pytest.raises((ValueError, TypeError), match="equally many|Type-check"):
+    with pytest.raises((ValueError, TypeError), match=r"equally many|Type-check"):
         Instances(torch.tensor([0, 1]), masks.boxes(), masks)
 
 

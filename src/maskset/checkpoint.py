@@ -6,6 +6,7 @@ Nothing is ever unpickled: a file that could run code is refused, not opened.
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -148,7 +149,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
     part = path.with_name(f".{path.name}.part")
     try:
+        part.touch()
+        permissions = part.stat().st_mode  # which safetensors would make this user's alone
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        part.chmod(permissions)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -171,6 +175,8 @@ def _metadata(texts: dict[str, str], path: Path) -> Metadata:
         raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: what it says about its weights is damaged ({error}).") from None
+    if len(categories) != recipe.model.num_classes:
+        raise CheckpointError(f"{path} names {len(categories)} categories but has {recipe.model.num_classes} class channels.")
     return Metadata(recipe, categories, texts.get("source"), texts.get("licence", "unknown"))
 
 
@@ -198,14 +204,13 @@ def _hint(source: str | Path, path: Path) -> str:
 
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(f"a model on the hub is hub:owner/name, got hub:{name}.")
     try:
         if not HfApi().file_exists(name, HUB_FILE):
             raise CheckpointError(f"the hub has no repository {name} with a file {HUB_FILE} that you may read.")
         return Path(hf_hub_download(name, HUB_FILE))
-    except HFValidationError:
-        raise CheckpointError(f"a model on the hub is hub:owner/name, got hub:{name}.") from None
     except CheckpointError:
         raise
     except Exception as error:  # its type depends on the HTTP library that the hub's client uses

@@ -46,6 +46,9 @@ def parse(arguments: Sequence[str]) -> "tuple[Command, argparse.Namespace]":
     """
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
+    several = [known for known in COMMANDS if known.startswith(f"{name} ")]
+    if several:
+        raise ValueError(f"{name} is several commands: {', '.join(several)}.")
     if name not in COMMANDS:
         raise ValueError(f"there is no command {name}{_nearest(name, COMMANDS)} (`maskset --help` lists them).")
     command = COMMANDS[name]
@@ -199,6 +202,59 @@ def _predict(given: argparse.Namespace) -> None:
     print("written: " + ", ".join(str(given.out / name) for name in ["results.json", *given.save]))
 
 
+def _codecs_fit_flags(parser: _Parser, arguments: Sequence[str]) -> None:
+    parser.add_argument("kind", metavar="KIND", choices=("pca", "sparse"), help="pca or sparse; the other codes learn nothing")
+    parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or the word shapes")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--size", type=int, default=28, help="side of the box-local mask, pixels (default: 28)")
+    parser.add_argument("--length", type=int, help="numbers per mask (default: 60 for pca, 256 for sparse)")
+    parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: chosen from the data)")
+    _add_masks(parser, "train")
+
+
+def _codecs_fit(given: argparse.Namespace) -> None:
+    """Learn a mask code from the masks of a data set."""
+    from maskset.codecs import fit
+
+    codec = fit(
+        given.kind,
+        given.data,
+        given.out,
+        size=given.size,
+        length=given.length,
+        beta=given.beta,
+        split=given.split,
+        most_masks=given.most_masks,
+        skip_broken=given.skip_broken,
+    )
+    print(f"written to {given.out}: {given.kind}, {codec.length} numbers for a mask of {codec.size} x {codec.size} pixels")
+
+
+def _codecs_compare_flags(parser: _Parser, arguments: Sequence[str]) -> None:
+    parser.add_argument("data", nargs="+", metavar="DATA", help="data folders, COCO JSON files, or the word shapes")
+    parser.add_argument(
+        "--learn-from", default="train", metavar="SPLIT", help="part that PCA and sparse learn from (default: train)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON here")
+    _add_masks(parser, "val")
+
+
+def _codecs_compare(given: argparse.Namespace) -> None:
+    """Print how much of real masks each mask code keeps: an upper bound of what a network can reach with it."""
+    from maskset.codecs import compare
+
+    comparison = compare(
+        given.data,
+        split=given.split,
+        learn_from=given.learn_from,
+        most_masks=given.most_masks,
+        skip_broken=given.skip_broken,
+    )
+    print(comparison)
+    if given.out:
+        print(f"\nwritten to {comparison.save(given.out)}")
+
+
 def _convert_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is: solq")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
@@ -259,6 +315,12 @@ def _add_data(parser: _Parser) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a JSON file are")
 
 
+def _add_masks(parser: _Parser, split: str) -> None:
+    parser.add_argument("--split", default=split, help=f"part of the data (default: {split})")
+    parser.add_argument("--most-masks", type=int, default=20_000, metavar="N", help="masks to learn from (default: 20000)")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out broken annotations instead of stopping")
+
+
 @dataclass(frozen=True)
 class Command:
     """What a command takes, and what it does; its docstring is its help."""
@@ -272,6 +334,8 @@ COMMANDS = {
     "train": Command(_train_flags, _train),
     "evaluate": Command(_evaluate_flags, _evaluate),
     "predict": Command(_predict_flags, _predict),
+    "codecs fit": Command(_codecs_fit_flags, _codecs_fit),
+    "codecs compare": Command(_codecs_compare_flags, _codecs_compare),
     "convert": Command(_convert_flags, _convert),
     "recipes": Command(_no_flags, _recipes),
     "show": Command(_show_flags, _show),

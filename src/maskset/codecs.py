@@ -28,7 +28,6 @@ from maskset.masks.pca import PcaCodec
 from maskset.masks.sparse import SparseCodec
 from maskset.structures import Instances, Masks
 
-MOST_MASKS = 20_000  # from how many masks a code is learnt at the most; more take longer and change little
 FOOTNOTE = """\
 Upper bounds: each annotated mask is cropped to its annotated box, coded, decoded and pasted back; the results have score 1,
 and none is cut off. PCA and sparse codes were learnt from {learnt_from}. Networks trained with these codes rank otherwise
@@ -136,7 +135,7 @@ class Comparison:
 
 
 def fit(
-    kind: Literal["pca", "sparse"],
+    kind: str,
     data: str | Path,
     out: str | Path,
     *,
@@ -144,21 +143,19 @@ def fit(
     length: int | None = None,
     beta: float | None = None,
     split: str = "train",
-    most_masks: int = MOST_MASKS,
     skip_broken: bool = False,
     progress: bool = True,
 ) -> PcaCodec | SparseCodec:
     """Return a code learnt from the masks of a data set, and write it as a file that `maskset.masks.learnt.load` reads.
 
     Args:
-        kind: which code.
+        kind: pca or sparse.
         data: what `maskset.data.open_data` takes.
         out: the .safetensors file.
         size: side S of the box-local mask, pixels.
         length: D, how many numbers describe one mask; None: 60 for pca, 256 for sparse.
         beta: sparse: see `SparseCodec`.
-        split: which part of the data.
-        most_masks: masks that are read at the most, of images in random order.
+        split: which part of the data. Of more than 20,000 masks, those of random images are read.
         skip_broken: leave out what `open_data` finds broken.
         progress: whether to show how far it is on stderr.
 
@@ -179,8 +176,8 @@ def fit(
     out = Path(out)
     if out.is_dir() or not out.parent.is_dir():  # before the work, not after
         raise ConfigError(f"{out} cannot be written: it is a folder, or its folder does not exist.")
-    codec.fit(_crops(open_data(data, split, skip_broken=skip_broken), size, most_masks, f"reading {data} {split}", progress))
-    source = f"{Path(data).absolute().name} {split}, at most {most_masks} masks"
+    codec.fit(_crops(open_data(data, split, skip_broken=skip_broken), size, f"reading {data} {split}", progress))
+    source = f"{Path(data).absolute().name} {split}"
     metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(size), "length": str(codec.length), "source": source}
     if isinstance(codec, SparseCodec):
         metadata["beta"] = f"{float(codec.beta):.6g}"
@@ -194,7 +191,6 @@ def compare(
     codes: Sequence[Code] = PAPER_CODES,
     split: str = "val",
     learn_from: str = "train",
-    most_masks: int = MOST_MASKS,
     skip_broken: bool = False,
     progress: bool = True,
 ) -> Comparison:
@@ -209,7 +205,6 @@ def compare(
         codes: which codes.
         split: the part of the data that is measured.
         learn_from: the part that PCA and sparse codes are learnt from, for each data set anew.
-        most_masks: masks that they are learnt from at the most, of images in random order.
         skip_broken: leave out what `open_data` finds broken.
         progress: whether to show how far it is on stderr.
 
@@ -223,7 +218,7 @@ def compare(
         codecs = [_codec(code) for code in codes]
         for size in sorted({codec.size for codec in codecs if isinstance(codec, (PcaCodec, SparseCodec))}):
             source = open_data(one, learn_from, skip_broken=skip_broken)
-            masks = torch.cat(list(_crops(source, size, most_masks, f"reading {one} {learn_from}", progress)))
+            masks = torch.cat(list(_crops(source, size, f"reading {one} {learn_from}", progress)))
             for codec in codecs:
                 if isinstance(codec, (PcaCodec, SparseCodec)) and codec.size == size:
                     codec.fit(masks)
@@ -237,15 +232,15 @@ def _codec(code: Code) -> DctCodec | PcaCodec | SparseCodec | FlattenCodec:
     return {"dct": DctCodec, "pca": PcaCodec, "sparse": SparseCodec}[code.kind](code.size, code.length)
 
 
-def _crops(data: Dataset, size: int, most: int, what: str, progress: bool) -> Iterator[Bool[Tensor, "T S S"]]:
-    """Yield the masks of each image inside their annotated boxes, of images in an order that is random but always the same."""
+def _crops(data: Dataset, size: int, what: str, progress: bool) -> Iterator[Bool[Tensor, "T S S"]]:
+    """Yield masks inside their annotated boxes, of images in a random order that is always the same, until there are enough."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    yield torch.zeros(0, size, size, dtype=torch.bool)  # so that there is something, whatever the data has
+    found = 0
     for index in shown(order, len(order), what) if progress else order:
-        objects = data.objects(index)[:most]
+        objects = data.objects(index)
         yield crop(objects.masks, objects.boxes, size)
-        most -= len(objects)
-        if not most:
+        found += len(objects)
+        if found >= learnt.MOST_MASKS:
             return
 
 

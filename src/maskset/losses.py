@@ -1,6 +1,5 @@
 """Losses. Each returns sums that the caller divides: what to divide by is the paper's business."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor

@@ -72,7 +72,8 @@ def to_string(counts: Counts, size: tuple[int, int]) -> str:
     """Return the compressed text of COCO files for the run lengths of a mask of `size` (height, width)."""
     from pycocotools import mask as coco_mask
 
-    return coco_mask.frPyObjects({"counts": counts.tolist(), "size": list(size)}, *size)["counts"].decode()
+    uncompressed: Any = {"counts": counts.tolist(), "size": list(size)}
+    return coco_mask.frPyObjects(uncompressed, *size)["counts"].decode()
 
 
 def from_string(text: str | bytes) -> Counts:
@@ -225,7 +226,7 @@ def outlines(counts: Counts, size: tuple[int, int]) -> list[np.ndarray]:
     does, the outlines of a mask without holes give the mask back, pixel for pixel.
     """
     padded = np.pad(decode([counts.cpu()], size)[0].numpy(), 1)
-    # Unit steps along pixel edges with the mask on the right: corner (y, x) of the padded grid -> direction 0..3 = right, down, left, up.
+    # Unit steps along pixel edges, the mask on their right: edges[way] at corner (y, x), ways right, down, left, up.
     inner, edges = padded[1:-1, 1:-1], np.zeros((4, size[0] + 1, size[1] + 1), dtype=bool)
     edges[0, :-1, :-1] = inner & ~padded[:-2, 1:-1]
     edges[1, :-1, 1:] = inner & ~padded[1:-1, 2:]
@@ -241,7 +242,7 @@ def outlines(counts: Counts, size: tuple[int, int]) -> list[np.ndarray]:
             edges[way, y, x] = False
             y, x = y + steps[way][0], x + steps[way][1]
             turns = [turn for turn in ((way + 1) % 4, way, (way + 3) % 4) if edges[turn, y, x]]  # right first: keep to this part
-            if turns and turns[0] != way or not turns:
+            if (turns and turns[0] != way) or not turns:
                 points.append((x, y))
             way = turns[0] if turns else way
         outline = np.array(points, dtype=np.float64)

@@ -13,12 +13,10 @@ A *slot* is one place where a system may report an object: a query (SOLQ, SOIT, 
 grid cell (SOTR).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,9 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from maskset import rle
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from maskset.rle import Counts, Index, Polygons
 
 Device = torch.device | str
 Same = TypeVar("Same", bound="_Tensors")  # not typing.Self: the shape checker of the tests does not know it in methods
@@ -48,9 +44,12 @@ class Category:
 class Normalisation(Protocol):
     """The part of a model's input settings that `ImageBatch.normalised` reads; all of it on the scale where white is 1."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    channel_order: Literal["rgb", "bgr"]
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+    @property
+    def channel_order(self) -> Literal["rgb", "bgr"]: ...
 
 
 class _Tensors:
@@ -86,7 +85,7 @@ class ImageBatch(_Tensors):
     sizes: Int[Tensor, "B 2"]
 
     @classmethod
-    def from_images(cls, images: Sequence[Tensor], divisor: int = 1) -> ImageBatch:
+    def from_images(cls, images: Sequence[Tensor], divisor: int = 1) -> "ImageBatch":
         """Return a batch of images [3 h w], padded with zero to the largest height and width, rounded up to `divisor`."""
         sizes = torch.tensor([tuple(image.shape[-2:]) for image in images]).view(-1, 2)
         height, width = (-(-sizes.amax(0) // divisor) * divisor).tolist()
@@ -98,7 +97,7 @@ class ImageBatch(_Tensors):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def normalised(self, input: Normalisation) -> ImageBatch:
+    def normalised(self, input: Normalisation) -> "ImageBatch":
         """Return the batch as a model wants it: float32, (pixel / 255 - mean) / std, channels in the model's order."""
         if self.pixels.dtype != torch.uint8:
             raise ValueError(f"normalised() takes uint8 pixels, got {self.pixels.dtype}: has this batch been normalised before?")
@@ -129,7 +128,7 @@ class Masks:
 
     def __init__(
         self,
-        shapes: Sequence[rle.Counts | rle.Polygons],
+        shapes: Sequence[Counts | Polygons],
         source_size: tuple[int, int],
         rows: Int[Tensor, "h"] | None = None,
         columns: Int[Tensor, "w"] | None = None,
@@ -139,12 +138,12 @@ class Masks:
         self._rows, self._columns = rows, columns  # None: every row or column, in order
 
     @classmethod
-    def from_dense(cls, masks: Bool[Tensor, "T h w"]) -> Masks:
+    def from_dense(cls, masks: Bool[Tensor, "T h w"]) -> "Masks":
         """Return masks kept as run lengths."""
         return cls(rle.encode(masks), (masks.shape[1], masks.shape[2]))
 
     @classmethod
-    def from_polygons(cls, polygons: Sequence[Sequence[np.ndarray]], size: tuple[int, int]) -> Masks:
+    def from_polygons(cls, polygons: Sequence[Sequence[np.ndarray]], size: tuple[int, int]) -> "Masks":
         """Return one mask per element, each the union of polygons [n 2] (x, y in pixels), in an image of `size`.
 
         Raises:
@@ -154,7 +153,7 @@ class Masks:
         return cls([rle.check_polygons(one, size) for one in parts], size)
 
     @classmethod
-    def from_rle(cls, counts: Sequence[rle.Counts | Sequence[int] | str | bytes], size: tuple[int, int]) -> Masks:
+    def from_rle(cls, counts: Sequence[Counts | Sequence[int] | str | bytes], size: tuple[int, int]) -> "Masks":
         """Return masks from COCO run lengths (lists of counts, or compressed text) for an image of `size` (height, width).
 
         Raises:
@@ -168,7 +167,7 @@ class Masks:
         return cls(shapes, size)
 
     @classmethod
-    def cat(cls, parts: Sequence[Masks]) -> Masks:
+    def cat(cls, parts: Sequence["Masks"]) -> "Masks":
         """Return the masks of several lists over the same image as one list, in order."""
         if len({part.size for part in parts}) != 1:
             raise ValueError(f"masks of different sizes cannot be joined: {sorted({part.size for part in parts})}.")
@@ -191,10 +190,10 @@ class Masks:
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def __iter__(self) -> Iterator[Masks]:
+    def __iter__(self) -> Iterator["Masks"]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int | rle.Index | Sequence[int]) -> Masks:
+    def __getitem__(self, index: int | Index | Sequence[int]) -> "Masks":
         """Return the masks chosen by a position, a slice, positions or a boolean of each; always a `Masks`."""
         return self._view([self._shapes[i] for i in _positions(index, len(self))])
 
@@ -210,16 +209,16 @@ class Masks:
     def __repr__(self) -> str:
         return f"Masks({len(self)} of {self.size[0]} x {self.size[1]} pixels)"
 
-    def flipped(self) -> Masks:
+    def flipped(self) -> "Masks":
         """Return the masks mirrored left to right."""
         return self._view(self._shapes, self._rows, self._all_columns().flip(0))
 
-    def cropped(self, box: tuple[int, int, int, int]) -> Masks:
+    def cropped(self, box: tuple[int, int, int, int]) -> "Masks":
         """Return the part inside x0 y0 x1 y1 (whole pixels, inside of the image)."""
         x0, y0, x1, y1 = box
         return self._view(self._shapes, self._all_rows()[y0:y1], self._all_columns()[x0:x1])
 
-    def scaled(self, size: tuple[int, int]) -> Masks:
+    def scaled(self, size: tuple[int, int]) -> "Masks":
         """Return the masks resized to `size` (height, width) by nearest neighbour."""
         rows, columns = self._all_rows(), self._all_columns()
         rows = rows[rle.nearest_index(len(rows), size[0]).to(rows.device)]
@@ -233,7 +232,7 @@ class Masks:
             masks = masks[:, self._rows.to(masks.device)]
         return masks if self._columns is None else masks[:, :, self._columns.to(masks.device)]
 
-    def rle(self) -> list[rle.Counts]:
+    def rle(self) -> list[Counts]:
         """Return the run lengths of each mask (see `maskset.rle`)."""
         if self._is_source:
             return self._source_runs()
@@ -257,25 +256,25 @@ class Masks:
             return [list(shape) for shape in self._shapes]  # type: ignore[arg-type]
         return [rle.outlines(counts, self.size) for counts in self.rle()]
 
-    def to(self, device: Device, non_blocking: bool = False) -> Masks:
+    def to(self, device: Device, non_blocking: bool = False) -> "Masks":
         """Return the masks on a device. Polygons are rasterised first: a device other than the CPU knows only run lengths."""
         device = torch.device(device)
         if device == self.device and (device.type == "cpu" or all(isinstance(shape, Tensor) for shape in self._shapes)):
             return self
         return self._with_runs(lambda flat: flat.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Masks:
+    def pin_memory(self) -> "Masks":
         """Return the masks with their run lengths in page-locked memory."""
         return self._with_runs(lambda flat: flat.pin_memory())
 
-    def _with_runs(self, change) -> Masks:
+    def _with_runs(self, change) -> "Masks":
         runs = self._source_runs()
         if not runs:
             return self
         lengths = [len(counts) for counts in runs]
         return self._view(change(torch.cat(runs)).split(lengths), self._rows, self._columns)
 
-    def _source_runs(self) -> list[rle.Counts]:
+    def _source_runs(self) -> list[Counts]:
         return [
             shape if isinstance(shape, Tensor) else rle.from_polygons(shape, self._source_size).to(self.device)
             for shape in self._shapes
@@ -291,7 +290,7 @@ class Masks:
     def _all_columns(self) -> Int[Tensor, "w"]:
         return torch.arange(self._source_size[1]) if self._columns is None else self._columns
 
-    def _view(self, shapes, *maps) -> Masks:
+    def _view(self, shapes, *maps) -> "Masks":
         rows, columns = maps if maps else (self._rows, self._columns)
         return Masks(shapes, self._source_size, rows, columns)
 
@@ -322,17 +321,17 @@ class Instances(_Tensors):
             raise ValueError(f"Instances needs equally many of everything, got {lengths}.")
 
     @classmethod
-    def empty(cls, size: tuple[int, int], categories: tuple[Category, ...] = ()) -> Instances:
+    def empty(cls, size: tuple[int, int], categories: tuple[Category, ...] = ()) -> "Instances":
         """Return no objects, of an image of `size` (height, width)."""
         return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), Masks([], size), None, categories)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __iter__(self) -> Iterator[Instances]:
+    def __iter__(self) -> Iterator["Instances"]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int | rle.Index | Sequence[int]) -> Instances:
+    def __getitem__(self, index: int | Index | Sequence[int]) -> "Instances":
         """Return the objects chosen: `found[found.scores > 0.5]`, `found[:10]`, `found[0]` (one object, still a list)."""
         kept = torch.tensor(_positions(index, len(self)), dtype=torch.int64, device=self.labels.device)
         scores = None if self.scores is None else self.scores[kept]
@@ -386,13 +385,13 @@ class Instances(_Tensors):
             data={"class_name": np.array(self.names, dtype=object).astype(str)},
         )
 
-    def draw(self, image: Image | np.ndarray | str | Path) -> Image:
+    def draw(self, image: Any) -> Any:
         """Return the image with masks, boxes, names and scores drawn on it, in colours that colour-blind people can tell."""
         from maskset.inference.draw import draw
 
         return draw(image, self)
 
-    def save(self, path: str | Path, image: Image | np.ndarray | str | Path | None = None) -> Path:
+    def save(self, path: str | Path, image: Any = None) -> Path:
         """Write the objects and return the path; its ending chooses what.
 
         Args:
@@ -437,7 +436,7 @@ class ModelOutput(_Tensors):
     proposals: SlotPredictions | None = None
 
 
-def _positions(index: int | rle.Index | Sequence[int], length: int) -> list[int]:
+def _positions(index: int | Index | Sequence[int], length: int) -> list[int]:
     """Return what an index chooses of `length` things as a list of positions."""
     if isinstance(index, slice):
         return list(range(length))[index]
@@ -460,7 +459,7 @@ def _register(cls: type, names: Sequence[str]) -> None:
 
 
 def _rebuild(cls: type, values: dict[str, Any]) -> Any:
-    made = cls.__new__(cls)
+    made = object.__new__(cls)
     for name, value in values.items():
         object.__setattr__(made, name, value)
     return made
@@ -471,4 +470,3 @@ _register(Masks, ["_shapes", "_rows", "_columns"])
 _register(Instances, ["labels", "boxes", "masks", "scores"])
 _register(SlotPredictions, ["class_logits", "mask_params", "boxes", "mask_context"])
 _register(ModelOutput, ["layers", "mask_features", "proposals"])
-

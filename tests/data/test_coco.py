@@ -237,7 +237,7 @@ def test_real_masks_are_pycocotools_masks_to_the_pixel(name: str) -> None:
     assert isinstance(data, CocoDataset)
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO(data.file)
-    for i in range(0, len(data), 4):
+    for i in range(0, len(data), 12):
         for crowd, objects in enumerate([data.objects(i), data.crowds(i)]):
             rows = [row for row in reference.imgToAnns[data.images[i].id] if row["iscrowd"] == crowd]
             assert [data.categories[label].coco_id for label in objects.labels] == [row["category_id"] for row in rows]

@@ -80,13 +80,13 @@ def test_several_files_for_a_split_are_not_guessed_between(tmp_path: Path) -> No
     (tmp_path / "annotations").mkdir()
     for year in (2014, 2017):
         (tmp_path / "annotations" / f"instances_train{year}.json").write_text(json.dumps(coco([])))
-    with pytest.raises(DataError, match="instances_train2014.json, instances_train2017.json"):
+    with pytest.raises(DataError, match=r"instances_train2014.json, instances_train2017.json"):
         open_data(tmp_path, "train")
 
 
 def test_annotations_without_their_image_folder_are_an_error(plain: Path) -> None:
     shutil.rmtree(plain / "train")
-    with pytest.raises(DataError, match="there is no folder .*train with the images"):
+    with pytest.raises(DataError, match=r"there is no folder .*train with the images"):
         open_data(plain, "train")
 
 

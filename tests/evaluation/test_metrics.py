@@ -50,7 +50,14 @@ def test_what_is_saved_is_json_without_nan_and_a_row_for_each_class(tmp_path):
     assert saved["per_class"][0]["name"] == 'nut, "hex"'
     with (folder / "per_class.csv").open(newline="") as file:
         nut, bolt = csv.DictReader(file)
-    assert nut == {"name": 'nut, "hex"', "objects": "345", "mask_ap": "0.41254", "mask_ap50": "1.0", "box_ap": "0.5", "box_ap50": "0.75"}
+    assert nut == {
+        "name": 'nut, "hex"',
+        "objects": "345",
+        "mask_ap": "0.41254",
+        "mask_ap50": "1.0",
+        "box_ap": "0.5",
+        "box_ap50": "0.75",
+    }
     assert bolt["mask_ap"] == ""
 
 

@@ -32,21 +32,20 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], last_wins: bool =
     origin: dict[str, str] = {}
     unknown, different = [], []
     for name, value in state.items():
-        for pattern, replacement in compiled:
-            found = pattern.fullmatch(name)
-            if found:
-                break
-        else:
+        fitting = ((found, replacement) for pattern, replacement in compiled if (found := pattern.fullmatch(name)))
+        found, replacement = next(fitting, (None, None))
+        if found is None:
             unknown.append(name)
-            continue
-        if replacement is None:
+        if found is None or replacement is None:
             continue
         target = found.expand(replacement)
         if target in renamed and not torch.equal(renamed[target], value):
             different.append(f"{origin[target]} and {name}")
         renamed[target], origin[target] = value, name
     if unknown:
-        raise ConversionError(f"entries not known here: {_listed(unknown)}. Is this a checkpoint of another system, or of a variant?")
+        raise ConversionError(
+            f"entries not known here: {_listed(unknown)}. Is this a checkpoint of another system, or of a variant?"
+        )
     if different and not last_wins:
         raise ConversionError(
             f"copies of one tensor differ: {_listed(different)}. Official loading takes the last one: --last-wins does the same."

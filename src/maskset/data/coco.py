@@ -44,9 +44,8 @@ class CocoDataset:
         self.skipped: list[str] = [f"{self.file}: {problem}" for problem in problems]
         if problems and not skip_broken:
             more = f" It has {len(problems)} such problems." if len(problems) > 1 else ""
-            raise DataError(
-                f"{self.skipped[0]}{more} Correct it, or leave out what is broken: --skip-broken (train: --data.skip-broken true)."
-            )
+            skip = "--skip-broken (in training: --data.skip-broken true) leaves out what is broken."
+            raise DataError(f"{self.skipped[0]}{more} Correct the file; or {skip}")
         if not self.images:
             raise DataError(f"{self.file} has no image that can be used. {' '.join(self.skipped[:1])}".rstrip())
 

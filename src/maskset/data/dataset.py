@@ -45,9 +45,11 @@ class Dataset(Protocol):
     """
 
     categories: tuple[Category, ...]
-    images: Sequence[ImageRecord]
     skip_broken: bool
     skipped: list[str]
+
+    @property
+    def images(self) -> Sequence[ImageRecord]: ...
 
     def __len__(self) -> int: ...
 

@@ -97,7 +97,7 @@ def _match(
     return matching.eval["precision"][:, :, order], matching.eval["recall"][:, order]
 
 
-def _summary(kind: str, precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+def _summary(kind: str, precision: np.ndarray, recall: np.ndarray) -> dict[str, Any]:
     """Return the numbers of COCO's table, named as in `Metrics`."""
     numbers = {
         "ap": precision[..., 0, -1],

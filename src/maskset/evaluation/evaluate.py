@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -110,18 +111,19 @@ def _renamed(found: Instances, labels: Sequence[int], categories: tuple[Category
 
 
 def _measured(dataset: Dataset, found: dict[int, list[Row]], max_detections: int) -> Metrics:
-    """Return the metrics of what all processes found, by image; the first process computes them."""
-    first, parts = True, [found]
-    if active():
-        first = distributed.get_rank() == 0
-        parts = [{}] * world_size()
-        distributed.gather_object(found, parts if first else None)
-    answer = [None]
-    if first:
-        everything = {index: rows for part in parts for index, rows in part.items()}
-        results = [row for rows in everything.values() for row in rows]
-        metrics = average_precision(dataset, results, max_detections, sorted(everything))
-        answer = [replace(metrics, skipped=len(dataset) - len(everything))]
-    if active():
-        distributed.broadcast_object_list(answer)
+    """Return the metrics of what this process, or all of them together, found in each image."""
+    if not active():
+        return _metrics(dataset, [found], max_detections)
+    first = distributed.get_rank() == 0
+    parts: list[Any] = [None] * world_size()
+    distributed.gather_object(found, parts if first else None)
+    answer: list[Any] = [_metrics(dataset, parts, max_detections) if first else None]
+    distributed.broadcast_object_list(answer)
     return answer[0]
+
+
+def _metrics(dataset: Dataset, parts: Sequence[dict[int, list[Row]]], max_detections: int) -> Metrics:
+    images = sorted(index for part in parts for index in part)
+    results = [row for part in parts for rows in part.values() for row in rows]
+    metrics = average_precision(dataset, results, max_detections, images)
+    return replace(metrics, skipped=len(dataset) - len(images))

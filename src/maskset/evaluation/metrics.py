@@ -109,7 +109,10 @@ class Metrics:
         if self.skipped:
             lines += ["", f"{self.skipped} images that cannot be read were left out."]
         if self.missing_in_model:
-            lines += ["", f"The model does not know {_listed(self.missing_in_model)} of the data: none of their objects is found."]
+            lines += [
+                "",
+                f"The model does not know {_listed(self.missing_in_model)} of the data: none of their objects is found.",
+            ]
         if self.missing_in_data:
             lines += ["", f"The data does not know {_listed(self.missing_in_data)} of the model: their results are left out."]
         return "\n".join(lines)

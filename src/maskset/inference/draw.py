@@ -44,7 +44,9 @@ def draw(image: Picture, instances: Instances, scale: int | None = None) -> Imag
     picture = Image.fromarray(pictures.read(image).permute(1, 2, 0).numpy())
     height, width = instances.masks.size
     if picture.size != (width, height):
-        raise ValueError(f"the image has {picture.width} x {picture.height} pixels, the objects are of one of {width} x {height}.")
+        raise ValueError(
+            f"the image has {picture.width} x {picture.height} pixels, the objects are of one of {width} x {height}."
+        )
     scale = scale or max(1, _COMFORTABLE // max(picture.size))
     picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     instances = instances.to("cpu")
@@ -134,27 +136,40 @@ def _labels(instances: Instances) -> list[str]:
 
 
 def _write(picture: Image.Image, labels: list[tuple[str, Box, Colour]]) -> None:
-    """Write labels on plates of their objects' colours, inside of the picture and none over another."""
+    """Write each label on a plate of its object's colour, where there is room."""
     size = max(11, round(max(picture.size) / 54))
     font, margin = ImageFont.load_default(size), size // 5
     pen = ImageDraw.Draw(picture)
-    taken: list[Box] = []
-    for text, (x0, y0, x1, y1), colour in labels:
-        width, height = round(font.getlength(text)) + 2 * margin, size + margin + 1
-        # The more objects there are, the larger one must be to have a label, or labels would hide a crowded picture.
-        if width * height * len(labels) > 30 * (x1 + 1 - x0) * (y1 + 1 - y0):
-            continue
-        right = x1 + 1 - width
-        for x, y in ((x0, y0 - height), (x0, y1 + 1), (x0, y0), (right, y0 - height), (right, y1 + 1), (right, y1 + 1 - height)):
-            x, y = min(max(x, 0), picture.width - width), min(max(y, 0), picture.height - height)
-            plate = (x, y, x + width - 1, y + height - 1)
-            if min(x, y) < 0 or any(_overlap(plate, other) for other in taken):
-                continue
-            taken.append(plate)
+    sizes = [(round(font.getlength(text)) + 2 * margin, size + margin + 1) for text, _, _ in labels]
+    plates = label_places(sizes, [box for _, box, _ in labels], picture.size)
+    for (text, _, colour), plate in zip(labels, plates, strict=True):
+        if plate is not None:
             pen.rectangle(plate, fill=colour)
             dark = np.dot(colour, (0.299, 0.587, 0.114)) < 110
-            pen.text((x + margin, y + height / 2), text, "white" if dark else "black", font, anchor="lm")
-            break
+            middle = (plate[1] + plate[3] + 1) / 2
+            pen.text((plate[0] + margin, middle), text, "white" if dark else "black", font, anchor="lm")
+
+
+def label_places(sizes: list[tuple[int, int]], boxes: list[Box], picture: tuple[int, int]) -> list[Box | None]:
+    """Return where to put labels: at their boxes, inside of the picture, none over another; None for those without room.
+
+    Args:
+        sizes: width and height of each label, the most important one first.
+        boxes: what they belong to.
+        picture: its width and height.
+    """
+    places: list[Box | None] = []
+    for (width, height), (x0, y0, x1, y1) in zip(sizes, boxes, strict=True):
+        left, right, above, below = x0, x1 + 1 - width, y0 - height, y1 + 1
+        choice = [(left, above), (left, below), (left, y0), (right, above), (right, below), (right, below - height)]
+        # The more objects there are, the larger one must be to have a label, or labels would hide a crowded picture.
+        if width > picture[0] or height > picture[1] or width * height * len(sizes) > 30 * (x1 + 1 - x0) * (y1 + 1 - y0):
+            choice = []
+        choice = [(min(max(x, 0), picture[0] - width), min(max(y, 0), picture[1] - height)) for x, y in choice]
+        plates = [(x, y, x + width - 1, y + height - 1) for x, y in choice]
+        free = [plate for plate in plates if not any(other and _overlap(plate, other) for other in places)]
+        places.append(free[0] if free else None)
+    return places
 
 
 def _overlap(a: Box, b: Box) -> bool:

@@ -83,8 +83,11 @@ def _files(source: str | Path) -> list[Path]:
         raise SourceError(f"there is no file or folder {source}.")
     images = [file for file in found if file.suffix.lower() in ENDINGS and file.is_file() and not file.name.startswith(".")]
     if not images:
-        where = "the folder" if path.is_dir() else "what matches"
-        raise SourceError(f"{where} {source} holds no image: looked at {len(found)} names for {' '.join(ENDINGS)}.")
+        if path.is_dir():
+            where = f"in the folder {path}"
+        else:
+            where = f"among the {len(found)} files and folders that {source} matches" if found else f"matches {source}"
+        raise SourceError(f"no image {where}; looked for {' '.join(ENDINGS)}.")
     return images
 
 
@@ -95,7 +98,9 @@ def _is_pattern(source: str | Path) -> bool:
 def _array(picture: Image.Image | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(picture, Image.Image):
         if picture.mode.startswith("I") or picture.mode == "F":
-            raise SourceError(f"a Pillow image of mode {picture.mode} has no fixed range: give the file, or convert it to 8 bits.")
+            raise SourceError(
+                f"a Pillow image of mode {picture.mode} has no fixed range: give the file, or convert it to 8 bits."
+            )
         return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     grey = picture[:, :, None].repeat(3, 2) if picture.ndim == 2 else picture
     if grey.dtype != np.uint8 or grey.ndim != 3 or grey.shape[2] not in (3, 4) or not grey.size:

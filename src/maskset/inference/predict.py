@@ -47,7 +47,12 @@ def predict(
 ) -> Instances: ...
 @overload
 def predict(
-    model: System | str | Path, source: Sequence[Picture], *, threshold: float = ..., limit: int = ..., device: Device | None = ...
+    model: System | str | Path,
+    source: Sequence[Picture],
+    *,
+    threshold: float = ...,
+    limit: int = ...,
+    device: Device | None = ...,
 ) -> Iterator[Instances]: ...
 def predict(
     model: System | str | Path,
@@ -92,8 +97,14 @@ def predict_files(
     """Return an iterator over the files that are meant and the objects in each; it shows its progress on stderr.
 
     Args:
-        model: as of `predict`, like `threshold`, `limit`, `device` and what is raised.
+        model: see `predict`.
         sources: files, folders and patterns.
+        threshold: see `predict`.
+        limit: see `predict`.
+        device: see `predict`.
+
+    Raises:
+        ValueError: as `predict` does.
     """
     _check(threshold, limit)
     files = pictures.files(sources)

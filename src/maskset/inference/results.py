@@ -29,7 +29,7 @@ def save(instances: Instances, path: Path, image: Picture | None = None) -> Path
     """
     ending = path.suffix.lower()
     if ending == ".json":
-        name = str(image) if isinstance(image, (str, Path)) else ""
+        name = Path(image).name if isinstance(image, (str, Path)) else ""
         _write_json(to_coco([(name, instances)], instances.categories), path)
     elif image is not None and ending in (".png", ".jpg", ".jpeg"):
         _write_picture(draw(image, instances), path)
@@ -42,13 +42,12 @@ def save(instances: Instances, path: Path, image: Picture | None = None) -> Path
     return path
 
 
-def save_all(
-    found: Iterable[tuple[Path, Instances]], folder: str | Path, *, drawings: bool = True, labels: bool = False
-) -> Path:
+def save_all(found: Iterable[tuple[Path, Instances]], folder: str | Path, *, drawings: bool = True, labels: bool = False) -> Path:
     """Write the objects of any number of image files into a folder, which is made, and return the folder.
 
-    `results.json` is one COCO file of all images; `drawings/` has a picture of each image with its objects, `labels/` a label
-    image of each (see `save`). Their names are those of the image files; of equal ones the later get a number.
+    `results.json` is one COCO file of all images, named from the folder that holds them all; `drawings/` has a picture of each
+    image with its objects, `labels/` a label image of each (see `save`). Their names are those of the image files; of equal
+    ones the later get a number.
 
     Args:
         found: image files and their objects, as `maskset.inference.predict.predict_files` gives them.
@@ -60,7 +59,7 @@ def save_all(
     for wanted, name in ((True, ""), (drawings, "drawings"), (labels, "labels")):
         if wanted:
             (folder / name).mkdir(parents=True, exist_ok=True)
-    listed: list[tuple[str, Instances]] = []
+    listed: list[tuple[Path, Instances]] = []
     stems: set[str] = set()
     for file, instances in found:
         stem = _unused(file.stem, stems)
@@ -68,9 +67,10 @@ def save_all(
             save(instances, folder / "drawings" / f"{stem}.jpg", file)
         if labels:
             save(instances, folder / "labels" / f"{stem}.png")
-        listed.append((str(file), instances))
-    categories = listed[0][1].categories if listed else ()
-    _write_json(to_coco(listed, categories), folder / "results.json")
+        listed.append((file.absolute(), instances))
+    common = os.path.commonpath([file.parent for file, _ in listed]) if listed else ""
+    named = [(file.relative_to(common).as_posix(), instances) for file, instances in listed]
+    _write_json(to_coco(named, listed[0][1].categories if listed else ()), folder / "results.json")
     return folder
 
 

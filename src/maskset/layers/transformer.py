@@ -1,4 +1,4 @@
-"""The deformable transformer: encoder, decoder layer, iterative boxes, two-stage proposals (Deformable DETR, sections 4.1-4.2)."""
+"""The deformable transformer: encoder, decoder layer, boxes refined layer by layer, proposals (Deformable DETR, section 4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,12 +39,8 @@ def flatten_levels(
 ) -> Memory:
     """Return feature levels as one sequence, with the sine encoding plus each level's embedding as positions."""
     width = levels[0].shape[1]
-    positions = [
-        sine_positions(padding, width) + embedding for padding, embedding in zip(paddings, level_embedding, strict=True)
-    ]
-    valid = [
-        torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], -1) for padding in paddings
-    ]
+    positions = [sine_positions(padding, width) + embedding for padding, embedding in zip(paddings, level_embedding, strict=True)]
+    valid = [torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], -1) for padding in paddings]
     return Memory(
         cells=torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1),
         positions=torch.cat(positions, 1),
@@ -202,5 +198,3 @@ class Proposals(nn.Module):
         encoded = frequencies(boxes.sigmoid() * (2 * torch.pi), self.width // 2).flatten(-2)
         position, content = self.query_norm(self.query(encoded)).chunk(2, -1)
         return position, content
-
-

@@ -51,7 +51,10 @@ class DctCodec(nn.Module):
         if size < 1 or not 1 <= length <= size * size:
             raise ConfigError(f"a DCT code of {size} x {size} masks can have a length of 1 to {size * size}, got {length}.")
         self.size, self.length = size, length
-        row, column = torch.tensor(zigzag(size)[:length]).div(size, rounding_mode="floor"), torch.tensor(zigzag(size)[:length]) % size
+        row, column = (
+            torch.tensor(zigzag(size)[:length]).div(size, rounding_mode="floor"),
+            torch.tensor(zigzag(size)[:length]) % size,
+        )
         basis, width = dct_basis(size).float(), int(column.max()) + 1
         self.register_buffer("rows", basis[: int(row.max()) + 1], persistent=False)
         self.register_buffer("columns", basis[:width], persistent=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskset.config import ConfigError
 
+MOST_MASKS = 20_000  # a code is learnt from the first masks only: all of COCO's take hours, and change the result little
 FORMAT = "maskset codec 1"  # what a file of a learnt code says that it is
 
 
@@ -25,17 +26,22 @@ class LearntCodec(Protocol):
 
 
 def rows(masks: Tensor | Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """Yield masks [n S S], given whole or in batches, as rows [count S*S] on the CPU; only the last part may be shorter."""
+    """Yield the first MOST_MASKS masks [n S S], given whole or in batches, as rows [count S*S] on the CPU.
+
+    Only the last part may have fewer rows; the parts do not depend on how the masks are batched.
+    """
     waiting: list[Tensor] = []
-    total = 0
+    held, left = 0, MOST_MASKS
     for batch in [masks] if isinstance(masks, Tensor) else masks:
-        waiting.append(batch.flatten(1).cpu())
-        total += len(batch)
-        if total > count:
+        waiting.append(batch[:left].flatten(1).cpu())
+        held, left = held + len(waiting[-1]), left - len(waiting[-1])
+        if held > count:
             *full, rest = torch.cat(waiting).split(count)
             yield from full
-            waiting, total = [rest], len(rest)
-    if total:
+            waiting, held = [rest], len(rest)
+        if not left:
+            break
+    if held:
         yield torch.cat(waiting)
 
 

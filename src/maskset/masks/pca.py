@@ -40,7 +40,8 @@ class PcaCodec(nn.Module):
     def fit(self, masks: Tensor | Iterable[Tensor]) -> None:
         """Learn the components from masks [n S S] in [0, 1], given whole or in batches, which are read once.
 
-        How they are batched does not matter. Exact up to a size of 48; beyond, a sketch keeps what matters of what was read.
+        The first 20,000 count; how they are batched does not matter. Exact up to a size of 48; beyond, a sketch keeps what
+        matters of what was read.
 
         Raises:
             ConfigError: there are fewer masks than components.

@@ -82,7 +82,8 @@ class SolqConfig:
         if not 1 <= self.code_length <= self.mask_size**2 or (self.codec == "flatten" and self.code_length != self.mask_size**2):
             allowed = self.mask_size**2 if self.codec == "flatten" else f"1 ... {self.mask_size**2}"
             raise ConfigError(
-                f"model.code_length must be {allowed} with codec {self.codec} and mask_size {self.mask_size}, got {self.code_length}."
+                f"model.code_length must be {allowed} with codec {self.codec} and mask_size {self.mask_size}, "
+                f"got {self.code_length}."
             )
         check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
 
@@ -131,12 +132,14 @@ class Solq(System):
                 nn.init.zeros_(module.out_proj.bias)
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
-        for head in self.class_heads:
-            nn.init.constant_(head.bias, -math.log(99))  # every class starts at a probability of 0.01
-        for head in self.box_heads:
-            nn.init.zeros_(head.last.weight)
-            nn.init.zeros_(head.last.bias)
-        nn.init.constant_(self.box_heads[0].last.bias[2:], -2.0)  # first boxes start at a side of 0.12
+        for i, (class_head, box_head) in enumerate(zip(self.class_heads, self.box_heads, strict=True)):
+            assert isinstance(class_head, nn.Linear)
+            assert isinstance(box_head, Mlp)
+            nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
+            nn.init.zeros_(box_head.last.weight)
+            nn.init.zeros_(box_head.last.bias)
+            if i == 0:
+                nn.init.constant_(box_head.last.bias[2:], -2.0)  # first boxes start at a side of 0.12
         nn.init.zeros_(self.mask_head.last.weight)
         nn.init.zeros_(self.mask_head.last.bias)
         nn.init.constant_(self.mask_head.last.bias[2:], -2.0)  # meant for boxes, but part of the official recipe
@@ -275,7 +278,8 @@ class Solq(System):
     ) -> list[Instances]:
         """Return the `limit` best pairs of query and class of each image; a query may appear with several classes."""
         last = output.layers[-1]
-        assert last.boxes is not None and last.mask_params is not None
+        assert last.boxes is not None
+        assert last.mask_params is not None
         found = []
         for logits, boxes, vectors, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
             scores, index = logits.float().sigmoid().flatten().topk(min(limit, logits.numel()))
@@ -284,9 +288,7 @@ class Solq(System):
             corners = box_ops.to_corners(boxes) * box_ops.scale_of(size, boxes)
             once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
             masks = paste(binarise(self.codec.decode(vectors[once].float())), corners[once], size)
-            found.append(
-                Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories)
-            )
+            found.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
         return found
 
 

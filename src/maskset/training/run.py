@@ -138,7 +138,7 @@ def _open_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         cpu=not torch.accelerator.is_available(),
-        log_with=list(config.trackers),
+        log_with=list(config.trackers) or None,
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while the first process computes AP
     )

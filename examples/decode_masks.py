@@ -1,0 +1,39 @@
+"""How much of a mask do D numbers keep? python examples/decode_masks.py [DATA]
+
+SOLQ predicts a mask as the low frequencies of its cosine transform. This codes the annotated masks of a few images, decodes
+them, and compares. No network is involved: it is an upper bound of what any network with this code can reach.
+"""
+
+import sys
+
+import torch
+
+from maskset.codecs import reconstructed
+from maskset.data import open_data
+from maskset.masks.dct import DctCodec
+from maskset.structures import Masks
+
+
+def iou(masks: Masks, others: Masks) -> torch.Tensor:
+    """Return the IoU of each mask with the other at its place."""
+    a, b = masks.dense(), others.dense()
+    return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
+
+
+def main(data: str = "shapes", images: int = 20) -> dict[int, float]:
+    """Return the mean IoU for each number of coefficients."""
+    dataset = open_data(data, "val")
+    means = {}
+    for length in (16, 64, 256):
+        codec = DctCodec(size=128, length=length)
+        overlaps = []
+        for index in range(min(images, len(dataset))):
+            objects = dataset.objects(index)
+            overlaps.append(iou(objects.masks, reconstructed(codec, objects.masks, objects.boxes)))
+        means[length] = float(torch.cat(overlaps).mean())
+        print(f"{length:4} numbers: mean IoU {means[length]:.3f}")
+    return means
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

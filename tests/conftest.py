@@ -1,0 +1,22 @@
+"""What several test files need."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a tiny model with random weights that knows the classes of the generated shapes."""
+    import torch
+    from tiny import TINY
+
+    from maskset.checkpoint import save
+    from maskset.data.shapes import CATEGORIES
+    from maskset.systems import build
+    from maskset.training.config import Recipe
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("untrained") / "tiny.safetensors"
+    save(build(TINY["solq"], CATEGORIES), Recipe(model=TINY["solq"]), path, licence="Apache-2.0")
+    return path

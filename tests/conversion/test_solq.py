@@ -1,0 +1,158 @@
+import argparse
+import hashlib
+import pickle
+
+import pytest
+import torch
+from goldens import notes, weights
+
+import maskset
+from maskset.checkpoint import read_metadata
+from maskset.conversion import ConversionError, convert, convert_file, read
+from maskset.conversion.coco import NAMES, raw_categories
+from maskset.systems import build
+
+
+def official(**replaced) -> dict[str, torch.Tensor]:
+    """Return a state dict of the official layout with equal aliases, and other entries replaced (None: left out)."""
+    state = weights(notes("solq")["state_dict"])
+    for alias, name in notes("solq")["aliases"].items():
+        state[alias] = state[name]
+    state |= replaced
+    return {name: value for name, value in state.items() if value is not None}
+
+
+def small() -> dict[str, torch.Tensor]:
+    """Return a narrow model in the official layout: 32 channels, 2 + 1 layers, 20 queries, 16 numbers a mask, ResNet-50."""
+    shapes = {name: list(shape) for name, shape in notes("solq")["state_dict"]}
+    keep = {}
+    for name, shape in shapes.items():
+        if any(f"coder.layers.{i}." in name for i in range(2, 6)) or "decoder.layers.1." in name:
+            continue
+        if any(name.startswith(f"{head}.{i}.") for head in ("class_embed", "bbox_embed", "vector_embed") for i in range(1, 6)):
+            continue
+        if any(f"decoder.bbox_embed.{i}." in name for i in range(1, 6)):
+            continue
+        if not name.startswith("backbone"):
+            narrower = {384: 32, 768: 64, 1152: 96, 300: 20, 1024: 64} | ({256: 16} if "vector_embed" in name else {})
+            shape = [
+                narrower.get(n, n) if not (name.startswith("input_proj") and axis == 1) else n for axis, n in enumerate(shape)
+            ]
+        keep[name] = shape
+    state = weights(list(keep.items()))
+    for alias, name in notes("solq")["aliases"].items():
+        if alias in state and name in state:
+            state[alias] = state[name]
+    return state
+
+
+def test_the_config_is_read_off_the_shapes():
+    config, state = convert("solq", official())
+    assert config == maskset.recipes.get("solq-r50").model
+    build(config).load_state_dict(state, strict=True)
+
+
+def test_any_width_and_count_converts():
+    config, state = convert("solq", small())
+    sizes = (config.hidden_dim, config.num_queries, config.encoder_layers, config.decoder_layers, config.code_length)
+    assert sizes == (32, 20, 2, 1, 16)
+    assert (config.num_points, config.feedforward_dim, config.mask_hidden_dim) == (4, 64, 64)
+    build(config).load_state_dict(state, strict=True)
+
+
+def test_swin_is_recognised():
+    state = {k: v for k, v in small().items() if not k.startswith("backbone")}
+    state |= weights(notes("solq")["swin_t_state_dict"])
+    channels = {0: 192, 1: 384, 2: 768, 3: 768}
+    for level, count in channels.items():
+        old = state[f"input_proj.{level}.0.weight"]
+        state[f"input_proj.{level}.0.weight"] = torch.zeros(len(old), count, *old.shape[2:])
+    config, ours = convert("solq", state)
+    assert (config.backbone, config.input.short_side, config.drop_path) == ("swin_tiny", 1088, 0.2)
+    build(config).load_state_dict(ours, strict=True)
+
+
+def test_an_unknown_entry_is_named():
+    with pytest.raises(ConversionError, match=r"transformer\.surprise"):
+        convert("solq", small() | {"transformer.surprise": torch.zeros(1)})
+
+
+def test_a_missing_entry_is_named():
+    state = small()
+    del state["transformer.level_embed"]
+    with pytest.raises(ConversionError, match="level_embedding"):
+        convert("solq", state)
+
+
+def test_copies_that_differ_are_refused_unless_the_last_shall_win():
+    state = official()
+    state["vector_embed.3.layers.2.bias"] = state["vector_embed.3.layers.2.bias"] + 1
+    with pytest.raises(ConversionError, match=r"vector_embed\.2.*vector_embed\.3.*--last-wins"):
+        convert("solq", state)
+    _, ours = convert("solq", state, last_wins=True)
+    assert torch.equal(ours["mask_head.layers.2.bias"], state["vector_embed.5.layers.2.bias"])
+
+
+def test_other_systems_and_state_dicts_are_refused():
+    with pytest.raises(ConversionError, match="'yolact'"):
+        convert("yolact", {})
+    with pytest.raises(ConversionError, match="not known here: fc"):
+        convert("solq", {"fc": torch.zeros(1)})
+    with pytest.raises(ConversionError, match="level_embedding"):
+        convert("solq", {})
+
+
+def test_a_file_becomes_a_checkpoint_that_loads(tmp_path):
+    source = tmp_path / "official.pth"
+    state = {f"module.{name}": value for name, value in small().items()}
+    torch.save({"model": state, "epoch": 49, "args": argparse.Namespace(lr=2e-4)}, source)
+    out = convert_file("solq", source, tmp_path / "solq.safetensors", licence="Apache-2.0")
+    model = maskset.load(out)
+    assert model.categories == raw_categories()
+    metadata = read_metadata(out)
+    assert hashlib.sha256(source.read_bytes()).hexdigest() in metadata.source
+    assert metadata.licence == "Apache-2.0"
+    torch.save({"epoch": 3}, source)
+    with pytest.raises(ConversionError, match="holds no state dict"):
+        read(source)
+
+
+def test_coco80_keeps_the_classes_that_coco_has(tmp_path):
+    source = tmp_path / "official.pth"
+    state = small()
+    torch.save({"model": state}, source)
+    model = maskset.load(convert_file("solq", source, tmp_path / "solq80.safetensors", coco80=True))
+    assert len(model.categories) == 80
+    assert [c.coco_id for c in model.categories] == list(NAMES)
+    assert model.categories[79].name == "toothbrush"
+    assert torch.equal(model.state_dict()["class_heads.0.bias"], state["class_embed.0.bias"][list(NAMES)])
+
+
+class Bomb:
+    """What a hostile pickle does when it is read."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle was executed')",))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: torch.save({"model": Bomb()}, path), lambda path: path.write_bytes(pickle.dumps(Bomb()))]
+)
+def test_a_pickle_is_never_executed(tmp_path, write):
+    path = tmp_path / "official.pth"
+    write(path)
+    with pytest.raises(ConversionError, match="safely"):
+        read(path)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "official.pth"
+    with pytest.raises(ConversionError, match="does not exist"):
+        read(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ConversionError, match="cannot be read safely"):
+        read(path)
+    torch.save(small(), path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ConversionError, match="cannot be read safely"):
+        read(path)

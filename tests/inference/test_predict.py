@@ -1,0 +1,150 @@
+"""Prediction: every picture's objects, in order, whatever the company."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import Mean
+from PIL import Image
+
+from maskset.data import DataError
+from maskset.inference.pictures import SourceError
+from maskset.inference.predict import predict, predict_files, run
+from maskset.structures import Category
+
+CLASSES = (Category("thing", 1),)
+SIZES = [(20, 30), (30, 20), (20, 30), (21, 30), (20, 30), (40, 40)]
+
+
+def model(**settings) -> Mean:
+    return Mean(CLASSES, short_side=20, long_side=64, divisor=16, **settings).eval()
+
+
+def pictures(count: int = len(SIZES), seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 255, (*SIZES[i % len(SIZES)], 3), dtype=np.uint8) for i in range(count)]
+
+
+def test_one_picture_gives_instances_at_its_own_size():
+    found = predict(model(), pictures()[5], threshold=0)
+    assert found.masks.size == (40, 40)
+    assert found.names == ["thing"]
+
+
+def test_a_result_does_not_depend_on_the_other_pictures():
+    images = pictures()
+    alone = [predict(model(), image, threshold=0).scores.item() for image in images]
+    assert len({round(score, 4) for score in alone}) == len(images)  # the fake sees every pixel, and the padding
+    together = [found.scores.item() for found in predict(model(), images, threshold=0)]
+    assert together == pytest.approx(alone, abs=1e-6)
+
+
+def test_pictures_of_one_canvas_share_batches_and_the_order_stays():
+    fake, images = model(), pictures(100)
+    answers = list(predict(fake, images, threshold=0))
+    assert [found.masks.size for found in answers] == [image.shape[:2] for image in images]
+    assert max(fake.batches) == 16
+    assert sum(fake.batches) == 100
+    assert [found.scores.item() for found in answers] == pytest.approx(
+        [(i / 255).mean() * s for i, s in zip(images, shares(images), strict=True)], abs=0.02
+    )
+
+
+def shares(images: list[np.ndarray]) -> list[float]:
+    """Return which share of its canvas each picture covers: the shorter side becomes 20, the canvas a multiple of 16."""
+    fitted = [(20 * h // min(h, w), 20 * w // min(h, w)) for h, w, _ in (image.shape for image in images)]
+    return [h * w / (-(-h // 16) * 16) / (-(-w // 16) * 16) for h, w in fitted]
+
+
+def test_results_come_as_soon_as_their_batch_is_done():
+    fake, seen = model(), []
+    for number, (item, _) in enumerate(
+        run(fake, range(40), lambda i: torch.full((3, 20, 20), i, dtype=torch.uint8), limit=1, batch_size=2)
+    ):
+        assert item == number
+        seen.append(sum(fake.batches))
+    assert seen == [2 * (i // 2 + 1) for i in range(40)]
+
+
+def test_few_pictures_are_kept_in_memory():
+    read = []
+
+    def reading(i: int) -> torch.Tensor:
+        read.append(i)
+        return torch.zeros(3, 20, 20, dtype=torch.uint8)
+
+    next(run(model(), range(1000), reading, limit=1))
+    assert len(read) < 100
+
+
+def test_items_without_a_picture_are_left_out():
+    answers = run(model(), range(6), lambda i: None if i in (0, 3) else torch.zeros(3, 20, 20, dtype=torch.uint8), limit=1)
+    assert [item for item, _ in answers] == [1, 2, 4, 5]
+
+
+def test_threshold_and_limit_reach_the_model():
+    image = np.full((20, 20, 3), 100, np.uint8)
+    score = predict(model(), image, threshold=0).scores.item()
+    assert len(predict(model(), image, threshold=score - 0.01)) == 1
+    assert len(predict(model(), image, threshold=score + 0.01)) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"threshold": 50}, "between 0 and 1, got 50"), ({"limit": 0}, "at least 1, got 0")]
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        predict(model(), pictures()[0], **settings)
+
+
+def test_a_file_gives_instances_and_a_folder_an_iterator(tmp_path):
+    for i, image in enumerate(pictures(3)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    found = predict(model(), tmp_path / "1.png", threshold=0)
+    assert found.masks.size == (30, 20)
+    assert [one.masks.size for one in predict(model(), str(tmp_path), threshold=0)] == [(20, 30), (30, 20), (20, 30)]
+    assert [one.masks.size for one in predict(model(), f"{tmp_path}/[01].png", threshold=0)] == [(20, 30), (30, 20)]
+
+
+def test_what_is_missing_is_told_at_once_and_not_when_the_first_result_is_asked_for(tmp_path):
+    with pytest.raises(SourceError, match="there is no file or folder"):
+        predict(model(), [tmp_path / "missing.png"])
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not more than that")
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        predict(model(), tmp_path / "broken.jpg")
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        list(predict(model(), tmp_path))
+
+
+def test_files_come_with_their_results_and_a_line_of_progress(tmp_path, capsys):
+    for i, image in enumerate(pictures(3)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    answers = list(predict_files(model(), [tmp_path / "2.png", f"{tmp_path}/[01].png"], threshold=0))
+    assert [(file.name, found.masks.size) for file, found in answers] == [
+        ("2.png", (20, 30)),
+        ("0.png", (20, 30)),
+        ("1.png", (30, 20)),
+    ]
+    assert "predicting: 3 of 3 images" in capsys.readouterr().err
+
+
+def test_gradients_stay_on_for_the_caller_between_results():
+    for _ in predict(model(), pictures(3)):
+        assert torch.is_grad_enabled()
+
+
+def test_a_model_in_training_is_in_training_afterwards():
+    fake = model().train()
+    fake.frozen.eval()
+    predict(fake, pictures()[0])
+    assert fake.training
+    assert not fake.frozen.training
+
+
+def test_a_model_given_by_name_is_loaded(monkeypatch):
+    asked = []
+    monkeypatch.setattr("maskset.checkpoint.load", lambda source: asked.append(source) or model())
+    assert len(predict("runs/7", pictures()[0], threshold=0, device="cpu")) == 1
+    assert asked == ["runs/7"]

@@ -1,0 +1,64 @@
+"""Recipes by name and by file."""
+
+from dataclasses import replace
+
+import pytest
+
+from maskset import config, recipes
+from maskset.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_written_and_read_back(name, tmp_path):
+    recipe = RECIPES[name]()
+    config.write(recipe, tmp_path / "recipe.json")
+    assert recipes.get(tmp_path / "recipe.json") == recipe
+    assert recipes.get(str(tmp_path)) == recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_how_to_run_it_what_to_expect_and_what_of_it_is_known(name):
+    text = RECIPES[name].__doc__ or ""
+    assert f"train {name} --data" in text
+    assert "Expect: " in text
+    assert "Status: " in text
+
+
+def test_the_official_recipe_is_the_default_of_every_setting():
+    recipe = recipes.solq_r50()
+    assert (recipe.model.num_queries, recipe.model.hidden_dim, recipe.model.code_length) == (300, 384, 256)
+    assert (recipe.train.learning_rate, recipe.train.backbone_learning_rate) == (2e-4, 2e-5)
+    assert (recipe.train.batch_size, recipe.train.epochs, recipe.train.drop_epochs) == (32, 50, (40,))
+    assert (recipe.train.clip_norm, recipe.train.weight_decay, recipe.train.warmup_steps) == (0.1, 1e-4, 0)
+
+
+def test_the_swin_recipe_has_the_authors_image_sizes():
+    recipe = recipes.solq_swin_l()
+    assert recipe.data.short_sides[0] == 416
+    assert recipe.data.short_sides[-1] == recipe.model.input.short_side == 1088
+
+
+@pytest.mark.parametrize("name", ["solq-tiny", "solq_tiny", "SOLQ-Tiny"])
+def test_a_name_may_be_written_as_in_python(name):
+    assert recipes.get(name) == recipes.solq_tiny()
+
+
+def test_a_mistyped_name_is_answered_with_near_ones():
+    with pytest.raises(config.ConfigError, match="no recipe 'solq-r5O'; did you mean solq-r50"):
+        recipes.get("solq-r5O")
+
+
+def test_a_name_near_none_is_answered_with_all():
+    with pytest.raises(config.ConfigError, match="there are solq-r50, solq-r101.* or give a recipe.json"):
+        recipes.get("yolo")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(config.ConfigError, match=r"gone\.json cannot be read"):
+        recipes.get(tmp_path / "gone.json")
+
+
+def test_recipes_that_learn_from_scratch_freeze_nothing():
+    for recipe in (recipes.solq_tiny(), recipes.solq_small()):
+        assert (recipe.model.pretrained, recipe.model.frozen_stages, recipe.model.backbone_norm) == (False, 0, "group")
+        assert replace(recipe.model, num_classes=1).num_classes == 1

@@ -1,0 +1,50 @@
+"""Tiny training runs, for tests."""
+
+import functools
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tiny import TINY
+
+from maskset.data import shapes
+from maskset.training.config import DataConfig, Recipe, TrainConfig
+
+TIMES = ("seconds", "images_per_second")
+
+
+@functools.cache
+def data() -> Path:
+    """Return a folder of 10 images to learn from (5 steps of an epoch) and 2 to evaluate on."""
+    folder = Path(tempfile.mkdtemp(prefix="maskset-test-")) / "shapes"
+    return shapes.write(folder, {"train": 10, "val": 2}, size=(48, 64))
+
+
+def recipe(system: str = "solq", dropout: float = 0.1, **settings: Any) -> Recipe:
+    """Return a run of 2 epochs of 5 steps; dropout and EMA are on, so that all there is to go wrong in resuming is there."""
+    torch.set_num_threads(1)
+    train = TrainConfig(epochs=2, batch_size=2, reference_batch_size=2, learning_rate=1e-3, log_every=1, ema_decay=0.9, warmup_steps=3)
+    return Recipe(
+        model=replace(TINY[system], backbone="test_resnet", dropout=dropout, mask_size=16, code_length=16),
+        data=DataConfig(augmentation="flip", short_sides=(48, 56), long_side=96, workers=0),
+        train=replace(train, **settings),
+    )
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """Return what metrics.jsonl says, apart from times."""
+    parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in parsed]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Assert that two runs are equal, bit for bit: weights, averaged weights, moments, checkpoints, and all that was measured."""
+    for name in ("state.safetensors", "last.safetensors", "best.safetensors"):
+        tensors, wanted = load_file(run / name), load_file(expected / name)
+        assert tensors.keys() == wanted.keys()
+        assert not [key for key in tensors if not torch.equal(tensors[key], wanted[key])], name
+    assert lines(run) == lines(expected)

@@ -1,0 +1,216 @@
+"""A checkpoint says everything about itself, and what is none is refused with one clear line."""
+
+import json
+import pickle
+import stat
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import TINY, batch, shapes
+
+from maskset.checkpoint import CheckpointError, find, load, read_metadata, save
+from maskset.structures import Category
+from maskset.systems import build
+from maskset.training.config import Recipe
+
+CATEGORIES = (Category("cat", 7), Category("dög", 0), Category("a, b", 90))
+SMALL = replace(TINY["solq"], backbone="test_resnet")
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    return build(replace(SMALL, **changes), CATEGORIES)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save(model(), Recipe(model=SMALL), path)
+    return path
+
+
+def test_a_loaded_model_is_the_saved_one(tmp_path):
+    saved = model(num_queries=5)
+    save(saved, Recipe(model=SMALL), tmp_path / "model.safetensors")  # the recipe's model may be older than the model
+    loaded = load(tmp_path / "model.safetensors")
+    assert loaded.config == saved.config
+    assert loaded.categories == CATEGORIES
+    assert not loaded.training
+    images, _ = batch(shapes(1), SMALL)
+    for found, expected in zip(loaded(images).layers, saved.eval()(images).layers, strict=True):
+        assert torch.equal(found.class_logits, expected.class_logits)
+        assert torch.equal(found.mask_params, expected.mask_params)
+
+
+def test_what_a_codec_has_learnt_is_saved(tmp_path):
+    saved = model(codec="pca", code_length=4)
+    saved.prepare(objects for _, objects in shapes(8))
+    save(saved, Recipe(model=SMALL), tmp_path / "model.safetensors")
+    masks = torch.rand(2, 32, 32)
+    assert torch.equal(load(tmp_path / "model.safetensors").codec.encode(masks), saved.codec.encode(masks))
+
+
+def test_the_metadata_tells_where_the_weights_come_from(tmp_path):
+    recipe = Recipe(model=SMALL)
+    save(model(), recipe, tmp_path / "a.safetensors", source="sha256 abc", licence="CC-BY-4.0")
+    found = read_metadata(tmp_path / "a.safetensors")
+    assert (found.recipe, found.categories, found.source, found.licence) == (recipe, CATEGORIES, "sha256 abc", "CC-BY-4.0")
+
+
+def test_without_a_word_on_it_the_source_is_unknown(file):
+    assert (read_metadata(file).source, read_metadata(file).licence) == (None, "unknown")
+
+
+def test_saving_leaves_one_file_that_others_may_read(file):
+    assert [path.name for path in file.parent.iterdir()] == ["model.safetensors"]
+    plain = file.parent / "plain"
+    plain.touch()
+    assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_a_write_that_fails_leaves_the_old_file(file, monkeypatch):
+    before = file.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(model(num_queries=3), Recipe(model=SMALL), file)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_a_run_folder_means_its_best_weights_else_its_last(file):
+    folder = file.parent
+    file.rename(folder / "last.safetensors")
+    assert find(folder).name == "last.safetensors"
+    save(model(), Recipe(model=SMALL), folder / "best.safetensors")
+    assert find(str(folder)).name == "best.safetensors"
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no best\.safetensors or last\.safetensors"):
+        load(tmp_path)
+
+
+def test_a_mistyped_path_is_an_error_that_names_the_near_one_and_no_download(file, monkeypatch):
+    monkeypatch.setattr("maskset.checkpoint._download", lambda name: pytest.fail(f"downloads {name}"))
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*modle\.safetensors\. Did you mean .*model\.safetensors\?"):
+        load(file.with_name("modle.safetensors"))
+    with pytest.raises(CheckpointError, match="For a model on the hub write hub:owner/name"):
+        load("owner/name")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_line(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_):
+        raise ConnectionError("Name or service\nnot known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", unreachable)
+    with pytest.raises(CheckpointError, match=r"hub:nobody/nothing is not in the cache.*cannot be reached \(Name or service not known\)"):
+        load("hub:nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["", "one", "a/b/c", "a b/c"])
+def test_a_hub_name_has_an_owner_and_a_name(name, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", lambda *_: pytest.fail("asks the hub"))
+    with pytest.raises(CheckpointError, match="hub:owner/name"):
+        load(f"hub:{name}")
+
+
+def test_a_cached_model_of_the_hub_loads_without_a_network(file, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", unreachable)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(file))
+    assert load("hub:owner/name").categories == CATEGORIES
+
+
+@pytest.mark.parametrize("length", [0, 3, 8, 100, -1])
+def test_a_file_cut_short_is_refused(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file, or is damaged or cut short"):
+        load(file)
+
+
+class Trap:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize("name", ["official.pth", "posing.safetensors"])
+@pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch"])
+def test_a_pickle_is_never_loaded_whatever_it_is_called(tmp_path, name, write):
+    with (tmp_path / name).open("wb") as file:
+        write({"model": Trap()}, file)
+    with pytest.raises(CheckpointError, match="could run code and is never loaded.*maskset convert solq"):
+        load(tmp_path / name)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello " * 100)
+    with pytest.raises(CheckpointError, match=r"notes\.txt is no safetensors file"):
+        load(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_tensors_of_other_programs_are_refused(tmp_path, metadata):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="no maskset checkpoint"):
+        load(tmp_path / "other.safetensors")
+
+
+def rewritten(file, **changes):
+    """Write the checkpoint again with other metadata; None leaves an entry out."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as old:
+        metadata = {key: value for key, value in {**old.metadata(), **changes}.items() if value is not None}
+        save_file({name: old.get_tensor(name) for name in old.keys()}, file, metadata)  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "maskset 2"}, "written by a newer maskset"),
+        ({"recipe": None}, "is damaged"),
+        ({"recipe": "{"}, "is damaged"),
+        ({"recipe": json.dumps({"model": {"system": "solq", "num_querys": 3}})}, "did you mean 'num_queries'"),
+        ({"categories": "[{}]"}, "is damaged"),
+        ({"categories": "[]"}, "names 0 categories but has 3 class channels"),
+    ],
+)
+def test_metadata_that_make_no_sense_are_refused(file, changes, message):
+    rewritten(file, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(file)
+
+
+def test_weights_that_do_not_fit_their_own_description_are_refused(file):
+    settings = json.loads(json_of(file))
+    settings["model"] |= {"num_queries": 99}
+    rewritten(file, recipe=json.dumps(settings))
+    with pytest.raises(CheckpointError, match="do not fit the model that the file describes.*size mismatch"):
+        load(file)
+
+
+def json_of(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()["recipe"]
+
+
+def test_loading_asks_for_no_pretrained_weights(file, monkeypatch):
+    settings = json.loads(json_of(file))
+    settings["model"] |= {"pretrained": True}
+    rewritten(file, recipe=json.dumps(settings))
+    monkeypatch.setattr("maskset.layers.backbone.load_pretrained", lambda *_: pytest.fail("downloads"))
+    assert load(file).config.pretrained

@@ -1,0 +1,155 @@
+"""Learning and comparing codes on small data sets in COCO's format; the numbers on real masks are in the docs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from fakes import Listed, discs, found
+from PIL import Image
+
+from maskset import codecs
+from maskset.checkpoint import CheckpointError, load
+from maskset.codecs import Code, compare, fit, reconstructed
+from maskset.config import ConfigError
+from maskset.data import DataError
+from maskset.masks import learnt, sparse
+from maskset.masks.dct import DctCodec
+from maskset.masks.pca import PcaCodec
+from maskset.masks.sparse import SparseCodec
+from maskset.structures import Category, Instances, Masks
+
+CLASSES = (Category("disc", 5), Category("ring", 9))
+
+
+def scene(seed: int, count: int) -> Instances:
+    """Return discs and rings at random places, small to large."""
+    rng = np.random.default_rng(seed)
+    places = [(rng.uniform(20, 130), rng.uniform(20, 100), rng.uniform(5, 40)) for _ in range(count)]
+    outer, inner = discs(places, (120, 150)), discs([(x, y, r / 2) for x, y, r in places], (120, 150))
+    labels = rng.integers(0, 2, count)
+    return found(labels.tolist(), outer & ~(inner & (labels == 1)[:, None, None]), None, CLASSES)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Return a folder with a train split of 90 objects and a val split of 20, one of its images empty."""
+    folder = tmp_path_factory.mktemp("discs")
+    for split, counts in (("train", [30, 30, 30]), ("val", [12, 0, 8])):
+        (folder / split).mkdir()
+        images = [{"id": i, "file_name": f"{i}.png", "height": 120, "width": 150} for i in range(len(counts))]
+        for image in images:
+            Image.new("L", (150, 120)).save(folder / split / image["file_name"])
+        rows = [row for i, count in enumerate(counts) for row in scene(100 * len(split) + i, count).to_coco(i)]
+        annotations = [{**row, "id": number} for number, row in enumerate(rows, 1)]
+        categories = [{"id": one.coco_id, "name": one.name} for one in CLASSES]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(data):
+    codes = [Code("dct", 64, 256), Code("flatten", 28, 784), Code("pca", 28, 8), Code("sparse", 14, 40)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "LEARNING_STEPS", 5)
+        return compare([data], codes=codes, progress=False)
+
+
+def test_every_code_is_measured_on_every_object(comparison):
+    assert [str(score.code) for score in comparison.scores] == ["dct 64 x 64", "flatten 28 x 28", "pca 28 x 28", "sparse 14 x 14"]
+    assert all(score.objects == 20 and 0.5 < score.iou <= 1 and 0.3 < score.mask_ap <= 1 for score in comparison.scores)
+
+
+def test_a_shorter_code_of_the_same_masks_is_worse(comparison):
+    _, flatten, pca, _ = comparison.scores
+    assert flatten.iou > pca.iou
+    assert flatten.mask_ap > pca.mask_ap
+
+
+def test_the_table_names_what_was_measured_and_what_it_does_not_say(comparison):
+    text = str(comparison)
+    assert all(word in text for word in ("dct 64 x 64", "784", "mask AP", "Upper bounds", "DCT, PCA, flatten, sparse"))
+    assert f"{comparison.scores[0].iou:.3f}" in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_the_json_holds_the_numbers_and_null_for_what_could_not_be_measured(comparison, tmp_path):
+    content = json.loads(comparison.save(tmp_path / "codes.json").read_text())
+    assert content["scores"][0]["iou"] == comparison.scores[0].iou
+    assert content["scores"][0]["code"] == {"kind": "dct", "size": 64, "length": 256}
+    assert math.isnan(comparison.scores[0].iou_large)
+    assert content["scores"][0]["iou_large"] is None
+
+
+def test_a_code_that_loses_nothing_has_full_marks_even_with_more_than_100_objects():
+    # Discs of 16 pixels in boxes of 16 pixels: cropping and pasting move nothing.
+    centres = [(16.0 * column + 8, 16.0 * row + 8, 8) for row in range(11) for column in range(11)]
+    scenes = [found([0] * 121, discs(centres, (176, 176)), None, CLASSES)]
+    [score] = codecs._scores("grid", Listed(scenes), [Code("dct", 16, 256)], [DctCodec(16, 256)], False)
+    assert (score.objects, score.iou, score.mask_ap, score.iou_small) == (121, 1, 1, 1)
+    assert math.isnan(score.iou_medium)
+
+
+def test_reconstruction_goes_through_the_annotated_box_not_the_tight_one():
+    masks = Masks.from_dense(torch.from_numpy(discs([(20, 20, 6)], (40, 40))))
+    half = torch.tensor([[20.0, 10.0, 30.0, 30.0]])
+    assert reconstructed(DctCodec(64, 256), masks, half).boxes()[0, 0] == 20
+
+
+def test_the_overlap_of_masks_without_pixels_is_left_out():
+    masks = Masks.from_dense(torch.tensor([[[True, True]], [[False, False]], [[True, False]]]))
+    others = Masks.from_dense(torch.tensor([[[True, False]], [[False, False]], [[False, True]]]))
+    overlaps = codecs._overlaps(masks, others)
+    assert overlaps[[0, 2]].tolist() == [0.5, 0]
+    assert overlaps[1].isnan()
+    assert codecs._mean(overlaps) == 0.25
+
+
+def test_a_learnt_code_is_written_and_read_back(data, tmp_path, capsys):
+    written = fit("pca", data, tmp_path / "pca.safetensors", size=14, length=10)
+    assert "reading" in capsys.readouterr().err
+    codec = PcaCodec(14, 10)
+    learnt.load(codec, tmp_path / "pca.safetensors")
+    assert torch.equal(codec.basis, written.basis)
+    assert [path.name for path in tmp_path.iterdir()] == ["pca.safetensors"]
+
+
+def test_a_sparse_code_keeps_its_beta_in_the_file(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse, "LEARNING_STEPS", 2)
+    fit("sparse", data, tmp_path / "sparse.safetensors", size=14, length=10, beta=0.5, progress=False)
+    codec = SparseCodec(14, 10)
+    learnt.load(codec, tmp_path / "sparse.safetensors")
+    assert float(codec.beta) == 0.5
+
+
+def test_only_as_many_masks_as_are_used_are_read(data, monkeypatch):
+    monkeypatch.setattr(learnt, "MOST_MASKS", 31)
+    parts = list(codecs._crops(codecs.open_data(data, "train"), 14, "reading", False))
+    assert [len(part) for part in parts] == [30, 30]
+
+
+def test_a_file_of_another_code_is_refused(data, tmp_path):
+    fit("pca", data, tmp_path / "pca.safetensors", size=14, length=10, progress=False)
+    with pytest.raises(ConfigError, match="another mask code: kind pca instead of sparse, length 10 instead of 12"):
+        learnt.load(SparseCodec(14, 12), tmp_path / "pca.safetensors")
+    with pytest.raises(CheckpointError, match="no maskset checkpoint"):
+        load(tmp_path / "pca.safetensors")
+
+
+def test_mistakes_are_told_before_anything_is_read(data, tmp_path):
+    with pytest.raises(ConfigError, match="'dct' has nothing to learn; pca and sparse do"):
+        fit("dct", data, tmp_path / "x")
+    with pytest.raises(ConfigError, match="only a sparse code has a beta"):
+        fit("pca", data, tmp_path / "x", beta=0.1)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        fit("pca", data, tmp_path / "missing" / "x")
+    with pytest.raises(DataError, match="no file or folder"):
+        compare([tmp_path / "missing"], progress=False)
+
+
+def test_too_few_masks_are_refused_and_leave_no_file(data, tmp_path):
+    with pytest.raises(ConfigError, match="91 numbers cannot be learnt from 90 masks"):
+        fit("pca", data, tmp_path / "x.safetensors", size=14, length=91, progress=False)
+    assert not list(tmp_path.iterdir())

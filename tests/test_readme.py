@@ -1,0 +1,104 @@
+"""What the README and the documentation say to type can be typed, and the files that they name are there."""
+
+import contextlib
+import inspect
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maskset import cli, recipes
+from maskset.data import shapes
+from maskset.training import train as loop
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    lines = "".join(block.replace("\\\n", " ") for block in blocks(page, "bash")).splitlines()
+    return [line.split(" #")[0].strip() for line in lines]
+
+
+def named(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, untrained) -> Path:
+    """A folder with what the pages name: data, a run, a photo, converted weights."""
+    shapes.write(tmp_path / "my_data", {"train": 2, "val": 2}, size=(64, 64))
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    shutil.copy(untrained, tmp_path / "runs" / "first" / "best.safetensors")
+    shutil.copy(untrained, tmp_path / "solq_r50.safetensors")
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.json", "runs/first/recipe.json"):
+        Path(name).write_text(_printed("show", "solq-tiny", "--json"))
+    return tmp_path
+
+
+def _printed(*arguments: str) -> str:
+    import io
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert cli.main(arguments) == 0
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named(PAGES))
+def test_every_command_of_a_page_is_understood(page, workplace):
+    for command in commands(page):
+        words = shlex.split(command)
+        words = words[words.index("maskset") :] if "maskset" in words else words  # behind accelerate launch -m, torchrun -m
+        if words[:1] == ["maskset"] and words[1:] and words[-1] not in ("--help", "..."):
+            cli.parse(words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named(PAGES))
+def test_every_make_target_of_a_page_exists(page):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for target in re.findall(r"\bmake ([a-z-]+)\b(?=`| *$| +#)", page.read_text(), flags=re.MULTILINE):
+        assert target in targets, f"{page.name}: make {target}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
+    """Training is asked for and not done."""
+    signature = inspect.signature(loop.train)
+    monkeypatch.setattr(loop, "train", lambda *values, **options: signature.bind(*values, **options))
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, f"{page.name}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named(PAGES))
+def test_every_file_that_a_page_links_to_exists(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_command_and_recipe_is_documented():
+    text = (ROOT / "docs" / "reference" / "commands.md").read_text()
+    for name in cli.COMMANDS:
+        assert f"maskset {name}" in text
+    guide = (ROOT / "docs" / "guides" / "training.md").read_text()
+    for name in recipes.RECIPES:
+        assert f"`{name}`" in guide
+
+
+def test_every_public_name_is_in_the_reference():
+    import maskset
+
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    for name in maskset.__all__:
+        assert re.search(rf"::: maskset(\.\w+)*\.{name}\b", text), name

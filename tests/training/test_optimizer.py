@@ -1,0 +1,103 @@
+"""Which parameter learns how fast, and when."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TINY
+from torch import nn
+
+from maskset.systems import build
+from maskset.training.config import TrainConfig
+from maskset.training.optimizer import (
+    build_optimizer,
+    learning_rate_advice,
+    parameter_groups,
+    rate_factor,
+    set_learning_rates,
+)
+
+OFFICIAL = TrainConfig()
+
+
+def factors(steps_per_epoch=10, **settings):
+    config = replace(OFFICIAL, **settings)
+    return [rate_factor(step, steps_per_epoch, config) for step in range(config.epochs * steps_per_epoch)]
+
+
+def test_the_official_schedule_divides_the_rates_by_ten_after_epoch_40():
+    found = factors()
+    assert found[:400] == [1.0] * 400
+    assert found[400:] == pytest.approx([0.1] * 100)
+
+
+def test_every_drop_epoch_multiplies_the_rates():
+    assert factors(1, epochs=4, drop_epochs=(1, 3), drop_factor=0.5) == [1, 0.5, 0.5, 0.25]
+
+
+def test_the_warm_up_rises_linearly_to_the_full_rate():
+    assert factors(1, epochs=6, warmup_steps=4, drop_epochs=()) == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_the_cosine_falls_from_one_to_nearly_zero():
+    found = factors(1, epochs=5, schedule="cosine")
+    assert found == pytest.approx([(1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)])
+
+
+def test_the_cosine_starts_when_the_warm_up_ends():
+    assert factors(1, epochs=6, schedule="cosine", warmup_steps=2)[:3] == pytest.approx([0.5, 1, 1])
+
+
+def test_a_longer_warm_up_than_the_training_is_possible():
+    assert factors(1, epochs=2, schedule="cosine", warmup_steps=4) == pytest.approx([0.25, 0.5])
+
+
+def test_the_groups_are_those_of_the_papers():
+    model = build(TINY["solq"])
+    config = replace(OFFICIAL, learning_rate=3.0, backbone_learning_rate=2.0, offset_learning_rate=1.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {group["name"]: group for group in parameter_groups(model, config)}
+    members = {name: {names[parameter] for parameter in group["params"]} for name, group in groups.items()}
+    assert members["backbone"] == {name for name in names.values() if name.startswith("backbone.")}
+    assert members["offsets"] == {name for name in names.values() if "sampling_offsets" in name or "reference_points" in name}
+    assert len(members["offsets"]) == 2 * (1 + 2 + 1)  # encoder layer, two decoder layers, reference points: weight and bias
+    assert sum(len(group) for group in members.values()) == len(names)
+    assert {name: group["lr"] for name, group in groups.items()} == {"rest": 3.0, "backbone": 2.0, "offsets": 1.0}
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    assert [group["params"] for group in parameter_groups(model, OFFICIAL)] == [[model.weight]]
+
+
+def test_weight_decay_is_for_all_parameters():
+    optimizer = build_optimizer(build(TINY["solq"]), replace(OFFICIAL, weight_decay=0.5))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_setting_the_rates_twice_does_not_add_up():
+    optimizer = build_optimizer(nn.Linear(2, 2), replace(OFFICIAL, learning_rate=1.0))
+    set_learning_rates(optimizer, 0.5)
+    assert set_learning_rates(optimizer, 0.1) == {"rest": 0.1}
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_linear_scaling_multiplies_all_rates_when_asked_for():
+    config = replace(OFFICIAL, batch_size=8, scale_learning_rate=True)
+    (group,) = parameter_groups(nn.Linear(2, 2), config)
+    assert group["lr"] == pytest.approx(OFFICIAL.learning_rate / 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "rest 0.0002, backbone 2e-05, offsets 2e-05 at 32 images per step, the batch size that they were chosen for"),
+        ({"batch_size": 16}, "They were chosen for 32: linear scaling makes it 0.0001 (--train.scale-learning-rate true)"),
+        ({"batch_size": 16, "scale_learning_rate": True}, "rest 0.0001, backbone 1e-05, offsets 1e-05 at 16 images per step, scaled"),
+    ],
+)
+def test_the_rates_for_this_batch_size_are_told(settings, expected):
+    assert expected in learning_rate_advice(replace(OFFICIAL, **settings))
