@@ -16,6 +16,7 @@ help:  ## list the commands
 
 demo: .venv/installed  ## train a small model on generated images, print its AP, draw what it finds
 	$(BIN)/maskset demo
+	@echo 'Before the first of these in a shell:  source .venv/bin/activate'
 
 test: lint types docs  ## everything that a change must pass
 	$(BIN)/python -m pytest -m 'not slow'
@@ -28,7 +29,7 @@ lint: .venv/installed  ## style and format
 	$(BIN)/ruff format --check
 
 types: .venv/installed  ## static types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/installed  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

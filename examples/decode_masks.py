@@ -36,4 +36,4 @@ def main(data: str = "shapes", images: int = 20) -> dict[int, float]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else "shapes")

@@ -23,4 +23,4 @@ def main(model: str, source: str, out: str, threshold: float = 0.5) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(sys.argv[1], sys.argv[2], sys.argv[3])

@@ -3,16 +3,22 @@
 import functools
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import TINY
+from tiny import shapes as images
 
 from maskset.data import shapes
+from maskset.structures import ImageBatch
+from maskset.systems import build
 from maskset.training.config import DataConfig, Recipe, TrainConfig
+from maskset.training.step import Step, mean, update
 
 TIMES = ("seconds", "images_per_second")
 
@@ -27,7 +33,9 @@ def data() -> Path:
 def recipe(system: str = "solq", dropout: float = 0.1, **settings: Any) -> Recipe:
     """Return a run of 2 epochs of 5 steps; dropout and EMA are on, so that all there is to go wrong in resuming is there."""
     torch.set_num_threads(1)
-    train = TrainConfig(epochs=2, batch_size=2, reference_batch_size=2, learning_rate=1e-3, log_every=1, ema_decay=0.9, warmup_steps=3)
+    train = TrainConfig(
+        epochs=2, batch_size=2, reference_batch_size=2, learning_rate=1e-3, log_every=1, ema_decay=0.9, warmup_steps=3
+    )
     return Recipe(
         model=replace(TINY[system], backbone="test_resnet", dropout=dropout, mask_size=16, code_length=16),
         data=DataConfig(augmentation="flip", short_sides=(48, 56), long_side=96, workers=0),
@@ -48,3 +56,27 @@ def assert_same_run(run: Path, expected: Path) -> None:
         assert tensors.keys() == wanted.keys()
         assert not [key for key in tensors if not torch.equal(tensors[key], wanted[key])], name
     assert lines(run) == lines(expected)
+
+
+def gradient_of_share(accelerator: Accelerator, system: str, empty: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return loss, terms and gradient of one step on a batch of four images, of which each process has its share.
+
+    Args:
+        accelerator: knows the processes.
+        system: which tiny model to build, the same in all processes.
+        empty: images whose objects are left out.
+    """
+    torch.manual_seed(0)
+    model = build(replace(TINY[system], backbone="test_resnet")).train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # off the start, where many gradients are zero
+            parameter += 0.02 * torch.randn_like(parameter)
+    examples = [(pixels, found[[]] if i in empty else found) for i, (pixels, found) in enumerate(images(4))]
+    share = 4 // accelerator.num_processes
+    mine = examples[accelerator.process_index * share :][:share]
+    batch = ImageBatch.from_images([pixels for pixels, _ in mine]), [objects for _, objects in mine]
+    step = accelerator.prepare(Step(model))
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.0))
+    terms, norm = update(accelerator, step, optimizer, [batch], clip_norm=0)
+    means = {name: torch.tensor(value) for name, value in mean(accelerator, {**terms, "grad_norm": norm}).items()}
+    return means | {f"gradient/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -107,7 +107,9 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(tmp_path, monkeypatch):
         raise ConnectionError("Name or service\nnot known")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", unreachable)
-    with pytest.raises(CheckpointError, match=r"hub:nobody/nothing is not in the cache.*cannot be reached \(Name or service not known\)"):
+    with pytest.raises(
+        CheckpointError, match=r"hub:nobody/nothing is not in the cache.*cannot be reached \(Name or service not known\)"
+    ):
         load("hub:nobody/nothing")
 
 

@@ -124,9 +124,8 @@ def test_a_sparse_code_keeps_its_beta_in_the_file(data, tmp_path, monkeypatch):
     assert float(codec.beta) == 0.5
 
 
-def test_only_as_many_masks_as_are_used_are_read(data, monkeypatch):
-    monkeypatch.setattr(learnt, "MOST_MASKS", 31)
-    parts = list(codecs._crops(codecs.open_data(data, "train"), 14, "reading", False))
+def test_only_as_many_masks_as_are_used_are_read(data):
+    parts = list(codecs._crops(codecs.open_data(data, "train"), 14, 31, "reading", False))
     assert [len(part) for part in parts] == [30, 30]
 
 
@@ -152,4 +151,6 @@ def test_mistakes_are_told_before_anything_is_read(data, tmp_path):
 def test_too_few_masks_are_refused_and_leave_no_file(data, tmp_path):
     with pytest.raises(ConfigError, match="91 numbers cannot be learnt from 90 masks"):
         fit("pca", data, tmp_path / "x.safetensors", size=14, length=91, progress=False)
+    with pytest.raises(ConfigError, match="32 numbers cannot be learnt from 31 masks"):
+        fit("pca", data, tmp_path / "x.safetensors", size=14, length=32, most_masks=31, progress=False)
     assert not list(tmp_path.iterdir())

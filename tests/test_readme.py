@@ -24,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     lines = "".join(block.replace("\\\n", " ") for block in blocks(page, "bash")).splitlines()
-    return [line.split(" #")[0].strip() for line in lines]
+    return [re.split(r" [#>]", line)[0].strip() for line in lines]  # without remarks, and where the output goes
 
 
 def named(pages: list[Path]) -> list[str]:

@@ -208,7 +208,7 @@ def _codecs_fit_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--size", type=int, default=28, help="side of the box-local mask, pixels (default: 28)")
     parser.add_argument("--length", type=int, help="numbers per mask (default: 60 for pca, 256 for sparse)")
-    parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: chosen from the data)")
+    parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: 0.3 * size / 28)")
     _add_masks(parser, "train")
 
 

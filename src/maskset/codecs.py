@@ -143,6 +143,7 @@ def fit(
     length: int | None = None,
     beta: float | None = None,
     split: str = "train",
+    most_masks: int = learnt.MOST_MASKS,
     skip_broken: bool = False,
     progress: bool = True,
 ) -> PcaCodec | SparseCodec:
@@ -155,7 +156,8 @@ def fit(
         size: side S of the box-local mask, pixels.
         length: D, how many numbers describe one mask; None: 60 for pca, 256 for sparse.
         beta: sparse: see `SparseCodec`.
-        split: which part of the data. Of more than 20,000 masks, those of random images are read.
+        split: which part of the data.
+        most_masks: how many masks count; where the data has more, images are taken at random.
         skip_broken: leave out what `open_data` finds broken.
         progress: whether to show how far it is on stderr.
 
@@ -176,7 +178,8 @@ def fit(
     out = Path(out)
     if out.is_dir() or not out.parent.is_dir():  # before the work, not after
         raise ConfigError(f"{out} cannot be written: it is a folder, or its folder does not exist.")
-    codec.fit(_crops(open_data(data, split, skip_broken=skip_broken), size, f"reading {data} {split}", progress))
+    masks = _crops(open_data(data, split, skip_broken=skip_broken), size, most_masks, f"reading {data} {split}", progress)
+    codec.fit(masks, most_masks)
     source = f"{Path(data).absolute().name} {split}"
     metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(size), "length": str(codec.length), "source": source}
     if isinstance(codec, SparseCodec):
@@ -191,6 +194,7 @@ def compare(
     codes: Sequence[Code] = PAPER_CODES,
     split: str = "val",
     learn_from: str = "train",
+    most_masks: int = learnt.MOST_MASKS,
     skip_broken: bool = False,
     progress: bool = True,
 ) -> Comparison:
@@ -205,6 +209,7 @@ def compare(
         codes: which codes.
         split: the part of the data that is measured.
         learn_from: the part that PCA and sparse codes are learnt from, for each data set anew.
+        most_masks: how many masks they are learnt from; where the data has more, images are taken at random.
         skip_broken: leave out what `open_data` finds broken.
         progress: whether to show how far it is on stderr.
 
@@ -218,10 +223,10 @@ def compare(
         codecs = [_codec(code) for code in codes]
         for size in sorted({codec.size for codec in codecs if isinstance(codec, (PcaCodec, SparseCodec))}):
             source = open_data(one, learn_from, skip_broken=skip_broken)
-            masks = torch.cat(list(_crops(source, size, f"reading {one} {learn_from}", progress)))
+            masks = torch.cat(list(_crops(source, size, most_masks, f"reading {one} {learn_from}", progress)))
             for codec in codecs:
                 if isinstance(codec, (PcaCodec, SparseCodec)) and codec.size == size:
-                    codec.fit(masks)
+                    codec.fit(masks, most_masks)
         scores += _scores(Path(one).name, measured, codes, codecs, progress)
     return Comparison(scores=tuple(scores), split=split, learnt_from=learn_from, seconds=time.monotonic() - start)
 
@@ -232,7 +237,7 @@ def _codec(code: Code) -> DctCodec | PcaCodec | SparseCodec | FlattenCodec:
     return {"dct": DctCodec, "pca": PcaCodec, "sparse": SparseCodec}[code.kind](code.size, code.length)
 
 
-def _crops(data: Dataset, size: int, what: str, progress: bool) -> Iterator[Bool[Tensor, "T S S"]]:
+def _crops(data: Dataset, size: int, most: int, what: str, progress: bool) -> Iterator[Bool[Tensor, "T S S"]]:
     """Yield masks inside their annotated boxes, of images in a random order that is always the same, until there are enough."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     found = 0
@@ -240,7 +245,7 @@ def _crops(data: Dataset, size: int, what: str, progress: bool) -> Iterator[Bool
         objects = data.objects(index)
         yield crop(objects.masks, objects.boxes, size)
         found += len(objects)
-        if found >= learnt.MOST_MASKS:
+        if found >= most:
             return
 
 

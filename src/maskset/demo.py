@@ -14,11 +14,11 @@ from maskset.training.train import train
 _PICTURES = 12
 
 _NEXT = """
-The model is {run}, the pictures are in {found}/drawings. What to type next:
+The model is in {run}, pictures of what it finds are in {found}/drawings. What to type next:
 
-  maskset predict {run} {images}                       find the objects in pictures
-  maskset show {run}                                  every setting of the model, and its classes
-  maskset train solq-small --data DATA --out runs/first   learn from your own pictures: `maskset train --help`
+  find objects in your pictures      maskset predict {run} PICTURE...
+  see the model's settings           maskset show {run}
+  learn from your own data           maskset train solq-small --data FOLDER --out runs/first
 """
 
 
@@ -43,5 +43,5 @@ def demo(folder: Path) -> Metrics:
         pixels = unseen.image(index).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(images / f"{index + 1:02}.png")
     save_all(predict_files(run, [images]), found)
-    print(_NEXT.format(run=run, images=images, found=found))
+    print(_NEXT.format(run=run, found=found))
     return metrics

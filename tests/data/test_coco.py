@@ -119,6 +119,7 @@ BROKEN_ANNOTATIONS = {
     "a number beyond floats": (annotation(5, segmentation=[[1, 2, 10**400, 2, 21, 22]]), "not a list of numbers"),
     "text for numbers": (annotation(5, segmentation=[["a"] * 6]), "not a list of numbers"),
     "two points": (annotation(5, segmentation=[[1, 2, 3, 4]]), "three or more"),
+    "an endless outline": (annotation(5, segmentation=[[-180, -180, 180, 180] * 8000]), "outline is longer than"),
     "an odd count": (annotation(5, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "a flat list"),
     "no polygons": (annotation(5, segmentation=[]), "empty"),
     "no segmentation": (annotation(5, segmentation=None), "list of polygons or a dict"),

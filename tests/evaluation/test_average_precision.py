@@ -113,7 +113,7 @@ def test_fewer_results_than_ten_can_count():
 @pytest.mark.parametrize("name", ["coco-mini", "nuclei"])
 def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_file_itself(name):
     data, truth = open_data(REAL / name, "val"), json.loads((REAL / name / "instances_val.json").read_text())
-    rng, chosen = np.random.default_rng(1), range(0, len(data), 5)
+    rng, chosen = np.random.default_rng(1), [i for i, image in enumerate(data.images) if image.height < 450][:20]
     results = [row for i in chosen for row in disturbed(data.objects(i), rng).to_coco(i)]
     metrics = average_precision(data, results, 400, chosen)
     ids = [data.images[i].id for i in chosen]

@@ -88,6 +88,14 @@ def test_no_more_than_max_detections_are_asked_for():
     assert metrics.mask_ar == pytest.approx(0.5)
 
 
+def test_a_limit_below_one_is_refused_before_anything_is_computed():
+    listed = data()
+    model = Oracle(answers(listed))
+    with pytest.raises(ValueError, match="max_detections must be at least 1, got 0"):
+        evaluate(model, listed, max_detections=0)
+    assert model.batches == []
+
+
 def test_images_of_one_size_share_batches():
     listed = data()
     model = Oracle(answers(listed))
@@ -119,7 +127,8 @@ def test_where_broken_images_are_skipped_they_are_counted_and_not_missed():
     listed.skip_broken = True
     metrics = evaluate(Oracle(answers(listed)), listed, progress=False)
     assert (metrics.mask_ap, metrics.images, metrics.skipped, metrics.objects) == (1, 4, 1, 16)
-    assert listed.skipped == ["3.png cannot be read as an image."]
+    evaluate(Oracle(answers(listed)), listed, progress=False)
+    assert listed.skipped == ["3.png cannot be read as an image."]  # once, though it was evaluated twice
 
 
 def test_without_a_terminal_progress_is_a_line(capsys):

@@ -124,6 +124,15 @@ def test_the_results_of_many_files_are_one_json_and_a_drawing_of_each(tmp_path):
     assert len(CocoDataset(out / "results.json", tmp_path / "in")) == 3
 
 
+def test_files_given_from_different_places_are_named_from_the_folder_above_them(tmp_path, monkeypatch):
+    answers = several(tmp_path / "in")
+    monkeypatch.chdir(tmp_path / "in" / "other")
+    relative = [Path("../a.png"), Path("A.jpg")]
+    out = save_all(zip(relative, [instances for _, instances in answers], strict=False), tmp_path / "out")
+    content = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "other/A.jpg"]
+
+
 def test_label_images_are_written_on_request_and_drawings_can_be_left_out(tmp_path):
     out = save_all(several(tmp_path / "in"), tmp_path / "out", drawings=False, labels=True)
     assert sorted(path.name for path in out.iterdir()) == ["labels", "results.json"]

@@ -20,8 +20,7 @@ def test_no_masks_give_no_parts():
     assert list(rows(torch.zeros(0, 2, 2), 4)) == []
 
 
-def test_reading_stops_when_there_are_enough(monkeypatch):
-    monkeypatch.setattr(learnt, "MOST_MASKS", 5)
+def test_reading_stops_when_there_are_enough():
     read = []
 
     def batches():
@@ -29,7 +28,7 @@ def test_reading_stops_when_there_are_enough(monkeypatch):
             read.append(i)
             yield torch.full((2, 1, 1), i)
 
-    assert torch.cat(list(rows(batches(), 4))).flatten().tolist() == [0, 0, 1, 1, 2]
+    assert torch.cat(list(rows(batches(), 4, most=5))).flatten().tolist() == [0, 0, 1, 1, 2]
     assert read == [0, 1, 2]
 
 

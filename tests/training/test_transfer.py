@@ -88,7 +88,12 @@ def test_what_is_only_in_one_of_them_is_named():
 def test_the_report_says_all_of_it():
     old, new = model(named("cat", "dog"), decoder_layers=3), model(named("dog", "fox"), num_queries=20, encoder_layers=2)
     report = str(copied(new, old)[0])
-    for line in ("taken whole: ", "classes taken: dog", "classes that start anew: fox", "extended: query_content, 12 -> 20 slots"):
+    for line in (
+        "taken whole: ",
+        "classes taken: dog",
+        "classes that start anew: fox",
+        "extended: query_content, 12 -> 20 slots",
+    ):
         assert line in report
     assert "starts anew: encoder.layers.1." in report
     assert "left out: decoder.2." in report

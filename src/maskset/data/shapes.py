@@ -59,7 +59,7 @@ class ShapesDataset:
     def read(self, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
         """Return the pixels (RGB) and the objects of an image."""
         scene = self._scene(index)
-        return torch.from_numpy(scene.painted()).permute(2, 0, 1), self._instances(scene)
+        return torch.from_numpy(scene.painted()), self._instances(scene)
 
     def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
         """Return the pixels (RGB) of an image."""
@@ -138,13 +138,15 @@ class Shape:
 
     Attributes:
         label: 0 ellipse, 1 rectangle, 2 triangle.
-        distance: of each pixel's centre to the edge, pixels, negative inside (about right near the edge).
-        texture: seeds the random numbers of its look.
+        window: the rows and columns that it and its shadow reach.
+        distance: of each pixel's centre there to the edge, pixels, negative inside (about right near the edge).
+        look: seeds the random numbers of its colours and texture.
     """
 
     label: int
+    window: tuple[slice, slice]
     distance: Plane
-    texture: int
+    look: int
 
 
 class Scene:
@@ -156,8 +158,7 @@ class Scene:
     """
 
     def __init__(self, random: np.random.RandomState, size: tuple[int, int]) -> None:
-        self._grid: tuple[Plane, Plane] = tuple(np.meshgrid(*(np.arange(n) + 0.5 for n in size[::-1])))  # type: ignore[assignment]
-        self._side, self._look = float(min(size)), int(random.randint(2**31 - 1))
+        self._size, self._side, self._look = size, float(min(size)), _seed(random)
         self.shapes: list[Shape] = []
         visible, taken = [], np.zeros(size, dtype=bool)
         wanted = random.randint(1, 6)
@@ -166,77 +167,95 @@ class Scene:
                 break
             shape = self._draw_shape(random)
             inside = shape.distance < 0
-            seen = inside & ~taken
+            seen = inside & ~taken[shape.window]
             if seen.sum() > max(0.4 * inside.sum(), 0.006 * self._side**2):
                 self.shapes.append(shape)
-                visible.append(seen)
-                taken |= inside
+                visible.append(np.zeros(size, dtype=bool))
+                visible[-1][shape.window] = seen
+                taken[shape.window] |= inside
         self.visible: Bool[np.ndarray, "T h w"] = np.array(visible, dtype=bool).reshape(-1, *size)
 
-    def painted(self) -> UInt8[np.ndarray, "h w 3"]:
+    def painted(self) -> UInt8[np.ndarray, "3 h w"]:
         """Return the picture, RGB."""
-        look = np.random.RandomState(self._look)
-        hues = (look.permutation(12) + look.random_sample()) / 12  # every shape and the background have a hue of their own
-        picture = self._background(look, hues[0])
+        random = np.random.RandomState(self._look)
+        hues = (random.permutation(12) + random.random_sample()) / 12  # every shape and the background have a hue of their own
+        picture = self._background(random, hues[0])
         for shape, hue in reversed(list(zip(self.shapes, hues[1:], strict=False))):
-            picture = self._paint(picture, shape, hue)
+            self._paint(picture[:, *shape.window], shape, hue)
         return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
     def _draw_shape(self, random: np.random.RandomState) -> Shape:
         """Return a shape of any class, place, direction, size and proportion."""
-        (x, y), label = self._grid, int(random.randint(3))
-        height, width = x.shape
+        label, (height, width) = int(random.randint(3)), self._size
         centre_x, centre_y = (0.1 + 0.8 * random.random_sample(2)) * (width, height)
         cos, sin = _direction(random)
-        u, v = (x - centre_x) * cos + (y - centre_y) * sin, (y - centre_y) * cos - (x - centre_x) * sin
         a = (0.11 + 0.17 * random.random_sample()) * self._side
         b = a * (0.55 + 0.45 * random.random_sample())
         skew = 0.6 * (random.random_sample() - 0.5)
+        reach = (1, 1.28, 1.7)[label] * a + 0.06 * self._side
+        rows = slice(max(0, int(centre_y - reach)), min(height, int(centre_y + reach) + 1))
+        columns = slice(max(0, int(centre_x - reach)), min(width, int(centre_x + reach) + 1))
+        x, y = _centres(columns) - centre_x, _centres(rows)[:, None] - centre_y
+        u, v = x * cos + y * sin, y * cos - x * sin
         distance = (_ellipse(u, v, a, b), _rectangle(u, v, 0.9 * a, 0.9 * b), _triangle(u, v, 1.2 * a, 1.2 * b, skew))[label]
-        return Shape(label, distance, int(random.randint(2**31 - 1)))
+        return Shape(label, (rows, columns), distance, _seed(random))
 
-    def _background(self, random: np.random.RandomState, hue: float) -> Float64[np.ndarray, "h w 3"]:
+    def _background(self, random: np.random.RandomState, hue: float) -> Float64[np.ndarray, "3 h w"]:
         value = 0.2 + 0.65 * random.random_sample()
         light, dark = (_rgb(hue + shift, 0.15 + 0.3 * random.random_sample(), value + shift) for shift in (0.08, -0.08))
-        clouds = self._noise(random, self._side / 2) + 0.5 * self._noise(random, self._side / 5) + 0.25 * self._noise(random, 6.0)
-        picture = _mix(light, dark, clouds / 1.75)
-        return picture * (1 + 0.16 * (self._pattern(random) - 0.5))[..., None]
+        large, middle, small = (_noise(random, self._size, cell) for cell in (self._side / 2, self._side / 5, 6.0))
+        clouds = (4 * large + 2 * middle + small) / 7
+        pattern = _pattern(random, self._size, self._side)
+        return _mix(light, dark, clouds) * (1 + 0.16 * (pattern - 0.5))
 
-    def _paint(self, picture: Float64[np.ndarray, "h w 3"], shape: Shape, hue: float) -> Float64[np.ndarray, "h w 3"]:
-        random = np.random.RandomState(shape.texture)
+    def _paint(self, canvas: Float64[np.ndarray, "3 h w"], shape: Shape, hue: float) -> None:
+        """Paint a shape and its shadow on the part of the picture that is its window."""
+        random, (rows, _), size = np.random.RandomState(shape.look), shape.window, shape.distance.shape
         light = _rgb(hue, 0.55 + 0.4 * random.random_sample(), 0.75 + 0.25 * random.random_sample())
         dark = _rgb(hue + 0.12 * (random.random_sample() - 0.5), 0.6, 0.35 + 0.25 * random.random_sample())
-        colour = _mix(light, dark, self._pattern(random) * (0.5 + 0.5 * random.random_sample()))
+        texture = _pattern(random, size, self._side) * (0.5 + 0.5 * random.random_sample())
         bevel = np.clip(1 + shape.distance / (0.025 * self._side), 0, 1)  # 1 at the edge, 0 from a little inside
-        shade = (1 - 0.4 * bevel) * (1.12 - 0.24 * self._grid[1] / self._grid[1][-1, 0]) + 0.06 * (self._noise(random, 3.0) - 0.5)
+        daylight = 1.12 - 0.24 * _centres(rows)[:, None] / self._size[0]
+        shade = (1 - 0.4 * bevel) * daylight + 0.06 * (_noise(random, size, 3.0) - 0.5)
         shadow = 1 - 0.45 * np.clip(1 - shape.distance / (0.05 * self._side), 0, 1)
-        cover = np.clip(0.5 - shape.distance, 0, 1)[..., None]
-        return picture * shadow[..., None] * (1 - cover) + colour * shade[..., None] * cover
+        cover = np.clip(0.5 - shape.distance, 0, 1)
+        canvas *= shadow * (1 - cover)
+        canvas += _mix(light, dark, texture) * (shade * cover)
 
-    def _pattern(self, random: np.random.RandomState) -> Plane:
-        """Return a pattern in [0, 1]: a gradient, stripes, checks, dots or clouds."""
-        kind, period = random.randint(5), (0.06 + 0.08 * random.random_sample()) * self._side
-        (cos, sin), (x, y) = _direction(random), self._grid
-        along, across = x * cos + y * sin, y * cos - x * sin
-        if kind == 0:
-            return (along - along.min()) / (along.max() - along.min())
-        if kind == 1:
-            return _wave(along, period)
-        if kind == 2:
-            a, b = _wave(along, period), _wave(across, period)
-            return a + b - 2 * a * b
-        if kind == 3:
-            u, v = along / period - np.floor(along / period) - 0.5, across / period - np.floor(across / period) - 0.5
-            return np.clip((0.32 - np.sqrt(u * u + v * v)) * period + 0.5, 0, 1)
-        return np.clip(2.2 * self._noise(random, 1.5 * period) - 0.6, 0, 1)
 
-    def _noise(self, random: np.random.RandomState, cell: float) -> Plane:
-        """Return smooth noise in [0, 1]: random values `cell` pixels apart, blended in between."""
-        height, width = self._grid[0].shape
-        values = random.random_sample((int(height / cell) + 3, int(width / cell) + 3))
-        (row, down), (column, right) = (_cells(np.arange(n), cell) for n in (height, width))
-        rows = values[row] + (values[row + 1] - values[row]) * down[:, None]
-        return rows[:, column] + (rows[:, column + 1] - rows[:, column]) * right
+def _pattern(random: np.random.RandomState, size: tuple[int, int], side: float) -> Plane:
+    """Return a pattern in [0, 1] for an image whose shorter side is `side`: a gradient, stripes, checks, dots or clouds."""
+    kind, period = random.randint(5), (0.06 + 0.08 * random.random_sample()) * side
+    (cos, sin), x, y = _direction(random), np.arange(size[1]), np.arange(size[0])[:, None]
+    along, across = x * cos + y * sin, y * cos - x * sin
+    if kind == 0:
+        return (along - along.min()) / max(along.max() - along.min(), 1.0)
+    if kind == 1:
+        return _wave(along, period)
+    if kind == 2:
+        a, b = _wave(along, period), _wave(across, period)
+        return a + b - 2 * a * b
+    if kind == 3:
+        u, v = along / period - np.floor(along / period) - 0.5, across / period - np.floor(across / period) - 0.5
+        return np.clip((0.32 - np.sqrt(u * u + v * v)) * period + 0.5, 0, 1)
+    return np.clip(2.2 * _noise(random, size, 1.5 * period) - 0.6, 0, 1)
+
+
+def _noise(random: np.random.RandomState, size: tuple[int, int], cell: float) -> Plane:
+    """Return smooth noise in [0, 1]: random values `cell` pixels apart, blended in between."""
+    values = random.random_sample((int(size[0] / cell) + 2, int(size[1] / cell) + 2))
+    (row, down), (column, right) = (_cells(np.arange(n), cell) for n in size)
+    rows = values[row] + (values[row + 1] - values[row]) * down[:, None]
+    steps = np.diff(rows, axis=1)
+    return rows[:, column] + steps[:, column] * right
+
+
+def _seed(random: np.random.RandomState) -> int:
+    return int(random.randint(2**31 - 1))
+
+
+def _centres(pixels: slice) -> np.ndarray:
+    return np.arange(pixels.start, pixels.stop) + 0.5
 
 
 def _direction(random: np.random.RandomState) -> tuple[float, float]:
@@ -285,5 +304,7 @@ def _rgb(hue: float, saturation: float, value: float) -> Float64[np.ndarray, "3"
     return value - value * saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1)
 
 
-def _mix(first: np.ndarray, second: np.ndarray, share: Plane) -> Float64[np.ndarray, "h w 3"]:
-    return first + (second - first) * share[..., None]
+def _mix(
+    first: Float64[np.ndarray, "3"], second: Float64[np.ndarray, "3"], share: Float64[np.ndarray, "h w"]
+) -> Float64[np.ndarray, "3 h w"]:
+    return first[:, None, None] + (second - first)[:, None, None] * share

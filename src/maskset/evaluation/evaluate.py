@@ -52,7 +52,10 @@ def evaluate(
 
     Raises:
         maskset.data.dataset.DataError: the data cannot be read, or no class of the model is in it.
+        ValueError: `max_detections` is less than 1.
     """
+    if max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
     model = ready(model, device)
     dataset = open_data(data, split, images, skip_broken) if isinstance(data, (str, Path)) else data
     labels = _labels(model.categories, dataset.categories)
@@ -77,7 +80,8 @@ def _read(dataset: Dataset, index: int) -> UInt8[Tensor, "3 h w"] | None:
     except DataError as error:
         if not dataset.skip_broken:
             raise
-        dataset.skipped.append(str(error))
+        if str(error) not in dataset.skipped:
+            dataset.skipped.append(str(error))
         return None
 
 

@@ -57,7 +57,7 @@ def draw(image: Picture, instances: Instances, scale: int | None = None) -> Imag
     pixels = np.array(picture)
     for i in order:
         x0, y0, x1, y1 = boxes[i]
-        line = min(round(max(picture.size) / 400), min(x1 - x0, y1 - y0) // 16)  # thin on small objects
+        line = min(round(max(picture.size) / 300), min(x1 - x0, y1 - y0) // 16)  # thin on small objects
         _paint(pixels, runs[i], scale, colours[i], max(1, line))
     picture = Image.fromarray(pixels)
     pen = ImageDraw.Draw(picture, "RGBA")

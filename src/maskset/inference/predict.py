@@ -26,7 +26,7 @@ from maskset.systems.base import System
 Item = TypeVar("Item")
 Size = tuple[int, int]  # height, width
 
-_READERS = 4  # threads that read and resize pictures while others are computed
+_READERS = 4  # threads that read and resize pictures while a GPU computes; where the CPU computes, one is enough
 _WINDOW = 32  # pictures that are kept, to find those of one canvas among them
 _LARGEST_BATCH = 16  # pictures
 _BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}  # a batch's canvases together: four of 800 x 1333 on a GPU, one on the CPU
@@ -150,7 +150,8 @@ def run(
 
     pending: dict[int, tuple[Item, Size, Tensor]] = {}  # read but not computed
     found: dict[int, tuple[Item, Instances]] = {}  # computed, but one before it is not
-    pictures_read = enumerate(one for one in _ahead(fitted, items) if one is not None)
+    readers = 1 if _device(model).type == "cpu" else _READERS
+    pictures_read = enumerate(one for one in _ahead(fitted, items, readers) if one is not None)
     turn = 0
     while True:
         pending.update(islice(pictures_read, _WINDOW - len(pending)))
@@ -231,13 +232,13 @@ def _batch_size(canvas: Size, model: System) -> int:
     return min(max(most, 1), _LARGEST_BATCH)
 
 
-def _ahead(read: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[Any]:
+def _ahead(read: Callable[[Item], Any], items: Iterable[Item], readers: int) -> Iterator[Any]:
     """Yield what `read` returns of each item, in order; threads work on the next ones meanwhile."""
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(readers) as pool:
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(read, item))
-            if len(waiting) > 2 * _READERS:
+            if len(waiting) > 2 * readers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -67,7 +67,7 @@ def save_all(found: Iterable[tuple[Path, Instances]], folder: str | Path, *, dra
             save(instances, folder / "drawings" / f"{stem}.jpg", file)
         if labels:
             save(instances, folder / "labels" / f"{stem}.png")
-        listed.append((file.absolute(), instances))
+        listed.append((Path(os.path.abspath(file)), instances))
     common = os.path.commonpath([file.parent for file, _ in listed]) if listed else ""
     named = [(file.relative_to(common).as_posix(), instances) for file, instances in listed]
     _write_json(to_coco(named, listed[0][1].categories if listed else ()), folder / "results.json")

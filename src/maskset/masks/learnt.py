@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskset.config import ConfigError
 
-MOST_MASKS = 20_000  # a code is learnt from the first masks only: all of COCO's take hours, and change the result little
+MOST_MASKS = 20_000  # that a code is learnt from: all of COCO's would take an hour to read
 FORMAT = "maskset codec 1"  # what a file of a learnt code says that it is
 
 
@@ -25,13 +25,13 @@ class LearntCodec(Protocol):
     def load_state_dict(self, state_dict: dict[str, Tensor], /) -> Any: ...
 
 
-def rows(masks: Tensor | Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """Yield the first MOST_MASKS masks [n S S], given whole or in batches, as rows [count S*S] on the CPU.
+def rows(masks: Tensor | Iterable[Tensor], count: int, most: int = MOST_MASKS) -> Iterator[Tensor]:
+    """Yield the first `most` masks [n S S], given whole or in batches, as rows [count S*S] on the CPU.
 
     Only the last part may have fewer rows; the parts do not depend on how the masks are batched.
     """
     waiting: list[Tensor] = []
-    held, left = 0, MOST_MASKS
+    held, left = 0, max(most, 0)
     for batch in [masks] if isinstance(masks, Tensor) else masks:
         waiting.append(batch[:left].flatten(1).cpu())
         held, left = held + len(waiting[-1]), left - len(waiting[-1])

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskset.config import ConfigError
-from maskset.masks.learnt import require_enough, require_fitted, rows
+from maskset.masks.learnt import MOST_MASKS, require_enough, require_fitted, rows
 
 EXACT_UP_TO = 48 * 48  # pixels of a mask up to which the whole S*S x S*S matrix is accumulated; its cost grows with S^6
 BATCH = 1024  # masks taken in at a time
@@ -37,17 +37,17 @@ class PcaCodec(nn.Module):
         self.register_buffer("basis", torch.zeros(size * size, length))
         self.register_buffer("fitted", torch.tensor(False))
 
-    def fit(self, masks: Tensor | Iterable[Tensor]) -> None:
+    def fit(self, masks: Tensor | Iterable[Tensor], most_masks: int = MOST_MASKS) -> None:
         """Learn the components from masks [n S S] in [0, 1], given whole or in batches, which are read once.
 
-        The first 20,000 count; how they are batched does not matter. Exact up to a size of 48; beyond, a sketch keeps what
-        matters of what was read.
+        Only the first `most_masks` count; how they are batched does not matter. Exact up to a size of 48; beyond, a sketch
+        keeps what matters of what was read.
 
         Raises:
             ConfigError: there are fewer masks than components.
         """
         learn = _components if self.size**2 <= EXACT_UP_TO else _sketched_components
-        found, components = learn(rows(masks, BATCH), self.size**2, self.length)
+        found, components = learn(rows(masks, BATCH, most_masks), self.size**2, self.length)
         require_enough(self, found)
         # A singular vector's sign is arbitrary; this one is the same on every machine.
         largest = components.gather(0, components.abs().argmax(0, keepdim=True))

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskset.config import ConfigError
-from maskset.masks.learnt import require_enough, require_fitted, rows
+from maskset.masks.learnt import MOST_MASKS, require_enough, require_fitted, rows
 
 BETA_PER_PIXEL = 0.3 / 28  # beta for masks of side 1: v grows with the side of the mask, and so must beta, for equally few atoms
 ITERATIONS = 100  # of FISTA for one code
@@ -56,19 +56,20 @@ class SparseCodec(nn.Module):
         self.register_buffer("beta", torch.tensor(beta))  # saved, since a dictionary goes with the beta that it was learnt with
         self.register_buffer("fitted", torch.tensor(False))
 
-    def fit(self, masks: Tensor | Iterable[Tensor], seed: int = 0) -> None:
+    def fit(self, masks: Tensor | Iterable[Tensor], most_masks: int = MOST_MASKS, seed: int = 0) -> None:
         """Learn the dictionary from masks [n S S] in [0, 1], given whole or in batches.
 
-        The first 20,000 count; how they are batched does not matter. They are kept in memory: booleans take a byte per pixel.
+        They are kept in memory (booleans take a byte per pixel); how they are batched does not matter.
 
         Args:
             masks: what to learn from.
+            most_masks: how many count, the first ones.
             seed: of the first atoms, and of the order in which masks are looked at.
 
         Raises:
             ConfigError: there are fewer masks than atoms.
         """
-        every = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *rows(masks, LEARNING_BATCH)])
+        every = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *rows(masks, LEARNING_BATCH, most_masks)])
         require_enough(self, len(every))
         atoms = _learn(every, self.length, float(self.beta), torch.Generator().manual_seed(seed))
         self.atoms.copy_(atoms)

@@ -23,6 +23,7 @@ from maskset.layers.mlp import Mlp
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine
 from maskset.losses import dice_loss, focal_loss, giou_loss, l1_loss, sum_by_layer
+from maskset.masks import learnt
 from maskset.masks.boxed import binarise, crop, paste
 from maskset.masks.dct import DctCodec
 from maskset.masks.flatten import FlattenCodec
@@ -46,7 +47,7 @@ class SolqConfig:
     pretrained: bool = True  # training starts from ImageNet weights
     backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
     drop_path: float = 0.2  # Swin: greatest probability of skipping a block
-    hidden_dim: int = 384  # width C of the transformer (the paper says 256; the code, and its numbers, have 384)
+    hidden_dim: int = 384  # width C of the transformer (the paper does not say; the official code has 384)
     num_heads: int = 8  # attention heads
     num_levels: int = 4  # feature levels, strides 8, 16, 32, 64
     num_points: int = 4  # sampling points of an attention head in a level
@@ -60,6 +61,7 @@ class SolqConfig:
     codec: Literal["dct", "pca", "sparse", "flatten"] = "dct"  # Table 3a: how a mask becomes D numbers
     mask_size: int = 128  # Table 3d: N of the paper, side S of the box-local mask, pixels
     code_length: int = 256  # Table 3e: n_k of the paper, D numbers for a mask
+    codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it from the training data
     mask_hidden_dim: int = 1024  # hidden width of the mask head
     mask_loss_layers: int = 6  # Table 3c: how many of the last decoder layers have the vector loss
     mask_weight: float = 3.0  # Table 3b: weight of the vector loss
@@ -85,6 +87,8 @@ class SolqConfig:
                 f"model.code_length must be {allowed} with codec {self.codec} and mask_size {self.mask_size}, "
                 f"got {self.code_length}."
             )
+        if self.codec_weights is not None and self.codec not in ("pca", "sparse"):
+            raise ConfigError(f"model.codec_weights is for the codes pca and sparse; {self.codec} has nothing to learn.")
         check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
 
 
@@ -145,9 +149,12 @@ class Solq(System):
         nn.init.constant_(self.mask_head.last.bias[2:], -2.0)  # meant for boxes, but part of the official recipe
 
     def prepare(self, objects: Iterable[Instances]) -> None:
-        """Fit the code to the masks of the data, if it is one that is learnt (PCA, sparse coding)."""
+        """Fit the code to the masks of the data, or read it from a file, if it is one that is learnt (PCA, sparse coding)."""
         if isinstance(self.codec, (PcaCodec, SparseCodec)):
-            self.codec.fit(self._crops(objects))
+            if self.config.codec_weights is None:
+                self.codec.fit(self._crops(objects))
+            else:
+                learnt.load(self.codec, self.config.codec_weights)
 
     def _crops(self, objects: Iterable[Instances]) -> Iterator[Bool[Tensor, "T S S"]]:
         return (crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))

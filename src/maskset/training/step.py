@@ -86,6 +86,13 @@ def _terms(accelerator: Accelerator, step: nn.Module, batch: Batch, place: int) 
         raise NotFinite(str(error), {}, batch, place) from None
     total = torch.stack(list(terms.values())).sum()
     if not torch.isfinite(total):
-        bad = [f"{name} is {term.item()}" for name, term in terms.items() if not torch.isfinite(term)]
-        raise NotFinite(f"{', '.join(bad) or f'the loss is {total.item()}'}.", terms, batch, place)
+        values = {name: term.detach() for name, term in terms.items()}
+        bad = [f"{name} is {value.item()}" for name, value in values.items() if not torch.isfinite(value)]
+        raise NotFinite(f"{', '.join(bad) or 'the sum of the terms is infinite'}.", values, batch, place)
     return {"loss": total, **terms}
+
+
+def mean(accelerator: Accelerator, values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the means over the processes."""
+    stacked = torch.stack([value.float() for value in values.values()])
+    return dict(zip(values, accelerator.reduce(stacked, "mean").tolist(), strict=True))  # type: ignore[union-attr]

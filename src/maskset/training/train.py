@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_log, open_run
 from maskset.training.samples import draw_samples
 from maskset.training.state import seed_everything
-from maskset.training.step import Batch, NotFinite, Step, update
+from maskset.training.step import Batch, NotFinite, Step, mean, update
 
 Item = TypeVar("Item")
 
@@ -81,7 +82,7 @@ def train(
                 log.advance(progress.step)
                 if progress.step % config.log_every == 0:
                     log.trained(
-                        progress.step, epoch, rates, _mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size
+                        progress.step, epoch, rates, mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size
                     )
                 stop = _any_process(run.accelerator, interruption.requested)
                 if stop or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
@@ -90,7 +91,8 @@ def train(
                     raise KeyboardInterrupt(_stopped(run))
             if _evaluation_is_due(epoch, config):
                 run.write(log)
-                with interruption.at_once(_stopped(run)), log.paused():
+                alone = run.accelerator.num_processes == 1  # else the others would wait for the one that stops
+                with interruption.at_once(_stopped(run)) if alone else nullcontext(), log.paused():
                     metrics = _judge(run, epoch, log)
             progress.epoch = epoch + 1
             run.write(log)
@@ -133,12 +135,6 @@ def _judge(run: Run, epoch: int, log: Log) -> Metrics:
 def _evaluation_is_due(epoch: int, config: TrainConfig) -> bool:
     done = epoch + 1
     return done == config.epochs or (config.evaluate_every > 0 and done % config.evaluate_every == 0)
-
-
-def _mean(accelerator: Accelerator, values: dict[str, Tensor]) -> dict[str, float]:
-    """Return the means over the processes."""
-    stacked = torch.stack([value.float() for value in values.values()])
-    return dict(zip(values, accelerator.reduce(stacked, "mean").tolist(), strict=True))  # type: ignore[union-attr]
 
 
 def _any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -1,0 +1,29 @@
+"""The demo, with the training left out."""
+
+import shutil
+from pathlib import Path
+
+from maskset import demo
+from maskset.evaluation.metrics import Metrics
+
+
+def test_the_demo_measures_draws_and_says_what_to_type_next(tmp_path, monkeypatch, capsys, untrained):
+    asked = []
+
+    def train(recipe: str, data: str, run: Path, *, resume: bool) -> None:
+        asked.append((recipe, data, resume))
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.copy(untrained, run / "best.safetensors")
+        (run / "recipe.json").touch()
+
+    monkeypatch.setattr(demo, "train", train)
+    measured = Metrics(max_detections=100, images=200, objects=500)
+    monkeypatch.setattr(demo, "evaluate", lambda run, data, *, split: {("shapes", "test"): measured}[data, split])
+    assert demo.demo(tmp_path / "demo") == measured
+    output = capsys.readouterr().out
+    assert str(measured) in output
+    assert f"maskset predict {tmp_path}/demo/run" in output
+    assert len(list((tmp_path / "demo" / "found" / "drawings").iterdir())) == 12
+
+    demo.demo(tmp_path / "demo")  # once more: the run is there
+    assert asked == [("solq-tiny", "shapes", False), ("solq-tiny", "shapes", True)]

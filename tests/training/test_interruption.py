@@ -1,0 +1,80 @@
+"""Ctrl-C waits until a checkpoint can be written."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from maskset.training.interruption import Interruption
+
+
+def press(number=signal.SIGINT):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_sets_the_flag(number):
+    with Interruption() as interruption:
+        assert not interruption.requested
+        press(number)
+        assert interruption.requested
+
+
+def test_the_second_one_stops_at_once_and_says_how_to_go_on():
+    with Interruption(), pytest.raises(KeyboardInterrupt, match="--resume continues from the last checkpoint"):
+        press()
+        press()
+
+
+def test_where_nothing_would_be_lost_the_first_one_stops_at_once():
+    with (
+        Interruption() as interruption,
+        pytest.raises(KeyboardInterrupt, match="so you know"),
+        interruption.at_once("so you know"),
+    ):
+        press()
+
+
+def test_a_signal_from_before_counts_there_too():
+    with Interruption() as interruption:
+        press()
+        with pytest.raises(KeyboardInterrupt, match="so you know"), interruption.at_once("so you know"):
+            pytest.fail("goes on")
+
+
+def test_afterwards_signals_wait_again():
+    with Interruption() as interruption:
+        with interruption.at_once(""):
+            pass
+        press()
+        assert interruption.requested
+
+
+def test_outside_signals_do_what_they_did():
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_in_another_thread_signals_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with Interruption() as interruption:
+            seen.append((signal.getsignal(signal.SIGINT), interruption.requested))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
+
+
+def test_a_process_that_reads_images_leaves_ctrl_c_to_the_one_that_trains():
+    with Interruption() as interruption:
+        interruption._process += 1  # as it is in a forked worker
+        press()
+        assert not interruption.requested
+        with pytest.raises(SystemExit):
+            press(signal.SIGTERM)
