@@ -32,7 +32,6 @@ def data() -> Path:
 
 def recipe(system: str = "solq", dropout: float = 0.1, **settings: Any) -> Recipe:
     """Return a run of 2 epochs of 5 steps; dropout and EMA are on, so that all there is to go wrong in resuming is there."""
-    torch.set_num_threads(1)
     train = TrainConfig(
         epochs=2, batch_size=2, reference_batch_size=2, learning_rate=1e-3, log_every=1, ema_decay=0.9, warmup_steps=3
     )

@@ -49,6 +49,12 @@ def decode(counts: Sequence[Counts], size: tuple[int, int]) -> Bool[Tensor, "T h
     return pixels.view(len(counts), width, height).transpose(1, 2)
 
 
+def columns(counts: Counts, height: int, first: int, end: int) -> Counts:
+    """Return the run lengths of the columns from `first` up to `end` (exclusive): one stretch of the whole, nothing decoded."""
+    ends = counts.cumsum(0).clamp(first * height, end * height).to(torch.int32)
+    return torch.diff(ends, prepend=ends.new_tensor([first * height]))
+
+
 def area(counts: Counts) -> int:
     """Return the number of pixels set."""
     return int(counts[1::2].sum())

@@ -227,10 +227,14 @@ class Masks:
 
     def dense(self) -> Bool[Tensor, "T h w"]:
         """Return the pixels, on the device where the run lengths are (polygons: on the CPU)."""
-        masks = rle.decode(self._source_runs(), self._source_size)
+        runs, (height, width), columns = self._source_runs(), self._source_size, self._columns
+        if columns is not None and len(columns):  # only the columns that are looked at are decoded
+            first, end = int(columns.min()), int(columns.max()) + 1
+            runs, width, columns = [rle.columns(counts, height, first, end) for counts in runs], end - first, columns - first
+        masks = rle.decode(runs, (height, width))
         if self._rows is not None:
             masks = masks[:, self._rows.to(masks.device)]
-        return masks if self._columns is None else masks[:, :, self._columns.to(masks.device)]
+        return masks if columns is None else masks[:, :, columns.to(masks.device)]
 
     def rle(self) -> list[Counts]:
         """Return the run lengths of each mask (see `maskset.rle`)."""

@@ -8,7 +8,7 @@ from tiny import TINY, batch, shapes
 
 from maskset import codecs
 from maskset.config import ConfigError
-from maskset.structures import ModelOutput, SlotPredictions
+from maskset.structures import Category, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.solq import Solq, SolqConfig
 
@@ -149,6 +149,11 @@ def test_fewer_cells_than_queries_gives_fewer_slots():
 def test_settings_that_contradict_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(**changes)
+
+
+def test_as_many_categories_as_classes_are_needed():
+    with pytest.raises(ConfigError, match="num_classes is 3, but 1 categories"):
+        build(TINY["solq"], [Category("cat", 1)])
 
 
 def test_the_defaults_are_the_official_ones():

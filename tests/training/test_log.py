@@ -45,6 +45,13 @@ def test_an_evaluation_becomes_a_line_with_every_number_and_null_for_none(tmp_pa
     assert "epoch 2/10  mask AP 0.250  AP50 0.500  box AP 0.375  (3 s), the best so far" in capsys.readouterr().out
 
 
+def test_what_is_infinite_is_null_in_the_file(tmp_path, sent):
+    with opened(tmp_path, sent) as log:
+        log.trained(1, 0, {"rest": 1.0}, {"loss": 1.0, "grad_norm": float("inf")}, 1)  # as fp16 has it now and then
+    assert lines(tmp_path)[0]["grad_norm"] is None
+    assert "train/grad_norm" not in sent[0][0]
+
+
 def test_trackers_get_the_numbers_under_the_name_of_the_split(tmp_path, sent):
     with opened(tmp_path, sent) as log:
         log.evaluated(20, 1, METRICS, 3.0, "")

@@ -62,7 +62,6 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("system", list(CONFIGS))
 @pytest.mark.parametrize("who", EMPTY)
 def test_two_processes_give_the_loss_and_the_gradient_of_one(two, system, who):
-    torch.set_num_threads(1)
     found, expected = load_file(two / f"{system} {who}"), gradient_of_share(Accelerator(cpu=True), system, EMPTY[who])
     assert found.keys() == expected.keys()
     assert len(found) > 100

@@ -206,17 +206,21 @@ def test_resuming_with_other_data_is_refused(whole):
         train(recipe(), "shapes", whole[0], resume=True)
 
 
-@pytest.mark.parametrize("mistake", ["data", "init", "batch"])
-def test_a_mistake_leaves_no_folder_behind(tmp_path, mistake):
-    out = tmp_path / "run"
-    with pytest.raises(ValueError, match="no file or folder|no checkpoint|must be a multiple of"):
-        if mistake == "data":
-            train(recipe(), tmp_path / "nowhere", out)
-        elif mistake == "init":
-            train(recipe(), data(), out, init=tmp_path / "nowhere.safetensors")
-        else:
-            train(recipe(batch_size=3, accumulate=2, reference_batch_size=3), data(), out)
-    assert not out.exists()
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nowhere"}, "no file or folder"),
+        ({"init": "nowhere.safetensors"}, "no checkpoint"),
+        (
+            {"recipe": replace(recipe(), model=replace(recipe().model, pretrained=True, backbone_weights="nowhere.pth"))},
+            "nowhere.pth",
+        ),
+    ],
+)
+def test_a_mistake_leaves_no_folder_behind(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(**{"recipe": recipe(), "data": data(), "out": tmp_path / "run", **changes})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
@@ -360,6 +364,17 @@ def test_bf16_trains_and_the_next_run_of_the_process_may_be_fp32(tmp_path):
     half, full = lines(tmp_path / "half")[0], lines(tmp_path / "full")[0]
     assert half["loss"] != full["loss"]
     assert half["loss"] == pytest.approx(full["loss"], rel=0.05)
+
+
+def test_a_resumed_fp16_run_equals_one_that_was_not_stopped(tmp_path, monkeypatch):
+    settings = recipe(precision="fp16", checkpoint_every=1)
+    train(settings, data(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(RuntimeError):
+            train(settings, data(), tmp_path / "run")
+    train(settings, data(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_more_objects_than_slots_are_warned_of(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from maskset.config import ConfigError
 from maskset.structures import Category
 from maskset.systems.base import InputConfig, System
 from maskset.systems.solq import Solq, SolqConfig
@@ -17,8 +18,13 @@ def build(config: Config, categories: Sequence[Category] | None = None) -> Syste
     Args:
         config: the settings of one of the systems.
         categories: what the class channels stand for; by default "class 0" and so on.
+
+    Raises:
+        ConfigError: there are not `config.num_classes` categories.
     """
     named = categories if categories is not None else [Category(f"class {i}", i) for i in range(config.num_classes)]
+    if len(named) != config.num_classes:
+        raise ConfigError(f"model.num_classes is {config.num_classes}, but {len(named)} categories were given.")
     return _SYSTEMS[type(config)](config, tuple(named))
 
 

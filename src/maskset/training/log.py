@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,9 +110,10 @@ class Log:
     def _write(self, split: str, epoch: int, step: int, values: Mapping[str, float | None]) -> None:
         if self._file is None:
             return
-        self._file.write((json.dumps({"split": split, "epoch": epoch, "step": step, **values}) + "\n").encode())
+        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+        self._file.write((json.dumps({"split": split, "epoch": epoch, "step": step, **finite}) + "\n").encode())
         self._file.flush()
-        self._send({f"{split}/{name}": value for name, value in values.items() if value is not None}, step)
+        self._send({f"{split}/{name}": value for name, value in finite.items() if value is not None}, step)
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

@@ -96,7 +96,7 @@ def train(
                     metrics = _judge(run, epoch, log)
             progress.epoch = epoch + 1
             run.write(log)
-    return metrics or evaluate(run.kept, run.judging, max_detections=config.max_detections)
+    return evaluate(run.kept, run.judging, max_detections=config.max_detections) if metrics is None else metrics
 
 
 def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
