@@ -118,6 +118,16 @@ def test_a_file_that_is_no_checkpoint_is_named(capsys, tmp_path):
     assert "model.safetensors is no safetensors file" in message
 
 
+def test_a_device_that_is_not_there_is_named(capsys, untrained):
+    message = refusal(capsys, "evaluate", str(untrained), "--data", "shapes", "--device", "quantum:1")
+    assert "argument --device: quantum:1 cannot be used" in message
+
+
+def test_a_code_with_nothing_to_learn_is_not_fitted(capsys, tmp_path):
+    assert "'dct' has nothing to learn" in refusal(capsys, "codecs", "fit", "dct", "shapes", str(tmp_path / "code.safetensors"))
+    assert "codecs fit, codecs compare" in refusal(capsys, "codecs")
+
+
 def test_debug_shows_where_an_error_comes_from(tmp_path):
     with pytest.raises(ValueError, match="there is no recipe 'nothing'"):
         cli.main(["show", "nothing", "--debug"])

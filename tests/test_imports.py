@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "matching": GROUND,
     "losses": GROUND,
     "masks": GROUND | {"layers", "masks"},
-    "systems": {"systems", "structures"},
+    "systems": {"systems", "structures", "config"},
     "systems.base": {"config", "structures"},
     "systems.solq": PARTS | {"systems.base"},
     "recipes": GROUND | {"systems", "training.config", "recipes"},

@@ -154,7 +154,7 @@ def _evaluate_flags(parser: _Parser, arguments: Sequence[str]) -> None:
         "--max-detections", type=int, default=100, metavar="N", help="objects per image that count (default: 100)"
     )
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
-    parser.add_argument("--device", help="where to compute, such as cuda:1 (default: a GPU if there is one)")
+    _add_device(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write metrics.json and per_class.csv here")
 
 
@@ -189,7 +189,7 @@ def _predict_flags(parser: _Parser, arguments: Sequence[str]) -> None:
         default=["drawings"],
         help="what to write beside results.json: drawings of the objects, label images (default: drawings)",
     )
-    parser.add_argument("--device", help="where to compute, such as cuda:1 (default: a GPU if there is one)")
+    _add_device(parser)
 
 
 def _predict(given: argparse.Namespace) -> None:
@@ -203,7 +203,7 @@ def _predict(given: argparse.Namespace) -> None:
 
 
 def _codecs_fit_flags(parser: _Parser, arguments: Sequence[str]) -> None:
-    parser.add_argument("kind", metavar="KIND", choices=("pca", "sparse"), help="pca or sparse; the other codes learn nothing")
+    parser.add_argument("kind", metavar="KIND", help="pca or sparse; the other codes learn nothing")
     parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or the word shapes")
     parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--size", type=int, default=28, help="side of the box-local mask, pixels (default: 28)")
@@ -313,6 +313,21 @@ def _add_model(parser: _Parser) -> None:
 def _add_data(parser: _Parser) -> None:
     parser.add_argument("--data", required=True, help="a data folder, a COCO JSON file (with --images), or the word shapes")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a JSON file are")
+
+
+def _add_device(parser: _Parser) -> None:
+    help = "where to compute, such as cuda:1 (default: a GPU if there is one)"
+    parser.add_argument("--device", type=_usable_device, metavar="DEVICE", help=help)
+
+
+def _usable_device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def _add_masks(parser: _Parser, split: str) -> None:

@@ -75,7 +75,7 @@ def test_a_code_from_a_file_is_taken_as_it_is(tmp_path):
         tiny(codec_weights="code.safetensors")
 
 
-@pytest.mark.parametrize(("layers", "names"), [(0, set()), (1, {"mask_code"}), (2, {"mask_code", "mask_code/0"})])
+@pytest.mark.parametrize(("layers", "names"), [(1, {"mask_code"}), (2, {"mask_code", "mask_code/0"})])
 def test_only_the_last_layers_have_the_vector_loss(layers, names):
     terms = step(tiny(mask_loss_layers=layers))
     assert {name for name in terms if name.startswith("mask_code")} == names
@@ -138,7 +138,8 @@ def test_fewer_cells_than_queries_gives_fewer_slots():
         ({"hidden_dim": 30}, "multiple of 4"),
         ({"hidden_dim": 36, "num_heads": 8}, "num_heads"),
         ({"num_queries": 0}, "num_queries must be at least 1"),
-        ({"mask_loss_layers": 9}, "mask_loss_layers"),
+        ({"mask_loss_layers": 9}, "mask_loss_layers must be in 1"),
+        ({"mask_loss_layers": 0}, "mask_loss_layers must be in 1"),
         ({"code_length": 5000}, "code_length must be 1"),
         ({"codec": "flatten"}, "code_length must be 1024"),
         ({"two_stage": True, "box_refinement": False}, "two_stage needs"),

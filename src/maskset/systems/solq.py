@@ -77,8 +77,8 @@ class SolqConfig:
             raise ConfigError(
                 f"model.hidden_dim must be a multiple of 4 and of num_heads ({self.num_heads}), got {self.hidden_dim}."
             )
-        if not 0 <= self.mask_loss_layers <= self.decoder_layers:
-            raise ConfigError(f"model.mask_loss_layers must be in 0 ... {self.decoder_layers}, got {self.mask_loss_layers}.")
+        if not 1 <= self.mask_loss_layers <= self.decoder_layers:
+            raise ConfigError(f"model.mask_loss_layers must be in 1 ... {self.decoder_layers}, got {self.mask_loss_layers}.")
         if self.two_stage and not self.box_refinement:
             raise ConfigError("model.two_stage needs model.box_refinement: its queries start from boxes.")
         if not 1 <= self.code_length <= self.mask_size**2 or (self.codec == "flatten" and self.code_length != self.mask_size**2):
