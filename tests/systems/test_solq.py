@@ -25,9 +25,7 @@ def step(model: Solq, count: int = 4) -> dict[str, torch.Tensor]:
     return terms
 
 
-@pytest.mark.parametrize(
-    ("codec", "size", "length"), [("dct", 32, 40), ("flatten", 12, 144), ("pca", 16, 8), ("sparse", 12, 10)]
-)
+@pytest.mark.parametrize(("codec", "size", "length"), [("dct", 32, 40), ("flatten", 12, 144), ("pca", 16, 8), ("sparse", 12, 10)])
 def test_every_code_trains_and_decodes(codec, size, length):
     model = tiny(codec=codec, mask_size=size, code_length=length)
     model.prepare(objects for _, objects in shapes(8))
