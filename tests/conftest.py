@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a tiny model with random weights that knows the classes of the generated shapes."""
-    import torch
     from tiny import TINY
 
     from maskset.checkpoint import save

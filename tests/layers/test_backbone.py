@@ -332,6 +332,7 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path, na
 
 def test_weights_from_the_hub_are_those_of_the_named_model(monkeypatch):
     import timm
+    from huggingface_hub import HfApi
 
     state, asked = timm_weights("resnet18"), []
     create = timm.create_model
@@ -343,6 +344,7 @@ def test_weights_from_the_hub_are_those_of_the_named_model(monkeypatch):
         return model
 
     backbone = build_backbone("resnet18.tv_in1k", "frozen", 2, 0.0)
+    monkeypatch.setattr(HfApi, "file_exists", lambda *_: True)
     monkeypatch.setattr(timm, "create_model", offline)
     assert load_pretrained(backbone, None).endswith("from timm's hub.")
     assert asked == [("resnet18.tv_in1k", True)]

@@ -206,14 +206,14 @@ class Scene:
         large, middle, small = (_noise(random, self._size, cell) for cell in (self._side / 2, self._side / 5, 6.0))
         clouds = (4 * large + 2 * middle + small) / 7
         pattern = _pattern(random, self._size, self._side)
-        return _mix(light, dark, clouds) * (1 + 0.16 * (pattern - 0.5))
+        return _mix(light, dark, clouds) * (1 + 0.1 * (pattern - 0.5))
 
     def _paint(self, canvas: Float64[np.ndarray, "3 h w"], shape: Shape, hue: float) -> None:
         """Paint a shape and its shadow on the part of the picture that is its window."""
         random, (rows, _), size = np.random.RandomState(shape.look), shape.window, shape.distance.shape
         light = _rgb(hue, 0.55 + 0.4 * random.random_sample(), 0.75 + 0.25 * random.random_sample())
         dark = _rgb(hue + 0.12 * (random.random_sample() - 0.5), 0.6, 0.35 + 0.25 * random.random_sample())
-        texture = _pattern(random, size, self._side) * (0.5 + 0.5 * random.random_sample())
+        texture = _pattern(random, size, self._side) * (0.2 + 0.3 * random.random_sample())
         bevel = np.clip(1 + shape.distance / (0.025 * self._side), 0, 1)  # 1 at the edge, 0 from a little inside
         daylight = 1.12 - 0.24 * _centres(rows)[:, None] / self._size[0]
         shade = (1 - 0.4 * bevel) * daylight + 0.06 * (_noise(random, size, 3.0) - 0.5)

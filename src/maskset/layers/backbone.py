@@ -222,8 +222,13 @@ def _freeze(name: str, body: nn.Module, count: int) -> None:
 
 def _fetch(name: str) -> dict[str, Tensor]:
     import timm
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
+    file = "model.safetensors"
     try:
+        repository = timm.models.get_pretrained_cfg(PRETRAINED_SWIN.get(name, name)).hf_hub_id
+        if try_to_load_from_cache(repository, file) is None:
+            HfApi().file_exists(repository, file)  # fails at once without a network, where a download tries for a minute
         if name in SWIN_SIZES:
             return timm.create_model(PRETRAINED_SWIN[name], pretrained=True).state_dict()
         return timm.create_model(name, pretrained=True, features_only=True, out_indices=MAPS).state_dict()

@@ -114,7 +114,7 @@ def open_run(
     steps = -(-batches // config.accumulate)
     run = Run(folder, recipe, training, judging, accelerator, trained, step, batch_size, steps, progress)
     _create_folder(run, resume)
-    return run, [*lines, *_summary(run, resume)]
+    return run, [*lines, *_summary(run, data, resume)]
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def _create_folder(run: Run, resume: bool) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _summary(run: Run, resume: bool) -> list[str]:
+def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
     model, config, processes = run.trained.model, run.recipe.train, run.accelerator.num_processes
     total = sum(parameter.numel() for parameter in model.parameters())
     learnt = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -209,7 +209,10 @@ def _summary(run: Run, resume: bool) -> list[str]:
     ]
     slots = getattr(run.recipe.model, "num_queries", None)
     warning = warn_about_slots(run.training, slots) if slots is not None else None
-    return lines + ([f"warning: {warning}"] if warning else [])
+    lines += [f"warning: {warning}"] if warning else []
+    if str(data).endswith(".json"):
+        lines.append(f"warning: {data} has no splits, so the model is evaluated on the images that it learns from.")
+    return lines
 
 
 def _facts(training: Dataset) -> dict[str, object]:
