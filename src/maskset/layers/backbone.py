@@ -79,14 +79,16 @@ class FrozenBatchNorm(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the place of a batch norm: 32 groups, or fewer where they would not divide the channels.
+    """Group norm in the place of a batch norm: groups of 16 channels, or of more where 16 does not divide them.
+
+    The usual 32 groups would leave the narrow first layers of small networks one channel each (Wu & He, ECCV 2018, try both).
 
     Args:
         norm: the batch norm that this stands for; its initial scale is kept.
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__(math.gcd(32, norm.num_features), norm.num_features)
+        super().__init__(math.gcd(max(1, norm.num_features // 16), norm.num_features), norm.num_features)
         self.load_state_dict({"weight": norm.weight, "bias": norm.bias})
         self.activation = _activation(norm)
 
