@@ -91,6 +91,28 @@ def test_flags_change_the_recipe_that_is_trained(monkeypatch, tmp_path):
     assert options == {"init": None, "resume": False, "images": None}
 
 
+def test_a_recipe_that_does_not_come_first_is_refused_and_no_other_is_trained(capsys, monkeypatch, tmp_path):
+    from maskset.training import train as loop
+
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("the default recipe would be trained"))
+    message = refusal(capsys, "train", "--data", "shapes", "--out", str(tmp_path / "run"), "solq-tiny")
+    assert "the recipe comes first: maskset train solq-tiny" in message
+
+
+def test_commands_of_two_words_are_explained_by_their_first(capsys):
+    assert cli.main(["codecs", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "codecs fit" in text
+    assert "codecs compare" in text
+    assert "predict " not in text
+
+
+@pytest.mark.parametrize("command", [["predict", "m", "x.png"], ["evaluate", "m", "--data", "shapes"]])
+def test_a_file_where_a_folder_is_written_is_refused_before_the_work(capsys, tmp_path, command):
+    (tmp_path / "taken").write_text("")
+    assert "taken is a file" in refusal(capsys, *command, "--out", str(tmp_path / "taken"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -52,15 +52,23 @@ def test_more_objects_than_slots_leaves_the_dearest_out():
     assert match(torch.tensor([[[[1.0, 5, 2]]]]), [3]).object.tolist() == [0]
 
 
+def test_a_cost_that_is_not_finite_names_the_tensor_that_is_to_blame():
+    boxes, logits = torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 5)
+    boxes[1, 0, 2] = torch.inf
+    with pytest.raises(MatchingError, match=r"layer 1, image 0 .* slots \[2\], because boxes is"):
+        match(l1_cost(boxes, torch.zeros(1, 1, 4)), [1], {"class_logits": logits, "boxes": boxes})
+
+
 def test_a_cost_that_is_not_finite_names_layer_image_and_slot():
     cost = torch.zeros(3, 2, 4, 2)
     cost[1, 1, 2, 0] = torch.nan
     with pytest.raises(MatchingError, match=r"layer 1, image 1 .* slots \[2\]"):
         match(cost, [2, 2])
-    cost = torch.zeros(1, 1, 2, 2)
-    cost[0, 0, 1] = -torch.inf
-    with pytest.raises(MatchingError, match=r"layer 0, image 0 .* slots \[1\]"):
-        match(cost, [2])
+    for infinite in (-torch.inf, torch.inf):
+        cost = torch.zeros(1, 1, 3, 2)
+        cost[0, 0, 1] = infinite
+        with pytest.raises(MatchingError, match=r"layer 0, image 0 .* slots \[1\]"):
+            match(cost, [2])
 
 
 def test_padding_is_never_matched_nor_checked():

@@ -46,9 +46,8 @@ def parse(arguments: Sequence[str]) -> "tuple[Command, argparse.Namespace]":
     """
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
-    several = [known for known in COMMANDS if known.startswith(f"{name} ")]
-    if several:
-        raise ValueError(f"{name} is several commands: {', '.join(several)}.")
+    if _group(name):
+        raise ValueError(f"{name} is several commands: {', '.join(_group(name))} (`maskset {name} --help` explains them).")
     if name not in COMMANDS:
         raise ValueError(f"there is no command {name}{_nearest(name, COMMANDS)} (`maskset --help` lists them).")
     command = COMMANDS[name]
@@ -60,11 +59,18 @@ def parse(arguments: Sequence[str]) -> "tuple[Command, argparse.Namespace]":
 def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
+    elif _group(arguments[0]) and arguments[1:] in (["-h"], ["--help"]):
+        print(_overview(_group(arguments[0])))
     elif arguments[0] == "--version":
         print(f"maskset {__version__}")
     else:
         command, given = parse(arguments)
         command.call(given)
+
+
+def _group(name: str) -> list[str]:
+    """Return the commands of two words that begin with this one."""
+    return [known for known in COMMANDS if known.startswith(f"{name} ")]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,9 +100,10 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{(command.call.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+def _overview(names: Sequence[str] = ()) -> str:
+    names = names or list(COMMANDS)
+    width = max(map(len, names)) + 2
+    lines = [f"  {name:{width}}{(COMMANDS[name].call.__doc__ or '').splitlines()[0]}" for name in names]
     return "\n".join(
         [
             "usage: maskset COMMAND ... [--debug]",
@@ -126,7 +133,8 @@ def _train_flags(parser: _Parser, arguments: Sequence[str]) -> None:
 
     first = arguments[0] if arguments and not arguments[0].startswith("-") else "solq-r50"  # without one: whose flags help shows
     settings = recipes.get(first)
-    parser.set_defaults(settings=settings)
+    parser.set_defaults(settings=settings, settings_of=first)
+    parser.usage = "%(prog)s RECIPE --data DATA [--images FOLDER] --out RUN [--init MODEL] [--resume] [--SETTING VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="comes first: a name that `maskset recipes` lists, or a recipe.json")
     _add_data(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder that the run makes")
@@ -140,6 +148,8 @@ def _train(given: argparse.Namespace) -> None:
     from maskset import flags
     from maskset.training.train import train
 
+    if given.recipe != given.settings_of:  # else another recipe's settings would be trained under its name
+        raise ValueError(f"the recipe comes first: maskset train {given.recipe} --data ... --out ...")
     recipe = flags.changed(given.settings, vars(given))
     metrics = train(recipe, given.data, given.out, init=given.init, resume=given.resume, images=given.images)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
@@ -155,7 +165,7 @@ def _evaluate_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
     _add_device(parser)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write metrics.json and per_class.csv here")
+    parser.add_argument("--out", type=_folder, metavar="FOLDER", help="write metrics.json and per_class.csv here")
 
 
 def _evaluate(given: argparse.Namespace) -> None:
@@ -179,7 +189,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _predict_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     _add_model(parser)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help='image files, folders, or patterns such as "photos/*.jpg"')
-    parser.add_argument("--out", type=Path, default=Path("found"), metavar="FOLDER", help="where to write (default: found)")
+    parser.add_argument("--out", type=_folder, default=Path("found"), metavar="FOLDER", help="where to write (default: found)")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of an object (default: 0.5)")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="objects per image at the most (default: 100)")
     parser.add_argument(
@@ -318,6 +328,12 @@ def _add_data(parser: _Parser) -> None:
 def _add_device(parser: _Parser) -> None:
     help = "where to compute, such as cuda:1 (default: a GPU if there is one)"
     parser.add_argument("--device", type=_usable_device, metavar="DEVICE", help=help)
+
+
+def _folder(name: str) -> Path:
+    if Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"{name} is a file, it must be a folder or a new name")
+    return Path(name)
 
 
 def _usable_device(name: str) -> str:

@@ -3,9 +3,10 @@
 Objects of a batch are padded to the greatest count T of an image, so a cost is one tensor [L, B, N, T].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -70,7 +71,7 @@ def giou_cost(boxes: Float[Tensor, "L B N 4"], targets: Float[Tensor, "B T 4"]) 
 
 
 @torch.no_grad()
-def match(cost: Float[Tensor, "L B N T"], counts: Sequence[int]) -> Matches:
+def match(cost: Float[Tensor, "L B N T"], counts: Sequence[int], predictions: Mapping[str, Tensor] | None = None) -> Matches:
     """Return, for every layer and image, the one-to-one assignment of slots and objects of least total cost.
 
     An image with more objects than slots leaves the dearest objects unmatched. Pairs are in the order of their slots.
@@ -78,9 +79,10 @@ def match(cost: Float[Tensor, "L B N T"], counts: Sequence[int]) -> Matches:
     Args:
         cost: of each slot and object; objects beyond an image's count are padding and ignored.
         counts: number of objects of each image.
+        predictions: the tensors [L B N _] that the cost was computed from, by name, to say which of them is not finite.
 
     Raises:
-        MatchingError: a cost is NaN or infinite; the message names layer, image and slot.
+        MatchingError: a cost is NaN or infinite; the message names tensor, layer, image and slots.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -89,18 +91,21 @@ def match(cost: Float[Tensor, "L B N T"], counts: Sequence[int]) -> Matches:
     for layer in range(host.shape[0]):
         for image, count in enumerate(counts):
             matrix = host[layer, image, :, :count]
-            try:
-                slots, objects = linear_sum_assignment(matrix)
-            except ValueError:
-                raise _not_finite(cost, layer, image, count) from None
+            if not np.isfinite(matrix).all():  # scipy itself lets plus infinity pass
+                raise _not_finite(cost[layer, image, :, :count], layer, image, predictions or {})
+            slots, objects = linear_sum_assignment(matrix)
             rows += [(layer, image, slot, object) for slot, object in zip(slots.tolist(), objects.tolist(), strict=True)]
     table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(cost.device)
     return Matches(*table.unbind(1))
 
 
-def _not_finite(cost: Tensor, layer: int, image: int, count: int) -> MatchingError:
-    bad = (~torch.isfinite(cost[layer, image, :, :count])).any(1).nonzero()[:, 0].tolist()
+def _not_finite(
+    cost: Float[Tensor, "N T"], layer: int, image: int, predictions: Mapping[str, Float[Tensor, "L B N _"]]
+) -> MatchingError:
+    slots = (~torch.isfinite(cost)).any(1).nonzero()[:, 0].tolist()
+    guilty = [name for name, tensor in predictions.items() if not torch.isfinite(tensor[layer, image]).all()]
     return MatchingError(
-        f"the matching cost of layer {layer}, image {image} of the batch is NaN or infinite for slots {bad[:5]}"
-        f"{' and others' if len(bad) > 5 else ''}: a prediction there is not finite, so training has diverged."
+        f"the matching cost of layer {layer}, image {image} of the batch is NaN or infinite for slots {slots[:5]}"
+        f"{' and others' if len(slots) > 5 else ''}, because {' and '.join(guilty) or 'the sum of its parts'} is: training has "
+        "diverged."
     )

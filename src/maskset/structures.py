@@ -40,7 +40,6 @@ class Category:
 
 
 @runtime_checkable
-@runtime_checkable
 class Normalisation(Protocol):
     """The part of a model's input settings that `ImageBatch.normalised` reads; all of it on the scale where white is 1."""
 

@@ -1,6 +1,7 @@
 import argparse
 import hashlib
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -143,6 +144,14 @@ def test_a_pickle_is_never_executed(tmp_path, write):
     write(path)
     with pytest.raises(ConversionError, match="safely"):
         read(path)
+
+
+def test_a_pickle_is_refused_without_a_word_from_torch(tmp_path):
+    path = tmp_path / "official.pth"
+    path.write_bytes(pickle.dumps(Bomb(), protocol=4))  # of which torch warns
+    with warnings.catch_warnings(record=True, action="always") as told, pytest.raises(ConversionError, match="Unpickling"):
+        read(path)
+    assert not told
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):

@@ -170,7 +170,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_images_and_both_have_the_metrics_of_one(tmp_path):
     here = Path(__file__).parent
     program = PROCESS.format(tests=str(here.parent), here=str(here))

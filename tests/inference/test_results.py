@@ -133,6 +133,16 @@ def test_files_given_from_different_places_are_named_from_the_folder_above_them(
     assert [image["file_name"] for image in content["images"]] == ["a.png", "other/A.jpg"]
 
 
+def test_nothing_is_made_where_the_first_image_fails(tmp_path):
+    def broken():
+        raise ValueError("broken.png cannot be read")
+        yield
+
+    with pytest.raises(ValueError, match="broken.png"):
+        save_all(broken(), tmp_path / "out", labels=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_label_images_are_written_on_request_and_drawings_can_be_left_out(tmp_path):
     out = save_all(several(tmp_path / "in"), tmp_path / "out", drawings=False, labels=True)
     assert sorted(path.name for path in out.iterdir()) == ["labels", "results.json"]

@@ -110,6 +110,12 @@ def test_two_stages_work_at_any_width(width):
     assert not silent
 
 
+def test_boxes_that_start_from_points_start_small_and_those_from_proposals_at_their_size():
+    points, proposals = tiny(), tiny(two_stage=True)
+    assert [head.last.bias.tolist() for head in points.box_heads] == [[0, 0, -2, -2], [0, 0, 0, 0]]
+    assert not any(head.last.bias.any() for head in proposals.box_heads)
+
+
 def test_two_stages_never_propose_padding():
     model = tiny(two_stage=True).eval()
     small, large = shapes(1)[0], shapes(1, size=(64, 160))[0]

@@ -58,7 +58,6 @@ def two(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("system", list(CONFIGS))
 @pytest.mark.parametrize("who", EMPTY)
 def test_two_processes_give_the_loss_and_the_gradient_of_one(two, system, who):
@@ -69,7 +68,6 @@ def test_two_processes_give_the_loss_and_the_gradient_of_one(two, system, who):
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.slow
 def test_a_whole_run_in_two_processes_measures_what_one_does(tmp_path):
     settings = recipe(epochs=1, dropout=0.0, batch_size=4, reference_batch_size=4, ema_decay=0.0)
     config.write(settings, tmp_path / "asked.json")

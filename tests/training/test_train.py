@@ -127,7 +127,6 @@ def wait_for_lines(process, folder, count):
         time.sleep(0.002)
 
 
-@pytest.mark.slow
 def test_a_run_killed_again_and_again_equals_the_one_that_was_not(whole, tmp_path):
     settings, folder = recipe(checkpoint_every=1), tmp_path / "run"
     for count in sorted(random.sample(range(1, 12), 3)):
@@ -141,7 +140,6 @@ def test_a_run_killed_again_and_again_equals_the_one_that_was_not(whole, tmp_pat
     assert_same_run(folder, whole[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(whole, tmp_path, number):
     process = start(tmp_path / "run", recipe())

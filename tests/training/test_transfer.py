@@ -78,6 +78,14 @@ def test_what_has_another_shape_starts_anew_and_is_named():
     assert torch.equal(after["mask_head.layers.0.weight"], before["mask_head.layers.0.weight"])
 
 
+def test_only_a_tensor_of_queries_is_taken_in_part():
+    old, new = (model(named("a"), two_stage=True, hidden_dim=width) for width in (32, 48))
+    done, after, _, before = copied(new, old)
+    assert not done.by_slot
+    assert torch.equal(after["proposals.query_norm.bias"], before["proposals.query_norm.bias"])
+    assert done.fresh["proposals.query_norm.bias"] == "[64] there, [96] here"
+
+
 def test_what_is_only_in_one_of_them_is_named():
     old, new = model(named("a"), seed=0, decoder_layers=3), model(named("a"), seed=1, encoder_layers=2)
     done, *_ = copied(new, old)

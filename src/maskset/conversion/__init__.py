@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def convert_file(
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ConversionError(f"{source} does not fit the model that its shapes describe: {error}") from None
-    recipe = dataclasses.replace(recipes.get("solq-r50"), model=config)
+    known = [make() for make in recipes.RECIPES.values()]
+    fitting = [recipe for recipe in known if (recipe.model.system, recipe.model.backbone) == (config.system, config.backbone)]
+    recipe = dataclasses.replace((fitting or known)[0], model=config)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     save(model, recipe, out, source=f"official {system} checkpoint {source.name}, sha256 {digest}", licence=licence)
     return out
@@ -80,7 +83,7 @@ def read(source: Path) -> dict[str, Tensor]:
     if not source.is_file():
         raise ConversionError(f"{source} does not exist.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content: Any = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here, all of which mean: not a file that we read
         reason = str(error).strip().split("\n")[0].split(". ")[0]

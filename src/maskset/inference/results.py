@@ -56,12 +56,12 @@ def save_all(found: Iterable[tuple[Path, Instances]], folder: str | Path, *, dra
         labels: whether to write label images.
     """
     folder = Path(folder)
-    for wanted, name in ((True, ""), (drawings, "drawings"), (labels, "labels")):
-        if wanted:
-            (folder / name).mkdir(parents=True, exist_ok=True)
     listed: list[tuple[Path, Instances]] = []
     stems: set[str] = set()
-    for file, instances in found:
+    for file, instances in found:  # may fail at the first one: nothing is made before
+        for wanted, name in ((drawings, "drawings"), (labels, "labels")):
+            if wanted:
+                (folder / name).mkdir(parents=True, exist_ok=True)
         stem = _unused(file.stem, stems)
         if drawings:
             save(instances, folder / "drawings" / f"{stem}.jpg", file)
@@ -70,6 +70,7 @@ def save_all(found: Iterable[tuple[Path, Instances]], folder: str | Path, *, dra
         listed.append((Path(os.path.abspath(file)), instances))
     common = os.path.commonpath([file.parent for file, _ in listed]) if listed else ""
     named = [(file.relative_to(common).as_posix(), instances) for file, instances in listed]
+    folder.mkdir(parents=True, exist_ok=True)
     _write_json(to_coco(named, listed[0][1].categories if listed else ()), folder / "results.json")
     return folder
 

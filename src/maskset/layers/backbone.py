@@ -228,7 +228,8 @@ def _fetch(name: str) -> dict[str, Tensor]:
 
     file = "model.safetensors"
     try:
-        repository = timm.models.get_pretrained_cfg(PRETRAINED_SWIN.get(name, name)).hf_hub_id
+        settings: Any = timm.models.get_pretrained_cfg(PRETRAINED_SWIN.get(name, name))
+        repository = settings.hf_hub_id
         if try_to_load_from_cache(repository, file) is None:
             HfApi().file_exists(repository, file)  # fails at once without a network, where a download tries for a minute
         if name in SWIN_SIZES:

@@ -55,7 +55,10 @@ class System(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
-        """Return the weighted terms of the loss; the total is their sum. Those of layer 3 but the last are named "class/3"."""
+        """Return the weighted terms of the loss, in float32 also under autocast; the total is their sum.
+
+        The terms of the last layer are named "class" and so on, those of layer 3 "class/3".
+        """
 
     @abstractmethod
     def postprocess(

@@ -33,6 +33,18 @@ from maskset.matching import focal_cost, giou_cost, l1_cost, match, pad
 from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System
 
+_AT_LEAST_ONE = (
+    "num_classes",
+    "hidden_dim",
+    "num_heads",
+    "num_levels",
+    "num_points",
+    "feedforward_dim",
+    "decoder_layers",
+    "num_queries",
+    "mask_hidden_dim",
+)
+
 
 @config
 class SolqConfig:
@@ -61,7 +73,7 @@ class SolqConfig:
     codec: Literal["dct", "pca", "sparse", "flatten"] = "dct"  # Table 3a: how a mask becomes D numbers
     mask_size: int = 128  # Table 3d: N of the paper, side S of the box-local mask, pixels
     code_length: int = 256  # Table 3e: n_k of the paper, D numbers for a mask
-    codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it from the training data
+    codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it; not read where --init has one
     mask_hidden_dim: int = 1024  # hidden width of the mask head
     mask_loss_layers: int = 6  # Table 3c: how many of the last decoder layers have the vector loss
     mask_weight: float = 3.0  # Table 3b: weight of the vector loss
@@ -70,9 +82,14 @@ class SolqConfig:
     giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "hidden_dim", "num_heads", "num_levels", "num_points", "decoder_layers", "num_queries"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("encoder_layers", "mask_weight", "class_weight", "l1_weight", "giou_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
         if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
             raise ConfigError(
                 f"model.hidden_dim must be a multiple of 4 and of num_heads ({self.num_heads}), got {self.hidden_dim}."
@@ -142,7 +159,7 @@ class Solq(System):
             nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
             nn.init.zeros_(box_head.last.weight)
             nn.init.zeros_(box_head.last.bias)
-            if i == 0:
+            if i == 0 and not self.config.two_stage:  # proposals have a size of their own
                 nn.init.constant_(box_head.last.bias[2:], -2.0)  # first boxes start at a side of 0.12
         nn.init.zeros_(self.mask_head.last.weight)
         nn.init.zeros_(self.mask_head.last.bias)
@@ -208,8 +225,12 @@ class Solq(System):
         """Return the terms of equation 5 for every layer: class (focal), box_l1, box_giou and mask_code (L1).
 
         Class and box terms are divided by the number of objects, mask_code by the number of matched pairs times D; the
-        official code takes the latter on each GPU alone, here it is the mean over processes.
+        official code takes the latter on each GPU alone, here it is the mean over processes. Computed in float32.
         """
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self._terms(output, images, objects)
+
+    def _terms(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
         count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
         labels = [found.labels for found in objects]
         boxes = [_fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
@@ -238,7 +259,7 @@ class Solq(System):
             cost = settings.class_weight * focal_cost(logits, padded_labels)
             cost = cost + settings.l1_weight * l1_cost(predicted, padded_boxes)
             cost = cost + settings.giou_weight * giou_cost(predicted, padded_boxes)
-        pairs = match(cost, lengths)
+        pairs = match(cost, lengths, {"class_logits": logits, "boxes": predicted})
         targets = torch.zeros_like(logits)
         targets[pairs.layer, pairs.image, pairs.slot, padded_labels[pairs.image, pairs.object]] = 1
         matched, wanted = predicted[pairs.layer, pairs.image, pairs.slot], padded_boxes[pairs.image, pairs.object]
@@ -294,7 +315,8 @@ class Solq(System):
             slots, labels = index // logits.shape[1], index % logits.shape[1]
             corners = box_ops.to_corners(boxes) * box_ops.scale_of(size, boxes)
             once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
-            masks = paste(binarise(self.codec.decode(vectors[once].float())), corners[once], size)
+            with torch.autocast(vectors.device.type, enabled=False):  # rounding would move the masks' edges
+                masks = paste(binarise(self.codec.decode(vectors[once].float())), corners[once], size)
             found.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
         return found
 

@@ -24,6 +24,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.short_sides or min(self.short_sides) < 1:
             raise ConfigError(f"data.short_sides needs one or more positive sizes, got {self.short_sides}.")
+        if self.augmentation == "detr" and not self.crop_short_sides:
+            raise ConfigError("data.crop_short_sides needs one or more sizes with augmentation detr.")
+        if min(self.long_side, self.jitter_size, *self.crop_short_sides) < 1:
+            raise ConfigError("data.long_side, data.jitter_size and data.crop_short_sides must be at least 1.")
+        if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
+            raise ConfigError(f"data.jitter_scale must rise from above 0, got {self.jitter_scale}.")
         if self.crop_range[0] > self.crop_range[1] or self.crop_range[0] < 1:
             raise ConfigError(f"data.crop_range must rise from at least 1, got {self.crop_range}.")
         if self.workers < 0:
@@ -62,6 +68,10 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "reference_batch_size", "log_every", "max_detections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
+        rates = "backbone_learning_rate", "offset_learning_rate", "weight_decay", "drop_factor"
+        for name in (*rates, "warmup_steps", "clip_norm", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}.")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.batch_size ({self.batch_size}) must be a multiple of train.accumulate ({self.accumulate}).")
         if not 0 <= self.ema_decay < 1:

@@ -13,8 +13,10 @@ class TrainingDiverged(ValueError):
     """A term of the loss, or its gradient, is NaN or infinite."""
 
 
-def diverged(folder: Path, step: int, rates: Mapping[str, float], problem: NotFinite, names: Sequence[str]) -> TrainingDiverged:
-    """Write the batch into diverged/ of the run's folder, and return the error to raise.
+def diverged(
+    folder: Path, step: int, rates: Mapping[str, float], problem: NotFinite, names: Sequence[str], process: int
+) -> TrainingDiverged:
+    """Write the batch into diverged/ of the run's folder (process 3: diverged_3/), and return the error to raise.
 
     batch.safetensors gets the pixels (uint8), the sizes, and the boxes and labels of each image; batch.json all the rest.
 
@@ -24,6 +26,7 @@ def diverged(folder: Path, step: int, rates: Mapping[str, float], problem: NotFi
         rates: learning rates by parameter group.
         problem: what was found.
         names: of the images in the batch.
+        process: number of this one; where the gradient is not finite all of them come here at once.
     """
     images, objects = problem.batch
     tensors = {"pixels": images.pixels, "sizes": images.sizes}
@@ -38,7 +41,7 @@ def diverged(folder: Path, step: int, rates: Mapping[str, float], problem: NotFi
         "images": list(names),
         "annotations": [found.to_coco(i) for i, found in enumerate(objects)],
     }
-    kept = folder / "diverged"
+    kept = folder / (f"diverged_{process}" if process else "diverged")
     kept.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, kept / "batch.safetensors", {})
     (kept / "batch.json").write_text(json.dumps(facts, indent=2) + "\n")

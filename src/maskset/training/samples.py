@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from maskset.data import Dataset
+from maskset.data import DataError, Dataset
 from maskset.inference.draw import draw
 from maskset.inference.predict import predict
 from maskset.systems import System
@@ -15,12 +15,22 @@ _THRESHOLD = 0.3  # least score of what is drawn; early in training little is ab
 
 
 def draw_samples(model: System, dataset: Dataset, path: Path) -> None:
-    """Write a sheet of a few images of the data set, always the same ones, with annotations and predictions drawn on them."""
+    """Write a sheet of a few images of the data set, always the same ones, with annotations and predictions drawn on them.
+
+    Broken images are left out where the data set skips them; without any that can be read nothing is written.
+    """
     columns = []
     for index in range(0, len(dataset), max(1, len(dataset) // _COUNT))[:_COUNT]:
-        pixels, annotated = dataset.read(index)
+        try:
+            pixels, annotated = dataset.read(index)
+        except DataError:
+            if not dataset.skip_broken:
+                raise
+            continue
         found = predict(model, pixels, threshold=_THRESHOLD)
         columns.append([_shrunk(draw(pixels, objects)) for objects in (annotated, found)])
+    if not columns:
+        return
     sheet = Image.new("RGB", (sum(above.width for above, _ in columns), 2 * _HEIGHT))
     left = 0
     for pictures in columns:

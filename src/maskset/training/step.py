@@ -23,10 +23,8 @@ class Step(nn.Module):
         self.system = system
 
     def forward(self, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
-        """Return the weighted terms, computed in float32 whatever the network is computed in."""
-        output = self.system(images)
-        with torch.autocast(images.pixels.device.type, enabled=False):
-            return self.system.loss(output, images, objects)
+        """Return the weighted terms."""
+        return self.system.loss(self.system(images), images, objects)
 
 
 class NotFinite(ArithmeticError):
@@ -70,7 +68,9 @@ def update(
         shares.append({name: term.detach() / len(batches) for name, term in terms.items()})
     norm = accelerator.clip_grad_norm_(step.parameters(), clip_norm or torch.inf)
     assert isinstance(norm, Tensor)
-    if accelerator.scaler is None and not torch.isfinite(norm):  # in fp16 the scaler leaves the step out and goes on
+    scale = 0.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+    # In fp16 the scaler leaves such a step out and halves its factor; below 1 it was not the factor that was too great.
+    if scale < 1 and not torch.isfinite(norm):
         raise NotFinite(f"the norm of the gradient is {norm.item()}.", shares[-1], batches[-1], len(batches) - 1)
     optimizer.step()
     return {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}, norm

@@ -75,7 +75,8 @@ def train(
                 try:
                     terms, norm = update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
                 except NotFinite as problem:
-                    raise diverged(run.folder, progress.step, rates, problem, run.image_names(problem.place)) from None
+                    names, process = run.image_names(problem.place), run.accelerator.process_index
+                    raise diverged(run.folder, progress.step, rates, problem, names, process) from None
                 progress.step += 1
                 if trained.averaged is not None:
                     average(trained.averaged, trained.model, config.ema_decay, progress.step)

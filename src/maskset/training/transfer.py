@@ -1,6 +1,6 @@
 """Fine-tuning: take from other weights what fits, class by class and query by query, and say what was taken.
 
-Two parts of a parameter's name have a meaning here: in a tensor called "class_head..." each row stands for a class, in one
+Two beginnings of a parameter's name have a meaning here: in a tensor called "class_head..." each row stands for a class, in one
 called "query_..." each row stands for a slot.
 """
 
@@ -74,14 +74,14 @@ def transfer(
         given = state.get(name)
         if given is None:
             done.fresh[name] = "not there"
-        elif "class_head" in name and given.shape == (len(old), *tensor.shape[1:]) and len(tensor) == len(new):
+        elif name.startswith("class_head") and given.shape == (len(old), *tensor.shape[1:]) and len(tensor) == len(new):
             to, of = [new.index(shared) for shared in done.classes], [old.index(shared) for shared in done.classes]
             tensor[to] = given[of].to(tensor)
             done.by_class.append(name)
         elif given.shape == tensor.shape:
             tensor.copy_(given)
             done.taken.append(name)
-        elif "query_" in name and given.shape[1:] == tensor.shape[1:]:
+        elif name.startswith("query_") and given.shape[1:] == tensor.shape[1:]:
             count = min(len(given), len(tensor))
             tensor[:count] = given[:count].to(tensor)
             done.by_slot[name] = (len(given), len(tensor))

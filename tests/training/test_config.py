@@ -1,0 +1,35 @@
+"""Settings of data and training that would go wrong in silence, or late, are refused at once."""
+
+import pytest
+
+from maskset.config import ConfigError
+from maskset.training.config import DataConfig, TrainConfig
+
+
+@pytest.mark.parametrize(
+    "name", ["backbone_learning_rate", "offset_learning_rate", "weight_decay", "drop_factor", "warmup_steps", "clip_norm", "seed"]
+)
+def test_a_negative_number_is_refused(name):
+    with pytest.raises(ConfigError, match=f"train.{name} must not be negative, got -1"):
+        TrainConfig(**{name: -1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop_short_sides": ()}, "crop_short_sides needs one or more"),
+        ({"crop_short_sides": (0,)}, "at least 1"),
+        ({"long_side": 0}, "at least 1"),
+        ({"jitter_size": 0}, "at least 1"),
+        ({"jitter_scale": (2.0, 0.1)}, "jitter_scale must rise"),
+        ({"crop_range": (600, 384)}, "crop_range must rise"),
+        ({"short_sides": ()}, "short_sides needs one or more"),
+    ],
+)
+def test_sizes_that_no_image_can_have_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**settings)
+
+
+def test_crop_sides_are_not_needed_without_crops():
+    assert DataConfig(augmentation="flip", crop_short_sides=()).crop_short_sides == ()
