@@ -32,7 +32,7 @@ def named(pages: list[Path]) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, untrained) -> Path:
+def folder(tmp_path, monkeypatch, untrained) -> Path:
     """A folder with what the pages name: data, a run, a photo, converted weights."""
     shapes.write(tmp_path / "my_data", {"train": 2, "val": 2}, size=(64, 64))
     (tmp_path / "runs" / "first").mkdir(parents=True)
@@ -55,7 +55,7 @@ def _printed(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named(PAGES))
-def test_every_command_of_a_page_is_understood(page, workplace):
+def test_every_command_of_a_page_is_understood(page, folder):
     for command in commands(page):
         words = shlex.split(command)
         words = words[words.index("maskset") :] if "maskset" in words else words  # behind accelerate launch -m, torchrun -m
@@ -71,7 +71,7 @@ def test_every_make_target_of_a_page_exists(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
+def test_the_python_of_a_page_runs(page, folder, monkeypatch):
     """Training is asked for and not done."""
     signature = inspect.signature(loop.train)
     monkeypatch.setattr(loop, "train", lambda *values, **options: signature.bind(*values, **options))

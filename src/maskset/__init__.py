@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskset import recipes
-    from maskset.checkpoint import load
+    from maskset.checkpoint import load, save
     from maskset.conversion import convert
     from maskset.evaluation.evaluate import evaluate
     from maskset.inference.predict import predict
@@ -20,11 +20,12 @@ _HOME = {
     "evaluate": "maskset.evaluation.evaluate",
     "load": "maskset.checkpoint",
     "predict": "maskset.inference.predict",
+    "save": "maskset.checkpoint",
     "train": "maskset.training.train",
 }
 
 __version__ = "0.1.0"
-__all__ = ["Instances", "build", "convert", "evaluate", "load", "predict", "recipes", "train"]
+__all__ = ["Instances", "build", "convert", "evaluate", "load", "predict", "recipes", "save", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""SOLQ against what the official code computes, full size, through the converter. One model a session; see golden/solq.json."""
+"""SOLQ against what the official code computes, full size, through the converter. One model for the whole run; see golden/solq.json."""
 
 import functools
 

@@ -163,7 +163,8 @@ class Solq(System):
                 nn.init.constant_(box_head.last.bias[2:], -2.0)  # first boxes start at a side of 0.12
         nn.init.zeros_(self.mask_head.last.weight)
         nn.init.zeros_(self.mask_head.last.bias)
-        nn.init.constant_(self.mask_head.last.bias[2:], -2.0)  # meant for boxes, but part of the official recipe
+        if self.config.codec == "dct":
+            nn.init.constant_(self.mask_head.last.bias[2:], -2.0)  # meant for boxes, but part of the official recipe
 
     def prepare(self, objects: Iterable[Instances]) -> None:
         """Fit the code to the masks of the data, or read it from a file, if it is one that is learnt (PCA, sparse coding)."""
