@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType
 
 import pytest
 
@@ -111,6 +112,14 @@ def test_commands_of_two_words_are_explained_by_their_first(capsys):
 def test_a_file_where_a_folder_is_written_is_refused_before_the_work(capsys, tmp_path, command):
     (tmp_path / "taken").write_text("")
     assert "taken is a file" in refusal(capsys, *command, "--out", str(tmp_path / "taken"))
+    assert "argument --out: " in refusal(capsys, *command, "--out", str(tmp_path / "taken" / "below"))
+
+
+@pytest.mark.parametrize("command", [["predict", "m", "x.png"], ["evaluate", "m", "--data", "shapes"]])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work_and_one_that_can_is_not_made_yet(capsys, tmp_path, command):
+    assert re.search("argument --out: /proc/new/here cannot be written: ", refusal(capsys, *command, "--out", "/proc/new/here"))
+    refusal(capsys, *command, "--out", str(tmp_path / "new" / "here"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -179,6 +188,26 @@ def test_an_interruption_is_one_line_and_130(capsys, monkeypatch):
     assert answer(capsys, "recipes") == (130, "", "maskset: interrupted. Continue with --resume.\n")
 
 
+@pytest.mark.parametrize("place", ["maskset.recipes.get", "maskset.training.train.train"])
+def test_ctrl_c_before_training_says_that_nothing_was_written(capsys, monkeypatch, tmp_path, place):
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    if place.endswith("get"):
+        monkeypatch.setattr(place, stops)
+    else:  # an import takes seconds
+        monkeypatch.setitem(sys.modules, "maskset.training.train", Stops("train"))
+    code, _, error = answer(capsys, "train", "solq-tiny", "--data", "shapes", "--out", str(tmp_path / "run"))
+    assert (code, error) == (130, "maskset: interrupted. stopped before the first step: nothing was written.\n")
+
+
+class Stops(ModuleType):
+    """A module at whose import Ctrl-C comes."""
+
+    def __getattr__(self, name):
+        raise KeyboardInterrupt
+
+
 def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m maskset --help | bash -c 'exec 0<&-; sleep 1'; echo ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -197,6 +226,13 @@ def test_a_recipe_is_shown_with_every_setting(capsys):
     output = answer(capsys, "show", "solq-tiny")[1]
     assert "--train.clip-norm" in output
     assert "greatest norm of the gradient" in output
+
+
+def test_what_is_neither_a_recipe_nor_a_model_is_said_to_be_neither(capsys, tmp_path):
+    message = refusal(capsys, "show", "nosuch")
+    assert "nosuch is neither a recipe nor a path of a model" in message
+    assert "there is no recipe 'nosuch'" in message
+    assert "neither a recipe" not in refusal(capsys, "show", str(tmp_path / "gone.json"))
 
 
 def test_a_recipe_that_is_printed_as_json_can_be_trained(capsys, tmp_path):
@@ -226,6 +262,23 @@ def test_pictures_are_predicted_into_a_folder(capsys, tmp_path, untrained):
         "results.json",
     ]
     assert str(out / "results.json") in output
+
+
+def test_one_unreadable_picture_is_left_out_on_request_and_the_others_are_written(capsys, tmp_path, untrained):
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), "white").save(tmp_path / "empty.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    out = tmp_path / "found"
+    command = ["predict", str(untrained), str(tmp_path), "--out", str(out)]
+    code, _, error = answer(capsys, *command)
+    assert code == 2
+    assert "--skip-broken" in error
+    assert not (out / "results.json").exists()
+    code, _, error = answer(capsys, *command, "--skip-broken")
+    assert (code, (out / "results.json").exists()) == (0, True)
+    assert "1 of 2 pictures" in error
+    assert "broken.png" in error
 
 
 def test_a_model_is_evaluated_on_a_data_folder(capsys, tmp_path, untrained):

@@ -148,6 +148,18 @@ def test_mistakes_are_told_before_anything_is_read(data, tmp_path):
         compare([tmp_path / "missing"], progress=False)
 
 
+def test_a_code_with_more_numbers_than_masks_is_left_out_with_a_note_and_the_others_are_measured(data, tmp_path):
+    codes = [Code("pca", 14, 91), Code("dct", 64, 256), Code("sparse", 14, 91), Code("pca", 14, 10)]
+    comparison = compare([data], codes=codes, progress=False)
+    assert [score.code for score in comparison.scores] == [codes[1], codes[3]]
+    assert comparison.scores[1].iou < comparison.scores[0].iou
+    assert len(comparison.left_out) == 2
+    notes = [line for line in str(comparison).splitlines() if line.startswith("Left out: ")]
+    assert f"pca 14 x 14 on {data.name}: a code of 91 numbers cannot be learnt from 90 masks" in notes[0]
+    assert "sparse 14 x 14" in notes[1]
+    assert len(json.loads(comparison.save(tmp_path / "codes.json").read_text())["left_out"]) == 2
+
+
 def test_too_few_masks_are_refused_and_leave_no_file(data, tmp_path):
     with pytest.raises(ConfigError, match="91 numbers cannot be learnt from 90 masks"):
         fit("pca", data, tmp_path / "x.safetensors", size=14, length=91, progress=False)

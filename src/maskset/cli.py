@@ -8,7 +8,9 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -128,6 +130,16 @@ def _demo(given: argparse.Namespace) -> None:
     demo(given.out)
 
 
+@contextmanager
+def _before_training() -> Iterator[None]:
+    """Let Ctrl-C say that nothing was written, as training itself does before its first step."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped before the first step: nothing was written.") from None
+
+
+@_before_training()
 def _train_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     from maskset import flags, recipes
 
@@ -145,8 +157,9 @@ def _train_flags(parser: _Parser, arguments: Sequence[str]) -> None:
 
 def _train(given: argparse.Namespace) -> None:
     """Train a recipe on annotated images. Every setting of the recipe is a flag."""
-    from maskset import flags
-    from maskset.training.train import train
+    with _before_training():
+        from maskset import flags
+        from maskset.training.train import train
 
     if given.recipe != given.settings_of:  # else another recipe's settings would be trained under its name
         raise ValueError(f"the recipe comes first: maskset train {given.recipe} --data ... --out ...")
@@ -189,7 +202,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _predict_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     _add_model(parser)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help='image files, folders, or patterns such as "photos/*.jpg"')
-    parser.add_argument("--out", type=_folder, default=Path("found"), metavar="FOLDER", help="where to write (default: found)")
+    parser.add_argument("--out", type=_folder, default="found", metavar="FOLDER", help="where to write (default: found)")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of an object (default: 0.5)")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="objects per image at the most (default: 100)")
     parser.add_argument(
@@ -199,6 +212,7 @@ def _predict_flags(parser: _Parser, arguments: Sequence[str]) -> None:
         default=["drawings"],
         help="what to write beside results.json: drawings of the objects, label images (default: drawings)",
     )
+    parser.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be read instead of stopping")
     _add_device(parser)
 
 
@@ -207,7 +221,10 @@ def _predict(given: argparse.Namespace) -> None:
     from maskset.inference.predict import predict_files
     from maskset.inference.results import save_all
 
-    found = predict_files(given.model, given.sources, threshold=given.threshold, limit=given.limit, device=given.device)
+    skip = given.skip_broken
+    found = predict_files(
+        given.model, given.sources, threshold=given.threshold, limit=given.limit, device=given.device, skip_broken=skip
+    )
     save_all(found, given.out, drawings="drawings" in given.save, labels="labels" in given.save)
     print("written: " + ", ".join(str(given.out / name) for name in ["results.json", *given.save]))
 
@@ -254,11 +271,7 @@ def _codecs_compare(given: argparse.Namespace) -> None:
     from maskset.codecs import compare
 
     comparison = compare(
-        given.data,
-        split=given.split,
-        learn_from=given.learn_from,
-        most_masks=given.most_masks,
-        skip_broken=given.skip_broken,
+        given.data, split=given.split, learn_from=given.learn_from, most_masks=given.most_masks, skip_broken=given.skip_broken
     )
     print(comparison)
     if given.out:
@@ -299,7 +312,6 @@ def _recipes(given: argparse.Namespace) -> None:
 
 def _show_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument("what", metavar="RECIPE|MODEL", help="a recipe's name, a recipe.json, a checkpoint or a run folder")
-
     parser.add_argument("--json", action="store_true", help="print a recipe.json, to change and to give to `maskset train`")
 
 
@@ -312,7 +324,13 @@ def _show(given: argparse.Namespace) -> None:
         metadata = checkpoint.read_metadata(checkpoint.find(given.what))
         recipe, names = metadata.recipe, ", ".join(category.name for category in metadata.categories)
         about = f"classes: {names}\nsource: {metadata.source or 'trained here'}\nlicence: {metadata.licence}\n\n"
-    recipe = recipe or recipes.get(given.what)
+    try:
+        recipe = recipe or recipes.get(given.what)
+    except config.ConfigError as error:
+        if given.what.endswith(".json"):
+            raise
+        neither = f"{given.what} is neither a recipe nor a path of a model (a run folder or a .safetensors file)"
+        raise config.ConfigError(f"{neither}: {error}") from None
     print(json.dumps(config.to_dict(recipe), indent=2) if given.json else about + flags.table(recipe))
 
 
@@ -331,8 +349,15 @@ def _add_device(parser: _Parser) -> None:
 
 
 def _folder(name: str) -> Path:
-    if Path(name).is_file():
-        raise argparse.ArgumentTypeError(f"{name} is a file, it must be a folder or a new name")
+    """Return a folder to write to, which need not be there, if it can be written: better told before the work than after."""
+    try:
+        nearest = next(path for path in (Path(name), *Path(name).absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise argparse.ArgumentTypeError(f"{nearest} is a file, it must be a folder or a new name")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be written: {error.strerror}") from None
     return Path(name)
 
 

@@ -95,12 +95,14 @@ class Comparison:
     Attributes:
         scores: one element for each data set and code.
         split: the part of the data that was measured; `learnt_from` the part that PCA and sparse codes were learnt from.
+        left_out: a line for each code that could not be learnt from a data set, which says why.
         seconds: how long it took.
     """
 
     scores: tuple[CodeScore, ...]
     split: str
     learnt_from: str
+    left_out: tuple[str, ...] = ()
     seconds: float
 
     def __str__(self) -> str:
@@ -121,7 +123,8 @@ class Comparison:
         console = Console(file=io.StringIO(), width=120)
         console.print(table)
         assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue() + FOOTNOTE.format(learnt_from=self.learnt_from, seconds=self.seconds)
+        notes = "".join(f"Left out: {line}\n" for line in self.left_out)
+        return console.file.getvalue() + notes + FOOTNOTE.format(learnt_from=self.learnt_from, seconds=self.seconds)
 
     def save(self, path: str | Path) -> Path:
         """Write everything as JSON, with null for what could not be measured, and return the path."""
@@ -206,7 +209,7 @@ def compare(
     Args:
         data: each one something that `maskset.data.open_data` takes. A single JSON file has no parts: PCA and sparse codes
             are then learnt from the masks that they are measured on.
-        codes: which codes.
+        codes: which codes. One that has more numbers than there are masks to learn it from is left out, with a note.
         split: the part of the data that is measured.
         learn_from: the part that PCA and sparse codes are learnt from, for each data set anew.
         most_masks: how many masks they are learnt from; where the data has more, images are taken at random.
@@ -214,21 +217,26 @@ def compare(
         progress: whether to show how far it is on stderr.
 
     Raises:
-        ConfigError: the data has too few masks for a code that is learnt.
+        ConfigError: a size or length is not one that the code can have.
         maskset.data.dataset.DataError: the data cannot be read.
     """
-    start, scores = time.monotonic(), []
+    start, scores, left_out = time.monotonic(), [], []
     for one in data:
         measured = open_data(one, split, skip_broken=skip_broken)  # a mistake in the path is told at once
-        codecs = [_codec(code) for code in codes]
-        for size in sorted({codec.size for codec in codecs if isinstance(codec, (PcaCodec, SparseCodec))}):
+        codecs = {code: _codec(code) for code in codes}
+        for size in sorted({codec.size for codec in codecs.values() if isinstance(codec, (PcaCodec, SparseCodec))}):
             source = open_data(one, learn_from, skip_broken=skip_broken)
             masks = torch.cat(list(_crops(source, size, most_masks, f"reading {one} {learn_from}", progress)))
-            for codec in codecs:
+            for code, codec in list(codecs.items()):
                 if isinstance(codec, (PcaCodec, SparseCodec)) and codec.size == size:
-                    codec.fit(masks, most_masks)
-        scores += _scores(Path(one).name, measured, codes, codecs, progress)
-    return Comparison(scores=tuple(scores), split=split, learnt_from=learn_from, seconds=time.monotonic() - start)
+                    try:
+                        codec.fit(masks, most_masks)
+                    except ConfigError as error:  # too few masks
+                        left_out.append(f"{code} on {Path(one).name}: {error}")
+                        del codecs[code]
+        scores += _scores(Path(one).name, measured, list(codecs), list(codecs.values()), progress)
+    seconds = time.monotonic() - start
+    return Comparison(scores=tuple(scores), split=split, learnt_from=learn_from, left_out=tuple(left_out), seconds=seconds)
 
 
 def _codec(code: Code) -> DctCodec | PcaCodec | SparseCodec | FlattenCodec:

@@ -226,9 +226,13 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     data = opened(tmp_path, coco([annotation()]))
     file = tmp_path / "train" / "1.png"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(DataError, match=r"1.png cannot be read as an image"):
+    with pytest.raises(DataError, match=r"1.png cannot be read as an image.*leave it out with --skip-broken \(in training"):
         data.read(0)
     assert len(data.objects(0)) == 1
+    data = open_data(tmp_path, "train", skip_broken=True)
+    with pytest.raises(DataError, match=r"1.png cannot be read as an image") as raised:
+        data.read(0)
+    assert "--skip-broken" not in str(raised.value)  # it is given, so that this will be caught and counted
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not here")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coco_files import SIZE, annotation, coco, image, write
 from fakes import Listed, Oracle, discs, found
 
 from maskset.data import DataError
@@ -127,8 +128,35 @@ def test_where_broken_images_are_skipped_they_are_counted_and_not_missed():
     listed.skip_broken = True
     metrics = evaluate(Oracle(answers(listed)), listed, progress=False)
     assert (metrics.mask_ap, metrics.images, metrics.skipped, metrics.objects) == (1, 4, 1, 16)
-    evaluate(Oracle(answers(listed)), listed, progress=False)
+    assert (metrics.unreadable, metrics.first_skipped) == (1, "3.png cannot be read as an image.")
+    again = evaluate(Oracle(answers(listed)), listed, progress=False)
     assert listed.skipped == ["3.png cannot be read as an image."]  # once, though it was evaluated twice
+    assert again == metrics
+
+
+def test_broken_annotations_are_counted_apart_from_unreadable_images(tmp_path):
+    rows = [annotation(1), annotation(2, bbox=[1, 2]), annotation(3, category=99), annotation(4, image=2)]
+    folder = write(tmp_path, coco(rows, [image(1), image(2), image(3, height=0)]), "val")
+    (folder / "val" / "2.png").write_bytes(b"no picture")
+    nothing = found([0], np.ones((1, *SIZE)), [0.5], (Category("cat", 7),))
+    metrics = evaluate(Oracle([nothing] * 255), folder, skip_broken=True, progress=False)
+    assert (metrics.images, metrics.objects, metrics.skipped, metrics.unreadable) == (1, 1, 4, 1)
+    assert metrics.first_skipped.startswith(f"{folder / 'instances_val.json'}: image 3")
+
+
+def test_images_that_hold_more_objects_than_count_are_counted():
+    listed = Listed([objects((40, 60), 0), objects((40, 60), 1)[:2], objects((40, 60), 2)[:3]])
+    metrics = evaluate(Oracle(answers(listed)), listed, max_detections=2, progress=False)
+    assert (metrics.images_over_limit, metrics.most_objects) == (2, 4)
+    assert evaluate(Oracle(answers(listed)), listed, max_detections=4, progress=False).images_over_limit == 0
+
+
+def test_the_last_line_of_progress_is_there_though_images_were_left_out(capsys):
+    listed = data()
+    listed.broken.add(3)
+    listed.skip_broken = True
+    evaluate(Oracle(answers(listed)), listed)
+    assert "evaluating: 4 of 5 images" in capsys.readouterr().err
 
 
 def test_without_a_terminal_progress_is_a_line(capsys):

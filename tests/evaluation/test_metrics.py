@@ -37,8 +37,20 @@ def test_the_table_says_which_classes_are_on_one_side_only():
     assert "The data does not know 10 classes (a, b, c, d, e, f, g, h and 2 more) of the model" in text
 
 
-def test_images_left_out_are_counted_in_the_table():
-    assert "2 images that cannot be read were left out" in str(Metrics(max_detections=1, images=1, objects=1, skipped=2))
+def test_what_was_left_out_is_counted_in_the_table_with_the_first_problem():
+    left_out = {"skipped": 5, "unreadable": 2, "first_skipped": "a.json: annotation 7: no area."}
+    text = str(Metrics(max_detections=1, images=1, objects=1, **left_out))
+    assert "3 annotations or images of the annotation file, 2 images that cannot be read." in text
+    assert "The first: a.json: annotation 7: no area." in text
+    assert "Left out" not in str(METRICS)
+
+
+def test_images_with_more_objects_than_count_are_told_with_the_flag_to_raise():
+    text = str(Metrics(max_detections=100, images=9, objects=900, images_over_limit=3, most_objects=256))
+    assert text.count("\n") == str(METRICS).count("\n") + 2  # one line, and one free before it
+    assert "3 images hold more than 100 objects, up to 256" in text
+    assert "raise --max-detections" in text
+    assert "raise" not in str(METRICS)
 
 
 def test_what_is_saved_is_json_without_nan_and_a_row_for_each_class(tmp_path):

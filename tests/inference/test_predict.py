@@ -118,6 +118,38 @@ def test_a_broken_file_is_named(tmp_path):
         list(predict(model(), tmp_path))
 
 
+def some_broken(folder):
+    for i, picture in enumerate(pictures(3)):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "3.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_files_that_cannot_be_read_are_left_out_on_request_and_named_at_the_end(tmp_path, capsys):
+    answers = predict_files(model(), [some_broken(tmp_path)], threshold=0, skip_broken=True)
+    assert [(file.name, found.masks.size) for file, found in answers] == [("0.png", (20, 30)), ("2.png", (20, 30))]
+    *_, count, first, second = capsys.readouterr().err.splitlines()
+    assert count == "left out, because they cannot be read: 2 of 4 pictures"
+    assert "1.png cannot be read as an image" in first
+    assert "3.png cannot be read as an image" in second
+    assert len(list(predict(model(), tmp_path, threshold=0, skip_broken=True))) == 2
+    assert "2 of 4 pictures" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_ends_with_the_way_to_leave_it_out(tmp_path):
+    with pytest.raises(DataError, match=r"1\.png cannot be read.* No results.json is written; --skip-broken"):
+        list(predict_files(model(), [some_broken(tmp_path)], threshold=0))
+
+
+def test_where_nothing_can_be_read_there_is_no_result_to_give(tmp_path):
+    broken = [some_broken(tmp_path) / name for name in ("1.png", "3.png")]
+    with pytest.raises(DataError, match=r"none of 2 pictures can be read. The first: .*1\.png"):
+        list(predict_files(model(), broken, skip_broken=True))
+    with pytest.raises(DataError, match=r"1\.png cannot be read"):
+        predict(model(), broken[0], skip_broken=True)
+
+
 def test_files_come_with_their_results_and_a_line_of_progress(tmp_path, capsys):
     for i, image in enumerate(pictures(3)):
         Image.fromarray(image).save(tmp_path / f"{i}.png")

@@ -1,4 +1,4 @@
-"""SOLQ against what the official code computes, full size, through the converter. One model for the whole run; see golden/solq.json."""
+"""SOLQ against what the official code computes, full size, through the converter; golden/solq.json explains the arrays."""
 
 import functools
 

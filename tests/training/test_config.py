@@ -2,6 +2,7 @@
 
 import pytest
 
+from maskset import flags
 from maskset.config import ConfigError
 from maskset.training.config import DataConfig, TrainConfig
 
@@ -12,6 +13,23 @@ from maskset.training.config import DataConfig, TrainConfig
 def test_a_negative_number_is_refused(name):
     with pytest.raises(ConfigError, match=f"train.{name} must not be negative, got -1"):
         TrainConfig(**{name: -1})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(value):
+    numbers = [name for name, default in vars(TrainConfig()).items() if isinstance(default, float)]
+    assert "learning_rate" in numbers
+    for name in numbers:
+        with pytest.raises(ConfigError, match=f"train.{name} must be a finite number, got {value}"):
+            TrainConfig(**{name: value})
+    with pytest.raises(ConfigError, match=f"data.jitter_scale must be a finite number, got {value}"):
+        DataConfig(jitter_scale=(0.1, value))
+
+
+def test_the_meaning_of_every_augmentation_is_in_its_help():
+    (setting,) = (one for one in flags.listed(DataConfig()) if one.name == "augmentation")
+    assert [part.split(":")[0] for part in setting.meaning.split("; ")] == ["detr", "flip", "lsj", "none"]
+    assert all(": " in part for part in setting.meaning.split("; "))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import maskset
 from maskset import config
 from maskset.checkpoint import CheckpointError, write_tensors
 from maskset.config import ConfigError
+from maskset.data import DataError
+from maskset.training import run
 from maskset.training import train as loop
 from maskset.training.train import TrainingDiverged, train
 
@@ -170,6 +173,69 @@ def test_ctrl_c_in_an_evaluation_loses_nothing(whole, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "run", whole[0])
 
 
+def test_ctrl_c_before_the_first_step_stops_at_once_and_writes_nothing(tmp_path, monkeypatch):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    monkeypatch.setattr(run, "build", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped before the first step: nothing was written"):
+        train(recipe(), data(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def broken(folder, *problems):
+    """Return a copy of the data, with the second image of val cut short and annotations of no category added to the splits."""
+    shutil.copytree(data(), folder)
+    for split in problems:
+        file = folder / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["annotations"].append({**content["annotations"][0], "id": 9999, "category_id": 99})
+        file.write_text(json.dumps(content))
+    os.truncate(sorted((folder / "val").iterdir())[1], 100)
+    return folder
+
+
+def test_what_is_left_out_as_broken_is_told(tmp_path, capsys):
+    settings = recipe(epochs=1)
+    settings = replace(settings, data=replace(settings.data, skip_broken=True))
+    train(settings, broken(tmp_path / "data", "train"), tmp_path / "run")
+    said = capsys.readouterr().out.splitlines()
+    (before,) = (line for line in said if "left out as broken" in line)
+    assert "1 to learn from, 0 to evaluate on. The first: " in before
+    assert "instances_train.json: annotation 9999" in before
+    (after,) = (line for line in said if "unreadable" in line)
+    assert after.startswith("warning: unreadable, and left out: 1 image. The first: ")
+    assert after.count("cannot be read as an image") == 1
+
+
+def test_data_without_problems_are_not_warned_of(tmp_path, capsys):
+    train(recipe(epochs=1, batch_size=10), data(), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "left out" not in said
+    assert "\n1 epoch of 1 step; " in said
+
+
+def test_a_run_that_a_broken_image_stopped_goes_on_without_it(tmp_path):
+    settings, where = recipe(), broken(tmp_path / "data")
+    with pytest.raises(DataError, match=r"cannot be read as an image.*--data\.skip-broken true"):
+        train(settings, where, tmp_path / "run")
+    metrics = train(replace(settings, data=replace(settings.data, skip_broken=True)), where, tmp_path / "run", resume=True)
+    assert (metrics.images, metrics.skipped) == (1, 1)
+    assert [line["step"] for line in lines(tmp_path / "run") if line["split"] == "val"] == [5, 10]
+
+
+@pytest.mark.parametrize("change", [lambda rows: [], lambda rows: [{**row, "iscrowd": 1} for row in rows]])
+def test_data_with_nothing_to_learn_from_are_refused_before_anything_is_written(tmp_path, change):
+    shutil.copytree(data(), tmp_path / "data")
+    file = tmp_path / "data" / "instances_train.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "annotations": change(content["annotations"])}))
+    with pytest.raises(DataError, match="data has no object to learn from"):
+        train(recipe(), tmp_path / "data", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_that_is_resumed_is_only_evaluated(whole, monkeypatch):
     monkeypatch.setattr(loop, "update", lambda *_: pytest.fail("trains"))
     before = (whole[0] / "metrics.jsonl").read_bytes()
@@ -253,10 +319,10 @@ def test_the_images_named_are_those_of_the_batch(tmp_path):
     from maskset.training.run import open_run
 
     settings = replace(recipe(batch_size=4, accumulate=2), data=replace(recipe().data, augmentation="none"))
-    run, _ = open_run(settings, data(), tmp_path / "run", None, False, None)
-    batches = list(loop._batches(run, 0))
+    opened, _ = open_run(settings, data(), tmp_path / "run", None, False, None)
+    batches = list(loop._batches(opened, 0))
     for place in range(3):
-        for file, pixels in zip(run.image_names(place), batches[place][0].pixels, strict=True):
+        for file, pixels in zip(opened.image_names(place), batches[place][0].pixels, strict=True):
             assert torch.equal(read_image(file), pixels)
 
 

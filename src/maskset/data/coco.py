@@ -14,6 +14,8 @@ from maskset.structures import Category, Instances, Masks
 
 __all__ = ["CocoDataset", "DataError", "ImageRecord"]
 
+_NEXT_STEP = "Correct what is broken, or leave it out with --skip-broken (in training: --data.skip-broken true)."
+
 
 class CocoDataset:
     """Annotated images of a COCO file, see `maskset.data.dataset.Dataset` for the members.
@@ -44,8 +46,7 @@ class CocoDataset:
         self.skipped: list[str] = [f"{self.file}: {problem}" for problem in problems]
         if problems and not skip_broken:
             more = f" It has {len(problems)} such problems." if len(problems) > 1 else ""
-            skip = "--skip-broken (in training: --data.skip-broken true) leaves out what is broken."
-            raise DataError(f"{self.skipped[0]}{more} Correct the file; or {skip}")
+            raise DataError(f"{self.skipped[0]}{more} {_NEXT_STEP}")
         if not self.images:
             raise DataError(f"{self.file} has no image that can be used. {' '.join(self.skipped[:1])}".rstrip())
 
@@ -71,7 +72,12 @@ class CocoDataset:
         """
         record = self.images[index]
         assert record.file is not None
-        return read_image(record.file, (record.height, record.width))
+        try:
+            return read_image(record.file, (record.height, record.width))
+        except DataError as error:
+            if self.skip_broken:
+                raise
+            raise DataError(f"{str(error).rstrip('.')}. {_NEXT_STEP}") from error
 
     def objects(self, index: int) -> Instances:
         """Return the objects of an image, crowds left out, without reading its pixels."""

@@ -61,25 +61,27 @@ def evaluate(
     labels = _labels(model.categories, dataset.categories)
     hidden = [channel for channel, label in enumerate(labels) if label < 0]
     share = _share(dataset, model)
-    answers = run(model, share, partial(_read, dataset), limit=max_detections, batch_size=batch_size, hidden=hidden)
+    unreadable: dict[int, str] = {}
+    answers = run(model, share, partial(_read, dataset, unreadable), limit=max_detections, batch_size=batch_size, hidden=hidden)
     if progress and (not active() or distributed.get_rank() == 0):
         answers = shown(answers, len(share), "evaluating")
     found = {index: _renamed(one, labels, dataset.categories).to_coco(index) for index, one in answers}
     known = {category.name for category in model.categories}
     return replace(
-        _measured(dataset, found, max_detections),
+        _measured(dataset, found, unreadable, max_detections),
         missing_in_model=tuple(category.name for category in dataset.categories if category.name not in known),
         missing_in_data=tuple(model.categories[channel].name for channel in hidden),
     )
 
 
-def _read(dataset: Dataset, index: int) -> UInt8[Tensor, "3 h w"] | None:
-    """Return the pixels of an image; None if it is broken and broken ones shall be skipped."""
+def _read(dataset: Dataset, unreadable: dict[int, str], index: int) -> UInt8[Tensor, "3 h w"] | None:
+    """Return the pixels of an image; None, and a message in `unreadable`, if it is broken and broken ones shall be skipped."""
     try:
         return dataset.image(index)
     except DataError as error:
         if not dataset.skip_broken:
             raise
+        unreadable[index] = str(error)
         if str(error) not in dataset.skipped:
             dataset.skipped.append(str(error))
         return None
@@ -114,20 +116,33 @@ def _renamed(found: Instances, labels: Sequence[int], categories: tuple[Category
     return replace(found, labels=renamed, categories=categories)[renamed >= 0]
 
 
-def _measured(dataset: Dataset, found: dict[int, list[Row]], max_detections: int) -> Metrics:
-    """Return the metrics of what this process, or all of them together, found in each image."""
+def _measured(dataset: Dataset, found: dict[int, list[Row]], unreadable: dict[int, str], max_detections: int) -> Metrics:
+    """Return the metrics of what this process, or all of them together, found in each image or could not read."""
     if not active():
-        return _metrics(dataset, [found], max_detections)
+        return _metrics(dataset, found, unreadable, max_detections)
     first = distributed.get_rank() == 0
     parts: list[Any] = [None] * world_size()
-    distributed.gather_object(found, parts if first else None)
-    answer: list[Any] = [_metrics(dataset, parts, max_detections) if first else None]
+    distributed.gather_object((found, unreadable), parts if first else None)
+    answer: list[Any] = [None]
+    if first:
+        found = {index: rows for part, _ in parts for index, rows in part.items()}
+        unreadable = {index: problem for _, part in parts for index, problem in part.items()}
+        answer = [_metrics(dataset, found, unreadable, max_detections)]
     distributed.broadcast_object_list(answer)
     return answer[0]
 
 
-def _metrics(dataset: Dataset, parts: Sequence[dict[int, list[Row]]], max_detections: int) -> Metrics:
-    images = sorted(index for part in parts for index in part)
-    results = [row for part in parts for rows in part.values() for row in rows]
-    metrics = average_precision(dataset, results, max_detections, images)
-    return replace(metrics, skipped=len(dataset) - len(images))
+def _metrics(dataset: Dataset, found: dict[int, list[Row]], unreadable: dict[int, str], max_detections: int) -> Metrics:
+    images = sorted(found)
+    metrics = average_precision(dataset, [row for index in images for row in found[index]], max_detections, images)
+    unread = [unreadable[index] for index in sorted(unreadable)]
+    opened = [problem for problem in dataset.skipped if problem not in unreadable.values()]
+    counts = dataset.counts()[images]
+    return replace(
+        metrics,
+        skipped=len(opened) + len(unread),
+        unreadable=len(unread),
+        first_skipped=next(iter(opened + unread), ""),
+        images_over_limit=int((counts > max_detections).sum()),
+        most_objects=int(counts.max(initial=0)),
+    )

@@ -57,8 +57,12 @@ class Metrics:
     Attributes:
         max_detections: how many results of an image were counted at the most.
         images: how many were evaluated.
-        skipped: how many were left out, because they could not be read.
-        objects: how many are annotated in them, without crowds.
+        skipped: how many annotations and images were left out because they are broken; 0 unless that was asked for.
+        unreadable: how many of these are images whose pixels could not be read; the others were left out as the data was opened.
+        first_skipped: what is wrong with the first of these.
+        objects: how many are annotated in the images, without crowds.
+        images_over_limit: how many images hold more objects than `max_detections`, so that not all can be found.
+        most_objects: how many objects the fullest image holds.
         per_class: one element per class of the data, in the data's order.
         missing_in_model: classes of the data that the model does not know; none of their objects counts as found.
         missing_in_data: classes of the model that the data does not know; their results were left out.
@@ -91,7 +95,11 @@ class Metrics:
     max_detections: int
     images: int
     skipped: int = 0
+    unreadable: int = 0
+    first_skipped: str = ""
     objects: int
+    images_over_limit: int = 0
+    most_objects: int = 0
     per_class: tuple[ClassMetrics, ...] = ()
     missing_in_model: tuple[str, ...] = ()
     missing_in_data: tuple[str, ...] = ()
@@ -107,7 +115,17 @@ class Metrics:
             mask, box = getattr(self, f"mask_{name}"), getattr(self, f"box_{name}")
             lines.append(f"{what.format(most=self.max_detections):10}{iou:12}{size:10}{_short(mask):>7}{_short(box):>8}")
         if self.skipped:
-            lines += ["", f"{self.skipped} images that cannot be read were left out."]
+            lines += [
+                "",
+                f"Left out as broken: {self.skipped - self.unreadable} annotations or images of the annotation file, "
+                f"{self.unreadable} images that cannot be read. The first: {self.first_skipped}",
+            ]
+        if self.images_over_limit:
+            lines += [
+                "",
+                f"{self.images_over_limit} images hold more than {self.max_detections} objects, up to {self.most_objects}, "
+                "and not all can be found: raise --max-detections (in training --train.max-detections).",
+            ]
         if self.missing_in_model:
             lines += [
                 "",

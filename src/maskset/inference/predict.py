@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -17,6 +18,7 @@ from jaxtyping import UInt8
 from PIL.Image import Image
 from torch import Tensor
 
+from maskset.data.dataset import DataError
 from maskset.data.transforms import fit
 from maskset.inference import pictures
 from maskset.inference.pictures import Picture
@@ -34,7 +36,13 @@ _BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}  # a batch's canvases together: fo
 
 @overload
 def predict(
-    model: System | str | Path, source: str | Path, *, threshold: float = ..., limit: int = ..., device: Device | None = ...
+    model: System | str | Path,
+    source: str | Path,
+    *,
+    threshold: float = ...,
+    limit: int = ...,
+    device: Device | None = ...,
+    skip_broken: bool = ...,
 ) -> Any: ...  # Instances for a file, an iterator for a folder or pattern: only the disk can tell
 @overload
 def predict(
@@ -44,6 +52,7 @@ def predict(
     threshold: float = ...,
     limit: int = ...,
     device: Device | None = ...,
+    skip_broken: bool = ...,
 ) -> Instances: ...
 @overload
 def predict(
@@ -53,6 +62,7 @@ def predict(
     threshold: float = ...,
     limit: int = ...,
     device: Device | None = ...,
+    skip_broken: bool = ...,
 ) -> Iterator[Instances]: ...
 def predict(
     model: System | str | Path,
@@ -61,6 +71,7 @@ def predict(
     threshold: float = 0.5,
     limit: int = 100,
     device: Device | None = None,
+    skip_broken: bool = False,
 ) -> Instances | Iterator[Instances]:
     """Return the objects in a picture, best first; for several pictures an iterator over those of each, in order.
 
@@ -74,16 +85,20 @@ def predict(
         threshold: least score of an object.
         limit: how many objects a picture may have at the most.
         device: where to compute; None leaves a system where it is, and puts one that is loaded on a GPU if there is one.
+        skip_broken: of several pictures, leave out those that cannot be read, and name them on stderr at the end; the iterator
+            is then shorter than the list, and `predict_files` says whose results these are.
 
     Raises:
         maskset.inference.pictures.SourceError: there is no such file, or no image in the folder, or it is no picture.
-        maskset.data.dataset.DataError: a file cannot be read as an image.
+        maskset.data.dataset.DataError: a file cannot be read as an image; with `skip_broken`, none of several can.
     """
     _check(threshold, limit)
-    listed = pictures.listed(source)
-    answers = run(ready(model, device), listed, pictures.read, limit=limit, threshold=threshold)
+    listed, several = pictures.listed(source), pictures.several(source)
+    unreadable: list[str] = []
+    read = partial(_read_or_skip, unreadable) if skip_broken and several else pictures.read
+    answers = run(ready(model, device), listed, read, limit=limit, threshold=threshold)
     found = (instances for _, instances in answers)
-    return found if pictures.several(source) else next(found)
+    return _and_tell(found, unreadable, len(listed)) if several else next(found)
 
 
 def predict_files(
@@ -93,6 +108,7 @@ def predict_files(
     threshold: float = 0.5,
     limit: int = 100,
     device: Device | None = None,
+    skip_broken: bool = False,
 ) -> Iterator[tuple[Path, Instances]]:
     """Return an iterator over the files that are meant and the objects in each; it shows its progress on stderr.
 
@@ -102,13 +118,16 @@ def predict_files(
         threshold: see `predict`.
         limit: see `predict`.
         device: see `predict`.
+        skip_broken: leave out files that cannot be read, and name them on stderr at the end.
 
     Raises:
         ValueError: as `predict` does.
     """
     _check(threshold, limit)
-    files = pictures.files(sources)
-    return shown(run(ready(model, device), files, pictures.read, limit=limit, threshold=threshold), len(files), "predicting")
+    files, unreadable = pictures.files(sources), list[str]()
+    read = partial(_read_or_skip, unreadable) if skip_broken else _read_or_advise
+    answers = run(ready(model, device), files, read, limit=limit, threshold=threshold)
+    return _and_tell(shown(answers, len(files), "predicting"), unreadable, len(files))
 
 
 def ready(model: System | str | Path, device: Device | None = None) -> System:
@@ -178,12 +197,44 @@ def shown(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         yield from track(items, description=what, total=total, console=console)
         return
     start = told = time.monotonic()
+    count = 0
     for count, item in enumerate(items, 1):
         yield item
-        now = time.monotonic()
-        if count == total or now - told > 30:
-            print(f"{what}: {count} of {total} images in {now - start:.0f} s", file=sys.stderr, flush=True)
-            told = now
+        if count < total and time.monotonic() - told > 30:
+            told = time.monotonic()
+            print(f"{what}: {count} of {total} images in {told - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"{what}: {count} of {total} images in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _read_or_skip(unreadable: list[str], picture: Picture) -> UInt8[Tensor, "3 h w"] | None:
+    """Return the pixels of a picture; None, and a message in `unreadable`, where it cannot be read."""
+    try:
+        return pictures.read(picture)
+    except DataError as error:
+        unreadable.append(str(error))
+        return None
+
+
+def _read_or_advise(file: Path) -> UInt8[Tensor, "3 h w"]:
+    try:
+        return pictures.read(file)
+    except DataError as error:
+        advice = "No results.json is written; --skip-broken (in Python: skip_broken=True) leaves out files that cannot be read."
+        raise DataError(f"{str(error).removesuffix('.')}. {advice}") from error
+
+
+def _and_tell(answers: Iterable[Item], unreadable: Sequence[str], total: int) -> Iterator[Item]:
+    """Yield the answers, then name on stderr what was left out of `total` pictures.
+
+    Raises:
+        DataError: all were left out.
+    """
+    yield from answers
+    if unreadable and len(unreadable) == total:
+        raise DataError(f"none of {total} pictures can be read. The first: {unreadable[0]}")
+    if unreadable:
+        print(f"left out, because they cannot be read: {len(unreadable)} of {total} pictures", file=sys.stderr)
+        print(*(f"  {problem}" for problem in unreadable), sep="\n", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def solq_tiny() -> Recipe:
         ),
         data=DataConfig(augmentation="flip", short_sides=(96,), long_side=160, workers=1),
         train=TrainConfig(
-            epochs=8,
+            epochs=7,
             batch_size=8,
             reference_batch_size=8,
             learning_rate=4e-4,
@@ -98,6 +98,7 @@ def solq_tiny() -> Recipe:
             warmup_steps=50,
             clip_norm=1.0,
             evaluate_every=2,
+            log_every=50,
         ),
     )
 

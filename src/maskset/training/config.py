@@ -1,16 +1,27 @@
 """All there is to know of a run: the model, the data, the training. Written beside every checkpoint as `recipe.json`."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from maskset.config import ConfigError, config
 from maskset.systems import Config
+
+Augmentation = Literal["detr", "lsj", "flip", "none"]
+
+
+def _check_finite(settings: Any, part: str) -> None:
+    """Refuse NaN, which no comparison finds, and infinity."""
+    for name, value in vars(settings).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{part}.{name} must be a finite number, got {number}.")
 
 
 @config
 class DataConfig:
     """How annotated images become training batches."""
 
-    augmentation: Literal["detr", "lsj", "flip", "none"] = "detr"  # detr: flip, multi-scale, crop; lsj: large-scale jitter
+    augmentation: Augmentation = "detr"  # detr: flip, scale, crop; flip: flip, scale; lsj: large-scale jitter; none: as they are
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # detr, flip: one is drawn for each image, pixels
     long_side: int = 1333  # detr, flip: the longer side is at most this, pixels
     crop_short_sides: tuple[int, ...] = (400, 500, 600)  # detr: half of the images get one of these, then a crop, pixels
@@ -22,6 +33,7 @@ class DataConfig:
     skip_broken: bool = False  # leave out (and count) broken images and annotations instead of stopping
 
     def __post_init__(self) -> None:
+        _check_finite(self, "data")
         if not self.short_sides or min(self.short_sides) < 1:
             raise ConfigError(f"data.short_sides needs one or more positive sizes, got {self.short_sides}.")
         if self.augmentation == "detr" and not self.crop_short_sides:
@@ -65,6 +77,7 @@ class TrainConfig:
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where to send the metrics as well
 
     def __post_init__(self) -> None:
+        _check_finite(self, "train")
         for name in ("epochs", "batch_size", "accumulate", "reference_batch_size", "log_every", "max_detections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}.")

@@ -129,6 +129,11 @@ def check_trackers(names: tuple[str, ...]) -> None:
         )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 step", "2 steps", "1 class", "2 classes"."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

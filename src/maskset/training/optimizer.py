@@ -74,11 +74,11 @@ def learning_rate_advice(config: TrainConfig) -> str:
     base = {group: getattr(config, name) for group, name in names.items()}
     scale, linear = learning_rate_scale(config), config.batch_size / config.reference_batch_size
     shown = ", ".join(f"{group} {rate * scale:.3g}" for group, rate in base.items())
-    line = f"learning rates: {shown} at {config.batch_size} images per step"
+    line = f"learning rates: {shown} at batch size {config.batch_size}"
     if linear == 1:
-        return line + ", the batch size that they were chosen for"
+        return line + ", the one that they were chosen for"
     if config.scale_learning_rate:
-        return line + f", scaled from {config.reference_batch_size} images"
+        return line + f", scaled from {config.reference_batch_size}"
     return line + (
         f". They were chosen for {config.reference_batch_size}: linear scaling makes it {base['rest'] * linear:.3g} "
         "(--train.scale-learning-rate true)"

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch import nn
 
 from maskset import config as settings
 from maskset import recipes
 from maskset.checkpoint import CheckpointError, find, read, save
 from maskset.config import ConfigError
-from maskset.data import Dataset, open_data
+from maskset.data import DataError, Dataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, warn_about_slots
 from maskset.layers.backbone import load_pretrained
 from maskset.systems import System, build
 from maskset.training import state
 from maskset.training.config import Recipe, TrainConfig
 from maskset.training.ema import averaged_copy
-from maskset.training.log import Log, check_trackers
+from maskset.training.log import Log, check_trackers, counted
 from maskset.training.optimizer import build_optimizer, learning_rate_advice
 from maskset.training.state import Progress, Trained, seed_everything
 from maskset.training.step import Step
@@ -70,6 +70,11 @@ class Run:
         """Batches of this epoch that each process has done."""
         return (self.progress.step - self.progress.epoch * self.steps) * self.recipe.train.accumulate
 
+    @property
+    def skipped(self) -> list[str]:
+        """What this process has left out as broken so far, one message each."""
+        return list(dict.fromkeys([*self.training.skipped, *self.judging.skipped]))
+
     def image_names(self, place: int) -> list[str]:
         """Return the files of the images of this process in batch `place` of the step that comes next."""
         data, processes = self.training.images, self.accelerator.num_processes
@@ -90,10 +95,11 @@ class Run:
 def open_run(
     recipe: Recipe | str, data: str | Path, folder: Path, init: str | Path | None, resume: bool, images: str | Path | None
 ) -> tuple[Run, list[str]]:
-    """Return a run that is ready to go (on), and what to tell the user about it. See `maskset.train`."""
+    """Return a run that is ready to go (on), and what to tell the user about it. Nothing is written. See `maskset.train`."""
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
     check_trackers(recipe.train.trackers)
     training, judging = (open_data(data, split, images, recipe.data.skip_broken) for split in ("train", "val"))
+    _check_objects(training, data)
     recipe = replace(recipe, model=replace(recipe.model, num_classes=len(training.categories)))
     state.check_folder(folder, recipe, resume)
     config, accelerator = recipe.train, _open_accelerator(recipe.train, folder)
@@ -115,13 +121,13 @@ def open_run(
     batches = steps_per_epoch(len(training), batch_size, accelerator.num_processes)
     steps = -(-batches // config.accumulate)
     run = Run(folder, recipe, training, judging, accelerator, trained, step, batch_size, steps, progress)
-    _create_folder(run, resume)
     return run, [*lines, *_summary(run, data, resume)]
 
 
 @contextmanager
-def open_log(run: Run) -> Iterator[Log]:
-    """Give the log of the run, cut back to where the run stands, and close its trackers at the end."""
+def open_log(run: Run, resume: bool) -> Iterator[Log]:
+    """Make the folder of the run and give its log, cut back to where the run stands; at the end say what could not be read."""
+    _create_folder(run, resume)
     config, accelerator = run.recipe.train, run.accelerator
     if config.trackers:
         facts = {name: str(value) for name, value in state.flat(settings.to_dict(run.recipe)).items()}
@@ -129,10 +135,24 @@ def open_log(run: Run) -> Iterator[Log]:
     file, steps = run.folder / state.METRICS, config.epochs * run.steps
     try:
         with Log(file, run.progress, steps, config.epochs, accelerator.log, accelerator.is_main_process) as log:
+            known = run.skipped
             yield log
+            unread = [problem for problem in dict.fromkeys(gather_object(run.skipped)) if problem not in known]
+            if unread:
+                log.say(f"warning: unreadable, and left out: {counted(len(unread), 'image')}. The first: {unread[0]}")
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def _check_objects(training: Dataset, data: str | Path) -> None:
+    """Raise a DataError where there is nothing to learn from."""
+    if not any(len(training.objects(index)) for index in range(len(training))):
+        left_out = f" Left out as broken: {training.skipped[0]}" if training.skipped else ""
+        raise DataError(
+            f"{data} has no object to learn from: no image of its training part has an annotation that is no crowd. "
+            f"Annotate some, or give other data.{left_out}"
+        )
 
 
 def _open_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
@@ -215,10 +235,16 @@ def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
     device = str(run.accelerator.device) + (f" x {processes} processes" if processes > 1 else "") + f", {config.precision}"
     lines = [
         f"model: {run.recipe.model.system}, {total / 1e6:.1f} M parameters ({learnt / 1e6:.1f} M trained), on {device}",
-        f"data: {len(run.training)} images to learn from, {len(run.judging)} to evaluate on, {len(model.categories)} classes",
-        f"{config.epochs} epochs of {run.steps} steps; {learning_rate_advice(config)}",
-        f"run: {run.folder}" + (f", resumed after {run.progress.step} steps" if resume else ""),
+        f"data: {counted(len(run.training), 'image')} to learn from, {len(run.judging)} to evaluate on, "
+        f"{counted(len(model.categories), 'class')}",
+        f"{counted(config.epochs, 'epoch')} of {counted(run.steps, 'step')}; {learning_rate_advice(config)}",
+        f"run: {run.folder}" + (f", resumed after {counted(run.progress.step, 'step')}" if resume else ""),
     ]
+    if run.skipped:
+        lines.append(
+            f"warning: left out as broken, images and annotations: {len(run.training.skipped)} to learn from, "
+            f"{len(run.judging.skipped)} to evaluate on. The first: {run.skipped[0]}"
+        )
     slots = getattr(run.recipe.model, "num_queries", None)
     warning = warn_about_slots(run.training, slots) if slots is not None else None
     lines += [f"warning: {warning}"] if warning else []

@@ -24,9 +24,10 @@ RECIPE, METRICS, STATE = "recipe.json", "metrics.jsonl", "state.safetensors"  # 
 LAST, BEST = "last.safetensors", "best.safetensors"  # ... and its checkpoints
 
 # What a resumed run may set anew: nothing that the steps already done depended on. With schedule "cosine" another number of
-# epochs gives the rest of the run another learning rate, as it must.
+# epochs gives the rest of the run another learning rate, as it must. A run that a broken image has stopped goes on without it.
 MAY_CHANGE = {
     "data.workers",
+    "data.skip_broken",
     "train.epochs",
     "train.evaluate_every",
     "train.checkpoint_every",

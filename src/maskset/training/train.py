@@ -19,7 +19,7 @@ from maskset.training.config import Recipe, TrainConfig
 from maskset.training.diverged import TrainingDiverged, diverged
 from maskset.training.ema import average
 from maskset.training.interruption import Interruption
-from maskset.training.log import Log
+from maskset.training.log import Log, counted
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_log, open_run
 from maskset.training.samples import draw_samples
@@ -57,16 +57,17 @@ def train(
         DataError: the data cannot be used.
         CheckpointError: `init` is no checkpoint, or nothing of it fits.
         TrainingDiverged: the loss or its gradient is not finite.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; a checkpoint has been written, and the message says how to go on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; the message says how to go on, or that it was before anything was written.
     """
-    run, lines = open_run(recipe, data, Path(out), init, resume, images)
+    with Interruption() as interruption, interruption.at_once("stopped before the first step: nothing was written."):
+        run, lines = open_run(recipe, data, Path(out), init, resume, images)
     config, progress, trained = run.recipe.train, run.progress, run.trained
     metrics = None
-    with open_log(run) as log, Interruption() as interruption:
+    with Interruption() as interruption, open_log(run, resume) as log:
         log.say("\n".join(lines))
         for epoch in range(progress.epoch, config.epochs):
             if config.patience and progress.stale >= config.patience:
-                log.say(f"stopped early: {progress.stale} evaluations without a better mask AP")
+                log.say(f"stopped early: {counted(progress.stale, 'evaluation')} without a better mask AP")
                 break
             trained.model.train()
             for batches in grouped(_batches(run, epoch), config.accumulate):
