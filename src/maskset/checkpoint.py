@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from maskset.config import ConfigError, from_dict, to_dict
+from maskset.files import written
 from maskset.structures import Category
 from maskset.systems import System, build
 from maskset.training.config import Recipe
@@ -147,17 +148,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write tensors and texts as a safetensors file, aside and renamed when it is whole and on the disk."""
     from safetensors.torch import save_file
 
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with written(path) as part:
         part.touch()
         permissions = part.stat().st_mode  # which safetensors would make this user's alone
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
         part.chmod(permissions)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _metadata(texts: dict[str, str], path: Path) -> Metadata:

@@ -8,7 +8,6 @@ import difflib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from maskset import __version__
+from maskset.config import ConfigError
+from maskset.files import check_file, check_folder
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
@@ -178,7 +179,7 @@ def _evaluate_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
     _add_device(parser)
-    parser.add_argument("--out", type=_folder, metavar="FOLDER", help="write metrics.json and per_class.csv here")
+    parser.add_argument("--out", type=_new_folder, metavar="FOLDER", help="write metrics.json and per_class.csv here")
 
 
 def _evaluate(given: argparse.Namespace) -> None:
@@ -202,7 +203,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _predict_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     _add_model(parser)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help='image files, folders, or patterns such as "photos/*.jpg"')
-    parser.add_argument("--out", type=_folder, default="found", metavar="FOLDER", help="where to write (default: found)")
+    parser.add_argument("--out", type=_new_folder, default="found", metavar="FOLDER", help="where to write (default: found)")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of an object (default: 0.5)")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="objects per image at the most (default: 100)")
     parser.add_argument(
@@ -232,7 +233,7 @@ def _predict(given: argparse.Namespace) -> None:
 def _codecs_fit_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument("kind", metavar="KIND", help="pca or sparse; the other codes learn nothing")
     parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or the word shapes")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--size", type=int, default=28, help="side of the box-local mask, pixels (default: 28)")
     parser.add_argument("--length", type=int, help="numbers per mask (default: 60 for pca, 256 for sparse)")
     parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: 0.3 * size / 28)")
@@ -262,7 +263,7 @@ def _codecs_compare_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--learn-from", default="train", metavar="SPLIT", help="part that PCA and sparse learn from (default: train)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON here")
+    parser.add_argument("--out", type=_new_file, metavar="FILE", help="write the table as JSON here")
     _add_masks(parser, "val")
 
 
@@ -281,7 +282,7 @@ def _codecs_compare(given: argparse.Namespace) -> None:
 def _convert_flags(parser: _Parser, arguments: Sequence[str]) -> None:
     parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is: solq")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep the 80 classes of COCO only, not all 91 channels")
     parser.add_argument("--last-wins", action="store_true", help="where copies of a tensor differ, take the last")
     parser.add_argument("--licence", default="unknown", help="of the weights; recorded in the file (default: unknown)")
@@ -295,10 +296,6 @@ def _convert(given: argparse.Namespace) -> None:
         given.system, given.source, given.out, coco80=given.coco80, last_wins=given.last_wins, licence=given.licence
     )
     print(f"written to {out}")
-
-
-def _no_flags(parser: _Parser, arguments: Sequence[str]) -> None:
-    pass
 
 
 def _recipes(given: argparse.Namespace) -> None:
@@ -348,17 +345,20 @@ def _add_device(parser: _Parser) -> None:
     parser.add_argument("--device", type=_usable_device, metavar="DEVICE", help=help)
 
 
-def _folder(name: str) -> Path:
-    """Return a folder to write to, which need not be there, if it can be written: better told before the work than after."""
-    try:
-        nearest = next(path for path in (Path(name), *Path(name).absolute().parents) if path.exists())
-        if not nearest.is_dir():
-            raise argparse.ArgumentTypeError(f"{nearest} is a file, it must be a folder or a new name")
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be written: {error.strerror}") from None
-    return Path(name)
+def _writable(check: Callable[[Path], None]) -> Callable[[str], Path]:
+    """Return the type of an argument: a path where `check` finds that something can be written, told before the work."""
+
+    def path(name: str) -> Path:
+        try:
+            check(Path(name))
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return Path(name)
+
+    return path
+
+
+_new_file, _new_folder = _writable(check_file), _writable(check_folder)
 
 
 def _usable_device(name: str) -> str:
@@ -393,6 +393,6 @@ COMMANDS = {
     "codecs fit": Command(_codecs_fit_flags, _codecs_fit),
     "codecs compare": Command(_codecs_compare_flags, _codecs_compare),
     "convert": Command(_convert_flags, _convert),
-    "recipes": Command(_no_flags, _recipes),
+    "recipes": Command(lambda parser, arguments: None, _recipes),
     "show": Command(_show_flags, _show),
 }

@@ -18,8 +18,8 @@ from maskset.config import ConfigError
 from maskset.data import open_data
 from maskset.data.dataset import Dataset
 from maskset.evaluation.average_precision import average_precision
+from maskset.files import check_file, written
 from maskset.inference.predict import shown
-from maskset.inference.results import written
 from maskset.masks import MaskCodec, learnt
 from maskset.masks.boxed import binarise, crop, paste
 from maskset.masks.dct import DctCodec
@@ -179,8 +179,7 @@ def fit(
             else f"a code of kind {kind!r} has nothing to learn; pca and sparse do."
         )
     out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():  # before the work, not after
-        raise ConfigError(f"{out} cannot be written: it is a folder, or its folder does not exist.")
+    check_file(out)
     masks = _crops(open_data(data, split, skip_broken=skip_broken), size, most_masks, f"reading {data} {split}", progress)
     codec.fit(masks, most_masks)
     source = f"{Path(data).absolute().name} {split}"

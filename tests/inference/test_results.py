@@ -10,7 +10,7 @@ from fakes import discs, found
 from PIL import Image
 
 from maskset.data import CocoDataset
-from maskset.inference.results import save, save_all, written
+from maskset.inference.results import save, save_all
 from maskset.structures import Category, Instances, Masks
 
 CLASSES = (Category("cell", 4), Category("grüne Zelle", 9))
@@ -83,21 +83,6 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, me
     with pytest.raises(ValueError, match=message):
         save(objects(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-
-    def fail() -> None:
-        with written(path) as part:
-            part.write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def several(folder: Path) -> list[tuple[Path, Instances]]:

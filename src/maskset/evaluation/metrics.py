@@ -8,7 +8,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from maskset.inference.results import written
+from maskset.files import written
 
 # Rows of the printed table: what, over which IoU, of which objects, and the name of the number without mask_ or box_.
 _ROWS = (

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt16
 from PIL import Image
 
+from maskset.files import written
 from maskset.inference.draw import draw
 from maskset.inference.pictures import Picture
 from maskset.structures import Category, Instances
@@ -101,17 +101,6 @@ def label_image(instances: Instances) -> UInt16[np.ndarray, "h w"]:
     for number in range(len(instances), 0, -1):
         image[instances.masks[number - 1].dense()[0].cpu().numpy()] = number
     return image
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """Give a file name beside `path` to write to, which takes its place if all goes well: nobody ever sees half a file."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

@@ -20,6 +20,7 @@ from maskset.checkpoint import CheckpointError, find, read, save
 from maskset.config import ConfigError
 from maskset.data import DataError, Dataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, warn_about_slots
+from maskset.files import written
 from maskset.layers.backbone import load_pretrained
 from maskset.systems import System, build
 from maskset.training import state
@@ -222,9 +223,8 @@ def _create_folder(run: Run, resume: bool) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             state.save_state(run.folder, run.trained, run.progress, _facts(run.training))
-        part = run.folder / f".{state.RECIPE}.part"
-        settings.write(run.recipe, part)
-        os.replace(part, run.folder / state.RECIPE)
+        with written(run.folder / state.RECIPE) as part:
+            settings.write(run.recipe, part)
     run.accelerator.wait_for_everyone()
 
 

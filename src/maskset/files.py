@@ -1,0 +1,51 @@
+"""Files that are whole or not there: what is written goes beside its place first, and takes it when it is on the disk."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from maskset.config import ConfigError
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Give a file name beside `path` to write to, which takes its place if all goes well: nobody ever sees half a file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_file(path: Path) -> None:
+    """Raise a ConfigError if a file could not be written, before the work whose result it shall hold.
+
+    Raises:
+        ConfigError: `path` is a folder, its folder does not exist, or nothing may be written there.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a folder. Name a file in it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: the folder {path.parent} does not exist. Make it first.")
+    check_folder(path.parent)
+
+
+def check_folder(path: Path) -> None:
+    """Raise a ConfigError if nothing could be written into a folder, which need not be there yet.
+
+    Raises:
+        ConfigError: `path` or one above it is a file, or nothing may be written there.
+    """
+    try:
+        nearest = next(one for one in (path, *path.absolute().parents) if one.exists())
+        if not nearest.is_dir():
+            raise ConfigError(f"{nearest} is a file, it must be a folder or a new name.")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another folder.") from None
