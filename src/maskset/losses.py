@@ -1,5 +1,8 @@
 """Losses. Each returns sums that the caller divides: what to divide by is the paper's business."""
 
+from collections.abc import Callable, Sequence
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -36,3 +39,57 @@ def dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s
 def sum_by_layer(values: Float[Tensor, "M"], layer: Tensor, layers: int) -> Float[Tensor, "L"]:
     """Return the sum of the values of each layer, given which layer each value belongs to."""
     return values.new_zeros(layers).index_add(0, layer, values)
+
+
+Piece = Callable[[int, Tensor, Tensor], Float[Tensor, "V"]]
+
+
+def in_pieces(values: Piece, pieces: Sequence[Tensor], shared: Tensor) -> Float[Tensor, "P V"]:
+    """Return `values(i, pieces[i], shared)` of every piece, in the memory of one piece: for losses of many large masks.
+
+    A piece's gradient is taken as soon as its values are known, and its graph is gone before the next piece starts; between
+    forward and backward only gradients of the size of `pieces` and `shared` are kept.
+
+    Args:
+        values: V losses of a piece.
+        pieces: such as the mask parameters of the matched slots of one layer each.
+        shared: what all pieces use, such as the mask features.
+    """
+    if not torch.is_grad_enabled():
+        return torch.stack([values(i, piece, shared) for i, piece in enumerate(pieces)])
+    return _InPieces.apply(values, shared, *pieces)  # type: ignore[no-any-return]
+
+
+class _InPieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Piece, shared: Tensor, *pieces: Tensor) -> Tensor:
+        ctx.values = values
+        every, gradients = _walk(values, shared, pieces, None)
+        ctx.save_for_backward(shared, *pieces, *gradients)
+        return every
+
+    @staticmethod
+    def backward(ctx, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = outer
+        count = len(ctx.saved_tensors) // 2
+        inputs, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if bool((weights == weights.flatten()[0]).all()):  # the terms of a total: their gradients are there but for the scale
+            return None, *(gradient * weights.flatten()[0] for gradient in gradients)
+        return None, *_walk(ctx.values, inputs[0], inputs[1:], weights)[1]
+
+
+def _walk(
+    values: Piece, shared: Tensor, pieces: Sequence[Tensor], weights: Float[Tensor, "P V"] | None
+) -> tuple[Float[Tensor, "P V"], list[Tensor]]:
+    """Return the values of all pieces, and the gradients of their weighted sum for `shared` and each piece."""
+    total, of_pieces, every = torch.zeros_like(shared), [], []
+    for i, piece in enumerate(pieces):
+        with torch.enable_grad():
+            leaves = (shared.detach().requires_grad_(), piece.detach().requires_grad_())
+            found = values(i, leaves[1], leaves[0])
+            wanted = found.sum() if weights is None else (found * weights[i]).sum()
+            from_shared, from_piece = torch.autograd.grad(wanted, leaves, allow_unused=True, materialize_grads=True)
+        total += from_shared
+        of_pieces.append(from_piece)
+        every.append(found.detach())
+    return torch.stack(every), [total, *of_pieces]

@@ -55,6 +55,19 @@ def columns(counts: Counts, height: int, first: int, end: int) -> Counts:
     return torch.diff(ends, prepend=ends.new_tensor([first * height]))
 
 
+def placed(window: Bool[Tensor, "h w"], left: int, top: int, size: tuple[int, int]) -> Counts:
+    """Return the run lengths of an image of `size` that is empty but for a window at (left, top)."""
+    height, width = size
+    columns = torch.zeros(window.shape[1], height, dtype=torch.bool, device=window.device)
+    columns[:, top : top + window.shape[0]] = window.T
+    strip = encode(columns.T[None])[0]
+    before, after = left * height, (width - left - window.shape[1]) * height
+    strip = torch.cat([strip[:1] + before, strip[1:]])
+    if len(strip) % 2:  # ends with background
+        return torch.cat([strip[:-1], strip[-1:] + after])
+    return torch.cat([strip, strip.new_tensor([after])]) if after else strip
+
+
 def area(counts: Counts) -> int:
     """Return the number of pixels set."""
     return int(counts[1::2].sum())

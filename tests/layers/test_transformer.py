@@ -93,7 +93,7 @@ def test_an_mlp_has_relu_between_its_layers_only():
 
 def test_anchors_are_cell_centres_with_a_side_that_doubles_by_level():
     found, _ = memory("a", width=8, levels=2)
-    _, anchors, allowed = Proposals(8)(found)
+    _, anchors, allowed = Proposals(8).anchored(found)
     height, width = found.shapes[0]
     boxes = anchors.sigmoid()
     assert allowed[0, : height * width].view(height, width)[1:-1, 1:-1].all()

@@ -17,18 +17,20 @@ class LevelProjection(nn.Module):
         channels: widths of the backbone's maps.
         width: C, of every level.
         levels: number of levels, at least one; fewer than maps take the last maps.
+        bias: whether the convolutions have one (SOLQ), or leave it to the norm (systems that come from mmdetection).
     """
 
-    def __init__(self, channels: Sequence[int], width: int, levels: int) -> None:
+    def __init__(self, channels: Sequence[int], width: int, levels: int, bias: bool = True) -> None:
         super().__init__()
         used = list(channels)[-levels:]
         self.skipped = len(channels) - len(used)
-        convolutions = [nn.Conv2d(c, width, 1) for c in used]
+        convolutions = [nn.Conv2d(c, width, 1, bias=bias) for c in used]
         for extra in range(levels - len(used)):
-            convolutions.append(nn.Conv2d(used[-1] if extra == 0 else width, width, 3, stride=2, padding=1))
+            convolutions.append(nn.Conv2d(used[-1] if extra == 0 else width, width, 3, stride=2, padding=1, bias=bias))
         for convolution in convolutions:
             nn.init.xavier_uniform_(convolution.weight)
-            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
         self.convolutions = nn.ModuleList(convolutions)
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(32, width), width) for _ in convolutions)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maskset.layers.deformable import DeformableAttention, Shapes
 from maskset.layers.positions import frequencies, sine_positions
+from maskset.structures import SlotPredictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +175,22 @@ class Proposals(nn.Module):
         self.query = nn.Linear(4 * (width // 2), 2 * width)
         self.query_norm = nn.LayerNorm(2 * width)
 
-    def forward(self, memory: Memory) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"], Bool[Tensor, "B S"]]:
+    def forward(
+        self, memory: Memory, class_head: nn.Module, box_head: nn.Module, count: int
+    ) -> tuple[SlotPredictions, Float[Tensor, "B N 4"]]:
+        """Return what the heads say of every cell, and the boxes (before the sigmoid, without gradient) of the best cells.
+
+        The best are the `count` cells that score most in class channel 0, which here stands for any object. A head's box is
+        relative to the cell's anchor.
+        """
+        features, anchors, _ = self.anchored(memory)
+        logits = class_head(features)
+        boxes = box_head(features).float() + anchors
+        best = logits[..., 0].topk(min(count, logits.shape[1]), dim=1).indices
+        chosen = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        return SlotPredictions(logits, None, boxes.sigmoid()), chosen
+
+    def anchored(self, memory: Memory) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"], Bool[Tensor, "B S"]]:
         """Return features for the heads, the anchor of each cell (cx cy w h, before the sigmoid), and which cells may propose.
 
         An anchor is the cell's centre with a side of 0.05 * 2^level; it may propose if it is not padding and none of its

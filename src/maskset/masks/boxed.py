@@ -59,7 +59,7 @@ def paste(masks: Bool[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple
         weights_y = _bilinear(top, bottom, y0, y1, masks.shape[1]).to(mask.device)
         weights_x = _bilinear(left, right, x0, x1, masks.shape[1]).to(mask.device)
         window = weights_y @ mask.float() @ weights_x.T >= 0.5
-        counts.append(_placed(window, left, top, size).cpu())
+        counts.append(rle.placed(window, left, top, size).cpu())
     return Masks(counts, size)
 
 
@@ -76,16 +76,3 @@ def _bilinear(first: int, end: int, low: float, high: float, cells: int) -> Floa
     centres = torch.arange(first, end, dtype=torch.float32) + 0.5
     position = (centres - low) / (high - low) * cells - 0.5
     return (1 - (position[:, None] - torch.arange(cells, dtype=torch.float32)[None, :]).abs()).clamp(min=0)
-
-
-def _placed(window: Bool[Tensor, "h w"], left: int, top: int, size: tuple[int, int]) -> rle.Counts:
-    """Return the run lengths of an image of `size` that is empty but for a window at (left, top)."""
-    height, width = size
-    columns = torch.zeros(window.shape[1], height, dtype=torch.bool, device=window.device)
-    columns[:, top : top + window.shape[0]] = window.T
-    strip = rle.encode(columns.T[None])[0]
-    before, after = left * height, (width - left - window.shape[1]) * height
-    strip = torch.cat([strip[:1] + before, strip[1:]])
-    if len(strip) % 2:  # ends with background
-        return torch.cat([strip[:-1], strip[-1:] + after])
-    return torch.cat([strip, strip.new_tensor([after])]) if after else strip

@@ -29,7 +29,7 @@ from maskset.masks.dct import DctCodec
 from maskset.masks.flatten import FlattenCodec
 from maskset.masks.pca import PcaCodec
 from maskset.masks.sparse import SparseCodec
-from maskset.matching import focal_cost, giou_cost, l1_cost, match, pad
+from maskset.matching import class_targets, focal_cost, giou_cost, l1_cost, match, pad
 from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System
 
@@ -214,13 +214,9 @@ class Solq(System):
 
     def _proposed_queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, SlotPredictions]:
         """Two stages (used for no published number): the cells that score best in class channel 0 become queries."""
-        features, anchors, _ = self.proposals(memory)
-        logits = self.class_heads[-1](features)
-        boxes = self.box_heads[-1](features).float() + anchors  # before the sigmoid
-        best = logits[..., 0].topk(min(self.config.num_queries, logits.shape[1]), dim=1).indices
-        chosen = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-        position, content = self.proposals.queries(chosen)
-        return position, content, chosen.sigmoid(), SlotPredictions(logits, None, boxes.sigmoid())
+        proposals, best = self.proposals(memory, self.class_heads[-1], self.box_heads[-1], self.config.num_queries)
+        position, content = self.proposals.queries(best)
+        return position, content, best.sigmoid(), proposals
 
     def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the terms of equation 5 for every layer: class (focal), box_l1, box_giou and mask_code (L1).
@@ -261,8 +257,7 @@ class Solq(System):
             cost = cost + settings.l1_weight * l1_cost(predicted, padded_boxes)
             cost = cost + settings.giou_weight * giou_cost(predicted, padded_boxes)
         pairs = match(cost, lengths, {"class_logits": logits, "boxes": predicted})
-        targets = torch.zeros_like(logits)
-        targets[pairs.layer, pairs.image, pairs.slot, padded_labels[pairs.image, pairs.object]] = 1
+        targets = class_targets(logits, padded_labels, pairs)
         matched, wanted = predicted[pairs.layer, pairs.image, pairs.slot], padded_boxes[pairs.image, pairs.object]
         terms = {
             "class": settings.class_weight * focal_loss(logits, targets).sum((1, 2, 3)) / count,
