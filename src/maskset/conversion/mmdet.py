@@ -1,4 +1,4 @@
-"""What mmdetection's names of a deformable transformer become: backbone, neck, encoder, decoder of SOIT, ISDA, Deformable DETR."""
+"""What mmdetection calls the parts of a deformable transformer, and what we do: for SOIT, ISDA and Deformable DETR."""
 
 from collections.abc import Mapping
 from typing import Any
