@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -247,7 +248,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 
     problem = "it holds something else"
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickles that are refused anyhow
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise almost anything at a file that is damaged or is not theirs
         state, problem = None, type(error).__name__
     for key in ("model", "state_dict"):
