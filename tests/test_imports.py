@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "maskset"
 
 GROUND = {"boxes", "rle", "config", "distributed", "files", "structures"}
-PARTS = GROUND | {"layers", "masks", "matching", "losses"}
+PARTS = GROUND | {"layers", "masks", "matching", "losses", "detection"}
 
 # The longest name that a module's name starts with decides. What may be imported: these, with all inside them.
 ALLOWED: dict[str, set[str]] = {
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": GROUND | {"layers"},
     "matching": GROUND,
     "losses": GROUND,
+    "detection": GROUND | {"losses", "matching"},
     "masks": GROUND | {"layers", "masks"},
     "systems": {"systems", "structures", "config"},
     "systems.base": {"config", "structures"},

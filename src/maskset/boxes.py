@@ -1,5 +1,7 @@
 """Boxes: two formats, overlaps. Corners are x0 y0 x1 y1; centres are cx cy w h. Any unit, pixels or fractions."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -48,6 +50,12 @@ def clip(boxes: Boxes, size: tuple[int, int]) -> Boxes:
     height, width = size
     limit = boxes.new_tensor([width, height, width, height])
     return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def fractions(boxes: Boxes, size: Sequence[int]) -> Boxes:
+    """Return corner boxes in pixels as cx cy w h in fractions of an image of `size` (height, width)."""
+    height, width = size
+    return to_centres(boxes) / boxes.new_tensor([width, height, width, height])
 
 
 def scale_of(size: tuple[int, int], like: Tensor) -> Float[Tensor, "4"]:

@@ -1,6 +1,6 @@
 """Losses. Each returns sums that the caller divides: what to divide by is the paper's business."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,18 @@ def dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s
     """Return 1 - (2 overlap + 1) / (sum of both + 1) of each pair of soft masks (Milletari et al., 3DV 2016; smoothed by 1)."""
     p, t = probabilities.flatten(1), targets.flatten(1)
     return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+
+
+def name_by_layer(terms: Mapping[str, Float[Tensor, "_"]], layers: int) -> dict[str, Tensor]:
+    """Return one entry for every layer and term: the last layer's by its name, that of layer 3 as "name/3".
+
+    A term with fewer values than layers is of the last layers.
+    """
+    named = {}
+    for name, values in terms.items():
+        for i, value in enumerate(values, layers - len(values)):
+            named[name if i == layers - 1 else f"{name}/{i}"] = value
+    return named
 
 
 def sum_by_layer(values: Float[Tensor, "M"], layer: Tensor, layers: int) -> Float[Tensor, "L"]:

@@ -176,7 +176,7 @@ def matches_of(output: ModelOutput, images: ImageBatch, targets: list[Instances]
         kept.append(matching.match(*arguments))
         return kept[-1]
 
-    monkeypatch.setattr("maskset.systems.solq.match", match)
+    monkeypatch.setattr("maskset.detection.match", match)
     model().loss(output, images, targets)
     return kept[0]
 

@@ -1,5 +1,6 @@
-"""A multi-layer perceptron."""
+"""A multi-layer perceptron, and heads that start alike."""
 
+import copy
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -26,3 +27,8 @@ class Mlp(nn.Module):
     def last(self) -> nn.Linear:
         """The output layer, for the initialisation that a paper asks for."""
         return self.layers[-1]  # type: ignore[return-value]
+
+
+def copies(module: nn.Module, count: int) -> nn.ModuleList:
+    """Return `count` copies that start alike, such as one head for every decoder layer."""
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(count))

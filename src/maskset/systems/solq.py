@@ -5,7 +5,6 @@ mask, seen inside the box on 128 x 128 pixels. Built on Deformable DETR. From to
 feature extraction, decoder, unified query representation, then targets, loss and results.
 """
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -17,19 +16,18 @@ from torch import Tensor, nn
 from maskset import boxes as box_ops
 from maskset import distributed
 from maskset.config import ConfigError, config
+from maskset.detection import best_detections, class_and_box_terms
 from maskset.layers.backbone import build_backbone, check_start
-from maskset.layers.deformable import DeformableAttention
-from maskset.layers.mlp import Mlp
+from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
-from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine
-from maskset.losses import dice_loss, focal_loss, giou_loss, l1_loss, sum_by_layer
+from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_parameters
+from maskset.losses import dice_loss, name_by_layer, sum_by_layer
 from maskset.masks import learnt
 from maskset.masks.boxed import binarise, crop, paste
 from maskset.masks.dct import DctCodec
 from maskset.masks.flatten import FlattenCodec
 from maskset.masks.pca import PcaCodec
 from maskset.masks.sparse import SparseCodec
-from maskset.matching import class_targets, focal_cost, giou_cost, l1_cost, match, pad
 from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System
 
@@ -133,24 +131,15 @@ class Solq(System):
         )
         # Unified query representation (figure 2): class, box and mask vector from the same hidden state
         heads = config.decoder_layers + config.two_stage if config.box_refinement else 1
-        self.class_heads = _clones(nn.Linear(width, config.num_classes), heads)
-        self.box_heads = _clones(Mlp(width, width, width, 4), heads)
+        self.class_heads = copies(nn.Linear(width, config.num_classes), heads)
+        self.box_heads = copies(Mlp(width, width, width, 4), heads)
         self.mask_head = Mlp(width, config.mask_hidden_dim, config.mask_hidden_dim, config.code_length)
         self.codec = _codec(config)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
         """Set the official start (the backbone's and the projection's are theirs)."""
-        for part in (self.encoder, self.decoder, *([self.proposals] if self.config.two_stage else [self.reference_points])):
-            for parameter in part.parameters():
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
-        for module in self.modules():
-            if isinstance(module, DeformableAttention):
-                module.reset_parameters()
-            elif isinstance(module, nn.MultiheadAttention):
-                nn.init.zeros_(module.in_proj_bias)
-                nn.init.zeros_(module.out_proj.bias)
+        reset_parameters(self.encoder, self.decoder, self.proposals if self.config.two_stage else self.reference_points)
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
         for i, (class_head, box_head) in enumerate(zip(self.class_heads, self.box_heads, strict=True)):
@@ -179,7 +168,7 @@ class Solq(System):
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every decoder layer, class logits [B N K], boxes [B N 4] and mask vectors [B N D]."""
-        self._check(images)
+        images.check(self.input.divisor)
         levels = self.project(self.backbone(images.pixels))  # strides 8, 16, 32, 64; each [B C h w]
         paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
         memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))
@@ -193,16 +182,6 @@ class Solq(System):
             if self.config.box_refinement:
                 reference = boxes.detach()
         return ModelOutput(layers, proposals=proposals)
-
-    def _check(self, images: ImageBatch) -> None:
-        height, width = images.pixels.shape[2:]
-        if not images.pixels.is_floating_point():
-            raise ValueError("the model takes normalised pixels, got uint8: call images.normalised(model.input) first.")
-        if height % self.input.divisor or width % self.input.divisor:
-            raise ValueError(
-                f"the canvas must be a multiple of {self.input.divisor} pixels, got {height} x {width}: "
-                f"use ImageBatch.from_images(images, divisor={self.input.divisor})."
-            )
 
     def _queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, SlotPredictions | None]:
         """Return position, content and reference of the queries, and the proposals where they start from those."""
@@ -230,7 +209,7 @@ class Solq(System):
     def _terms(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
         count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
         labels = [found.labels for found in objects]
-        boxes = [_fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
+        boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
         codes = torch.cat([self._encode(found) for found in objects])
         terms = self._layer_terms(output.layers, labels, boxes, codes, count)
         if output.proposals is not None:  # the first stage only tells objects from background
@@ -248,38 +227,18 @@ class Solq(System):
         count: Tensor,
     ) -> dict[str, Tensor]:
         """Return the weighted terms of the layers, all layers at once. `codes` are those of all objects, image after image."""
-        settings, lengths = self.config, [len(label) for label in labels]
-        logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
-        predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])  # [L B N 4]
-        padded_labels, padded_boxes = pad(labels), pad(boxes)
-        with torch.no_grad():
-            cost = settings.class_weight * focal_cost(logits, padded_labels)
-            cost = cost + settings.l1_weight * l1_cost(predicted, padded_boxes)
-            cost = cost + settings.giou_weight * giou_cost(predicted, padded_boxes)
-        pairs = match(cost, lengths, {"class_logits": logits, "boxes": predicted})
-        targets = class_targets(logits, padded_labels, pairs)
-        matched, wanted = predicted[pairs.layer, pairs.image, pairs.slot], padded_boxes[pairs.image, pairs.object]
-        terms = {
-            "class": settings.class_weight * focal_loss(logits, targets).sum((1, 2, 3)) / count,
-            "box_l1": settings.l1_weight * sum_by_layer(l1_loss(matched, wanted), pairs.layer, len(layers)) / count,
-            "box_giou": settings.giou_weight * sum_by_layer(giou_loss(matched, wanted), pairs.layer, len(layers)) / count,
-        }
+        settings = self.config
+        weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
+        pairs, sums = class_and_box_terms(layers, labels, boxes, weights)
+        terms = {name: value / count for name, value in sums.items()}
         if codes is not None:
-            starts = torch.tensor([0, *lengths[:-1]], device=codes.device).cumsum(0)
+            starts = torch.tensor([0, *(len(label) for label in labels[:-1])], device=codes.device).cumsum(0)
             vectors = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()
             errors = self._code_loss(vectors[pairs.layer, pairs.image, pairs.slot], codes[starts[pairs.image] + pairs.object])
             pairs_per_layer = distributed.divisor(len(pairs) / len(layers), like=errors)
-            terms["mask_code"] = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers)) / pairs_per_layer
-        return self._named(terms, len(layers))
-
-    def _named(self, terms: dict[str, Float[Tensor, "L"]], layers: int) -> dict[str, Tensor]:
-        """Return one entry for every layer and term: the last layer's by its name, that of layer 3 as "name/3"."""
-        named = {}
-        for name, values in terms.items():
-            first = max(0, layers - self.config.mask_loss_layers) if name == "mask_code" else 0
-            for i in range(first, layers):
-                named[name if i == layers - 1 else f"{name}/{i}"] = values[i]
-        return named
+            by_layer = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers)) / pairs_per_layer
+            terms["mask_code"] = by_layer[-settings.mask_loss_layers :]
+        return name_by_layer(terms, len(layers))
 
     def _encode(self, found: Instances) -> Float[Tensor, "T D"]:
         """Return the mask vectors that the objects of one image should have (section 3.2)."""
@@ -306,9 +265,7 @@ class Solq(System):
         assert last.mask_params is not None
         found = []
         for logits, boxes, vectors, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
-            scores, index = logits.float().sigmoid().flatten().topk(min(limit, logits.numel()))
-            index, scores = index[scores >= threshold], scores[scores >= threshold]
-            slots, labels = index // logits.shape[1], index % logits.shape[1]
+            slots, labels, scores = best_detections(logits, limit, threshold)
             corners = box_ops.to_corners(boxes) * box_ops.scale_of(size, boxes)
             once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
             with torch.autocast(vectors.device.type, enabled=False):  # rounding would move the masks' edges
@@ -323,14 +280,3 @@ def _codec(config: SolqConfig) -> DctCodec | PcaCodec | SparseCodec | FlattenCod
         return FlattenCodec(config.mask_size)
     codecs = {"dct": DctCodec, "pca": PcaCodec, "sparse": SparseCodec}
     return codecs[config.codec](config.mask_size, config.code_length)
-
-
-def _clones(module: nn.Module, count: int) -> nn.ModuleList:
-    """Return `count` copies that start alike, as the official heads do."""
-    return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
-
-
-def _fractions(boxes: Float[Tensor, "T 4"], size: Sequence[int]) -> Float[Tensor, "T 4"]:
-    """Return corner boxes in pixels as cx cy w h in fractions of an image of `size` (height, width)."""
-    height, width = size
-    return box_ops.to_centres(boxes) / boxes.new_tensor([width, height, width, height])

@@ -1,0 +1,59 @@
+"""Class and box of a slot: matching and losses of DETR (eq. 1 and 2) with Deformable DETR's focal loss, and the best detections.
+
+SOLQ and SOIT use these as they are; what a mask adds is in their own files.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from maskset.losses import focal_loss, giou_loss, l1_loss, sum_by_layer
+from maskset.matching import Matches, class_targets, focal_cost, giou_cost, l1_cost, match, pad
+from maskset.structures import SlotPredictions
+
+
+def class_and_box_terms(
+    layers: Sequence[SlotPredictions],
+    labels: Sequence[Int[Tensor, "_"]],
+    boxes: Sequence[Float[Tensor, "_ 4"]],
+    weights: tuple[float, float, float],
+    least: float = 1e-8,
+) -> tuple[Matches, dict[str, Float[Tensor, "L"]]]:
+    """Return the matches of all layers and, for each layer, the weighted sums class, box_l1 and box_giou, not yet divided.
+
+    Args:
+        layers: each with class logits and boxes.
+        labels: class of each object, for each image.
+        boxes: of each object, cx cy w h in fractions of the unpadded image, for each image.
+        weights: of class, L1 and generalised IoU, in the matching cost and in the losses.
+        least: see `focal_cost`.
+
+    Raises:
+        MatchingError: a prediction is NaN or infinite.
+    """
+    for_class, for_l1, for_giou = weights
+    logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
+    predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])  # [L B N 4]
+    padded_labels, padded_boxes = pad(labels), pad(boxes)
+    with torch.no_grad():
+        cost = for_class * focal_cost(logits, padded_labels, least=least)
+        cost = cost + for_l1 * l1_cost(predicted, padded_boxes)
+        cost = cost + for_giou * giou_cost(predicted, padded_boxes)
+    pairs = match(cost, [len(label) for label in labels], {"class_logits": logits, "boxes": predicted})
+    matched, wanted = predicted[pairs.layer, pairs.image, pairs.slot], padded_boxes[pairs.image, pairs.object]
+    return pairs, {
+        "class": for_class * focal_loss(logits, class_targets(logits, padded_labels, pairs)).sum((1, 2, 3)),
+        "box_l1": for_l1 * sum_by_layer(l1_loss(matched, wanted), pairs.layer, len(layers)),
+        "box_giou": for_giou * sum_by_layer(giou_loss(matched, wanted), pairs.layer, len(layers)),
+    }
+
+
+def best_detections(
+    logits: Float[Tensor, "N K"], limit: int, threshold: float
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"]]:
+    """Return slot, class and score of the best pairs of slot and class, best first; a slot may appear with several classes."""
+    scores, index = logits.float().sigmoid().flatten().topk(min(limit, logits.numel()))
+    index, scores = index[scores >= threshold], scores[scores >= threshold]
+    return index // logits.shape[1], index % logits.shape[1], scores
