@@ -5,6 +5,7 @@ import torch
 from maskset.data.shapes import ShapesDataset
 from maskset.structures import ImageBatch, Instances
 from maskset.systems import Config, InputConfig
+from maskset.systems.soit import SoitConfig
 from maskset.systems.solq import SolqConfig
 
 SMALL = {"input": InputConfig(short_side=64, long_side=96), "backbone": "resnet10t", "backbone_norm": "group"}
@@ -14,6 +15,7 @@ TINY: dict[str, Config] = {
     "solq": SolqConfig(
         **SMALL, **SCRATCH, **NARROW, num_classes=3, mask_size=32, code_length=48, mask_hidden_dim=64, mask_loss_layers=2
     ),
+    "soit": SoitConfig(**SMALL, **SCRATCH, **NARROW, num_classes=3, mask_loss_layers=2),
 }  # fmt: skip
 
 

@@ -65,10 +65,12 @@ def write(settings: Any, path: Path) -> None:
 
 
 def _explain(cls: type, problem: Any) -> str:
-    names = [str(part) for part in problem["loc"]]
+    *parts, last = problem["loc"] or ("",)  # pydantic also names the class chosen among several, which is no setting
+    known = _names(cls)
+    names = [str(part) for part in (*(part for part in parts if isinstance(part, int) or part in known), last)]
     name = ".".join(names) or "the file"
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(names[-1], _names(cls), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
     if problem["type"] == "value_error":  # raised by a check of ours, whose message says it all
         return str(problem["ctx"]["error"])

@@ -36,6 +36,12 @@ def dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s
     return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
 
 
+def squared_dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s"], least: float) -> Float[Tensor, "n"]:
+    """Return 1 - 2 overlap / (sum of the squares of both + least) of each pair of soft masks (V-Net, without its smoothing)."""
+    p, t = probabilities.flatten(1), targets.flatten(1)
+    return 1 - 2 * (p * t).sum(1) / (p.square().sum(1) + t.square().sum(1) + least)
+
+
 def name_by_layer(terms: Mapping[str, Float[Tensor, "_"]], layers: int) -> dict[str, Tensor]:
     """Return one entry for every layer and term: the last layer's by its name, that of layer 3 as "name/3".
 

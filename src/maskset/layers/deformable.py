@@ -26,13 +26,14 @@ def deformable_attention_reference(
         weights: of the samples.
     """
     batch, _, heads, width = value.shape
-    queries = locations.shape[1]
+    queries, points = locations.shape[1], locations.shape[4]
     total = value.new_zeros(batch * heads, width, queries)
     for level, (cells, (height, wide)) in enumerate(zip(value.split([h * w for h, w in shapes], dim=1), shapes, strict=True)):
         maps = cells.permute(0, 2, 3, 1).reshape(batch * heads, width, height, wide)
         grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
         samples = F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False)  # [B*M, D, Q, P]
-        total = total + (samples * weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, -1)).sum(-1)
+        share = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
+        total = total + (samples * share).sum(-1)
     return total.view(batch, heads * width, queries).transpose(1, 2)
 
 

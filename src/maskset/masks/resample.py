@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -46,6 +47,24 @@ def _along(maps: Tensor, positions: Positions, axis: int) -> Tensor:
     high = (low + 1).clamp(max=maps.shape[axis] - 1)
     share = (positions - low).unsqueeze(-1) if axis == -2 else positions - low
     return maps.index_select(axis, low) * (1 - share) + maps.index_select(axis, high) * share
+
+
+def stretched(masks: Masks, canvas: tuple[int, int], size: tuple[int, int], device: torch.device) -> Float[Tensor, "T H W"]:
+    """Return masks, on a canvas that is zero beyond their image, resized by their corners, with soft borders: SOIT's targets.
+
+    Args:
+        masks: of one image.
+        canvas: height and width of the padded batch, pixels.
+        size: height and width of the result.
+        device: where to compute.
+    """
+    rows, columns = by_corners(canvas[0], size[0]), by_corners(canvas[1], size[1])
+    soft = torch.zeros(len(masks), *size, device=device)
+    for i in range(len(masks)):  # one full-size mask at a time
+        dense = masks[i].dense().to(device)
+        padded = F.pad(dense, (0, canvas[1] - dense.shape[2], 0, canvas[0] - dense.shape[1])).float()
+        soft[i] = resample(padded, rows, columns)[0]
+    return soft
 
 
 def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], least: float, threshold: float = 0.5) -> Masks:

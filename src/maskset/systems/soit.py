@@ -1,0 +1,331 @@
+"""SOIT: Segmenting Objects with Instance-Aware Transformers (Yu et al., AAAI 2022, arXiv:2112.11037).
+
+One query says everything about one object: its class, its box, and D = 441 numbers that are the weights of a small
+transformer, made for this instance alone, which looks at a feature map of the whole image and draws the mask. Built on
+two-stage Deformable DETR with box refinement. From top to bottom this file follows figure 2: backbone and encoder, mask
+encoder, decoder with its three heads, instance-aware transformer, then loss and results.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from maskset import boxes as box_ops
+from maskset import distributed
+from maskset.config import ConfigError, config
+from maskset.detection import best_detections, class_and_box_terms
+from maskset.layers.backbone import build_backbone, check_start
+from maskset.layers.mlp import Mlp, copies
+from maskset.layers.pyramid import LevelProjection
+from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_parameters
+from maskset.losses import in_pieces, name_by_layer, squared_dice_loss
+from maskset.masks.instance_transformer import instance_transformer, parameter_count
+from maskset.masks.resample import by_corners, by_factor, paint, resample, stretched
+from maskset.matching import Matches
+from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.systems.base import InputConfig, System
+
+_AT_LEAST_ONE = (
+    "num_classes",
+    "hidden_dim",
+    "num_heads",
+    "num_levels",
+    "num_points",
+    "feedforward_dim",
+    "decoder_layers",
+    "num_queries",
+    "mask_channels",
+    "mask_heads",
+    "mask_points",
+)
+_UPSAMPLING = 4  # masks are drawn at stride 8 and seen at stride 2
+_SAMPLES_AT_ONCE = 2**22  # of the instance-aware transformer: about 200 MB while it is trained
+
+
+@config
+class SoitConfig:
+    """Settings of SOIT; the defaults are those of the official ResNet-50 model."""
+
+    system: Literal["soit"] = "soit"  # which system these settings are of
+    num_classes: int = 80  # class channels; training sets it from the data
+    input: InputConfig = InputConfig()  # how images become the network's input
+    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
+    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
+    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
+    pretrained: bool = True  # training starts from ImageNet weights
+    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
+    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
+    hidden_dim: int = 256  # width C of the transformer
+    num_heads: int = 8  # attention heads
+    num_levels: int = 4  # feature levels, strides 8, 16, 32, 64
+    num_points: int = 4  # sampling points of an attention head in a level
+    feedforward_dim: int = 1024  # hidden width of the transformer's MLPs
+    dropout: float = 0.1  # in the transformer
+    encoder_layers: int = 6  # deformable encoder layers
+    decoder_layers: int = 6  # decoder layers
+    num_queries: int = 300  # N, the greatest number of objects that are told apart
+    mask_encoder_layers: int = 1  # Table 3: layers of one head on the finest level, before the mask features
+    mask_channels: int = 8  # Table 2: C of the instance-aware transformer
+    mask_heads: int = 4  # Table 1: M of the instance-aware transformer
+    mask_points: int = 4  # K, sampling points of each of its heads
+    mask_positions: Literal["relative", "absolute", "none"] = "relative"  # Table 4: how a pixel knows where it is
+    mask_loss_layers: int = 6  # Table 5: how many of the last decoder layers have mask losses
+    class_weight: float = 2.0  # weight of the focal loss, and in the matching
+    l1_weight: float = 5.0  # weight of the L1 box loss, and in the matching
+    giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
+    dice_weight: float = 8.0  # weight of the masks' dice loss
+    bce_weight: float = 2.0  # weight of the masks' binary cross-entropy
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        weights = ("class_weight", "l1_weight", "giou_weight", "dice_weight", "bce_weight")
+        for name in ("encoder_layers", "mask_encoder_layers", *weights):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
+            raise ConfigError(
+                f"model.hidden_dim must be a multiple of 4 and of num_heads ({self.num_heads}), got {self.hidden_dim}."
+            )
+        if self.mask_channels % self.mask_heads or self.mask_channels % 4:
+            raise ConfigError(
+                f"model.mask_channels must be a multiple of 4 and of mask_heads ({self.mask_heads}), got {self.mask_channels}."
+            )
+        if not 1 <= self.mask_loss_layers <= self.decoder_layers:
+            raise ConfigError(f"model.mask_loss_layers must be in 1 ... {self.decoder_layers}, got {self.mask_loss_layers}.")
+        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+
+
+class Soit(System):
+    """The network of figure 2. See `SoitConfig` for its parts."""
+
+    def __init__(self, config: SoitConfig, categories: tuple[Category, ...]) -> None:
+        super().__init__()
+        self.config, self.categories, self.input = config, categories, config.input
+        width, deformable = config.hidden_dim, (config.num_heads, config.num_levels, config.num_points)
+        rest = (config.feedforward_dim, config.dropout)
+        # Backbone and encoder
+        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path)
+        self.project = LevelProjection(self.backbone.channels, width, config.num_levels, bias=False)
+        self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
+        self.encoder = Encoder(config.encoder_layers, width, *deformable, *rest)
+        # Mask encoder (section 3.2): the finest level once more, with one head, then few channels
+        self.mask_encoder = Encoder(config.mask_encoder_layers, width, 1, 1, 4, *rest)
+        self.mask_projection = nn.Linear(width, config.mask_channels)
+        self.mask_norm = nn.LayerNorm(config.mask_channels)
+        # Decoder and its heads: class and box for each layer and for the proposals, one mask head for all layers
+        self.proposals = Proposals(width)
+        self.decoder = nn.ModuleList(DecoderLayer(width, *deformable, *rest) for _ in range(config.decoder_layers))
+        self.class_heads = copies(nn.Linear(width, config.num_classes), config.decoder_layers + 1)
+        self.box_heads = copies(Mlp(width, width, width, 4), config.decoder_layers + 1)
+        numbers = parameter_count(config.mask_channels, config.mask_heads, config.mask_points)
+        self.mask_head = Mlp(width, width, width, numbers)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Set the official start (the backbone's and the projection's are theirs)."""
+        reset_parameters(self.encoder, self.mask_encoder, self.mask_projection, self.proposals, self.decoder)
+        for class_head, box_head in zip(self.class_heads, self.box_heads, strict=True):
+            assert isinstance(class_head, nn.Linear)
+            assert isinstance(box_head, Mlp)
+            nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
+            nn.init.zeros_(box_head.last.weight)
+            nn.init.zeros_(box_head.last.bias)
+
+    def prepare(self, objects: Iterable[Instances]) -> None:
+        """Do nothing: SOIT fits nothing to the data before training."""
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        """Return for every decoder layer class logits [B N K], boxes [B N 4] and mask weights [B N D], and mask features."""
+        images.check(self.input.divisor)
+        levels = self.project(self.backbone(images.pixels))  # strides 8, 16, 32, 64; each [B C h w]
+        paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
+        memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))
+        mask_features = self._mask_features(memory)
+        proposals, best = self.proposals(memory, self.class_heads[-1], self.box_heads[-1], self.config.num_queries)
+        position, content = self.proposals.queries(best)
+        reference, layers = best.sigmoid(), []
+        for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads, strict=False):
+            content = layer(content, position, reference, memory)  # [B N C]
+            boxes = refine(box_head(content).float(), reference)
+            layers.append(SlotPredictions(class_head(content), self.mask_head(content), boxes))
+            reference = boxes.detach()
+        return ModelOutput(layers, mask_features, proposals)
+
+    def _mask_features(self, memory: Memory) -> Float[Tensor, "B C h w"]:
+        """Return what the instance-aware transformers look at: the finest level of the memory, encoded once more."""
+        height, width = memory.shapes[0]
+        cells = height * width
+        finest = Memory(
+            memory.cells[:, :cells],
+            memory.positions[:, :cells],
+            memory.padding[:, :cells],
+            memory.shapes[:1],
+            memory.valid[:, :1],
+        )
+        features = self.mask_norm(self.mask_projection(self.mask_encoder(finest).cells))
+        return features.transpose(1, 2).unflatten(2, (height, width))
+
+    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return the terms of every layer: class (focal), box_l1, box_giou, mask_dice and mask_bce; proposals have no masks.
+
+        Each is divided by the number of matched pairs of its layer, the cross-entropy also by the pixels of the image. As in
+        the official code, pixels of the padding count as background in the masks' terms. Computed in float32.
+        """
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            labels = [found.labels for found in objects]
+            sizes = images.sizes.tolist()
+            boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, sizes, strict=True)]
+            pairs, terms = self._detection_terms(output.layers, labels, boxes)
+            terms |= self._mask_terms(output, images, objects, pairs)
+            assert output.proposals is not None  # the first stage only tells objects from background
+            anything = [torch.zeros_like(label) for label in labels]
+            first = self._detection_terms([output.proposals], anything, boxes)[1]
+            return name_by_layer(terms, len(output.layers)) | {f"{name}/proposals": term[0] for name, term in first.items()}
+
+    def _detection_terms(
+        self, layers: Sequence[SlotPredictions], labels: Sequence[Int[Tensor, "_"]], boxes: Sequence[Float[Tensor, "_ 4"]]
+    ) -> tuple[Matches, dict[str, Float[Tensor, "L"]]]:
+        weights = (self.config.class_weight, self.config.l1_weight, self.config.giou_weight)
+        pairs, sums = class_and_box_terms(layers, labels, boxes, weights, least=1e-12)
+        count = distributed.divisor(len(pairs) / len(layers), like=sums["class"])
+        return pairs, {name: value / count for name, value in sums.items()}
+
+    def _mask_terms(
+        self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances], pairs: Matches
+    ) -> dict[str, Float[Tensor, "_"]]:
+        """Return dice and cross-entropy of the masks of the matched queries, for the layers that have mask losses.
+
+        The masks are drawn a few at a time and forgotten before the next: memory does not grow with layers and objects.
+        """
+        assert output.mask_features is not None
+        settings, features = self.config, output.mask_features.float()
+        pieces, targets = list(self._pieces(output, pairs)), _targets(images, objects, features)
+
+        def draw_and_compare(i: int, weights: Float[Tensor, "n D"], features: Float[Tensor, "B C h w"]) -> Float[Tensor, "2"]:
+            image, which = pieces[i].image, pieces[i].objects
+            logits = self._draw(features[image], targets.padding[image], weights, pieces[i].centres)
+            rows, columns = (by_factor(cells, _UPSAMPLING) for cells in features.shape[2:])
+            masks, wanted = resample(logits, rows, columns).sigmoid(), targets.masks[image][which]
+            entropy = F.binary_cross_entropy(masks, wanted, reduction="sum") / targets.pixels[image]
+            return torch.stack([squared_dice_loss(masks, wanted, 1e-5).sum(), entropy])
+
+        sums = in_pieces(draw_and_compare, [piece.weights for piece in pieces], features)  # [P 2]
+        layer = torch.tensor([piece.layer for piece in pieces], device=sums.device)
+        dice, entropy = sums.new_zeros(len(output.layers), 2).index_add(0, layer, sums)[-settings.mask_loss_layers :].unbind(1)
+        count = distributed.divisor(len(pairs) / len(output.layers), like=sums)
+        return {"mask_dice": settings.dice_weight * dice / count, "mask_bce": settings.bce_weight * entropy / count}
+
+    def _pieces(self, output: ModelOutput, pairs: Matches) -> Iterator["_Piece"]:
+        """Yield the matched queries of the layers with mask losses, as many at once as memory allows; at least one piece."""
+        assert output.mask_features is not None
+        at_once = max(1, _SAMPLES_AT_ONCE // self._samples(output.mask_features))
+        for number in range(len(output.layers) - self.config.mask_loss_layers, len(output.layers)):
+            layer = output.layers[number]
+            assert layer.mask_params is not None
+            assert layer.boxes is not None
+            for image in range(len(layer.class_logits)):
+                mine = (pairs.layer == number) & (pairs.image == image)
+                for slots, objects in zip(pairs.slot[mine].split(at_once), pairs.object[mine].split(at_once), strict=True):
+                    weights, centres = layer.mask_params[image, slots].float(), layer.boxes[image, slots, :2].detach()
+                    yield _Piece(number, image, objects, weights, centres)
+
+    def _samples(self, features: Float[Tensor, "B C h w"]) -> int:
+        """Return how many places one instance looks at."""
+        return features.shape[2] * features.shape[3] * self.config.mask_heads * self.config.mask_points
+
+    def _draw(
+        self,
+        features: Float[Tensor, "C h w"],
+        padding: Bool[Tensor, "h w"],
+        weights: Float[Tensor, "n D"],
+        centres: Float[Tensor, "n 2"],
+    ) -> Float[Tensor, "n h w"]:
+        """Return the mask logits of instances of one image, at stride 8."""
+        settings = self.config
+        how = (settings.mask_heads, settings.mask_points, settings.mask_positions)
+        return instance_transformer(features, padding, weights, centres, *how)
+
+    @torch.no_grad()
+    def postprocess(
+        self,
+        output: ModelOutput,
+        images: ImageBatch,
+        sizes: Sequence[tuple[int, int]],
+        limit: int = 100,
+        threshold: float = 0.0,
+    ) -> list[Instances]:
+        """Return the `limit` best pairs of query and class of each image; a query may appear with several classes."""
+        last = output.layers[-1]
+        assert last.boxes is not None
+        assert last.mask_params is not None
+        found = []
+        for i, size in enumerate(sizes):
+            slots, labels, scores = best_detections(last.class_logits[i], limit, threshold)
+            once, again = slots.unique(return_inverse=True)  # draw a query once, however many classes it has
+            with torch.autocast(slots.device.type, enabled=False):  # rounding would move the masks' edges
+                masks = self._masks(output, images, i, once, size)
+            corners = box_ops.to_corners(last.boxes[i][slots]) * box_ops.scale_of(size, last.boxes)
+            boxes = box_ops.clip(corners, size).cpu()
+            found.append(Instances(labels.cpu(), boxes, masks[again.tolist()], scores.cpu(), self.categories))
+        return found
+
+    def _masks(
+        self, output: ModelOutput, images: ImageBatch, image: int, slots: Int[Tensor, "n"], size: tuple[int, int]
+    ) -> Masks:
+        """Return the masks of queries of one image: drawn on its part of the canvas, so that padding changes nothing.
+
+        The order is the official one: sigmoid at stride 2, resize to the network's input, resize to `size`, then 0.5.
+        """
+        last, features = output.layers[-1], output.mask_features
+        assert features is not None
+        assert last.boxes is not None
+        assert last.mask_params is not None
+        padding = images.padding((features.shape[2], features.shape[3]))[image]
+        height, width = int((~padding).any(1).sum()), int((~padding).any(0).sum())
+        own = features[image, :, :height, :width].float()
+        parts = [
+            self._draw(own, padding[:height, :width], last.mask_params[image, few].float(), last.boxes[image, few, :2])
+            for few in slots.split(max(1, _SAMPLES_AT_ONCE // self._samples(features)))
+        ]
+        rows, columns = (
+            (by_factor(cells, _UPSAMPLING), by_corners(cells * _UPSAMPLING, seen), by_corners(seen, pixels))
+            for cells, seen, pixels in zip((height, width), images.sizes[image].tolist(), size, strict=True)
+        )
+        upsampled, to_input, to_size = zip(rows, columns, strict=True)
+        return paint(torch.cat(parts), [upsampled, torch.sigmoid, to_input, to_size], least=0.0)
+
+
+class _Piece(NamedTuple):
+    """A few matched queries of one layer and image."""
+
+    layer: int
+    image: int
+    objects: Int[Tensor, "n"]
+    weights: Float[Tensor, "n D"]
+    centres: Float[Tensor, "n 2"]
+
+
+class _Targets(NamedTuple):
+    """What masks are compared with: for each image its padding at stride 8, its masks at stride 2, its pixels at stride 2."""
+
+    padding: Bool[Tensor, "B h w"]
+    masks: list[Float[Tensor, "_ 4*h 4*w"]]
+    pixels: Float[Tensor, "B"]
+
+
+def _targets(images: ImageBatch, objects: Sequence[Instances], features: Float[Tensor, "B C h w"]) -> _Targets:
+    height, width = features.shape[2:]
+    canvas, size = (images.pixels.shape[2], images.pixels.shape[3]), (height * _UPSAMPLING, width * _UPSAMPLING)
+    padding = images.padding((height, width)).to(features.device)
+    beyond = resample(padding.float(), by_corners(height, size[0]), by_corners(width, size[1])) > 0
+    masks = [stretched(found.masks, canvas, size, features.device) for found in objects]
+    return _Targets(padding, masks, (~beyond).float().sum((1, 2)))

@@ -1,0 +1,87 @@
+"""The instance-aware transformer against a slow loop that follows the paper's equations, for any heads, channels, points."""
+
+import math
+
+import pytest
+import torch
+
+from maskset.masks.instance_transformer import encode_positions, instance_transformer, parameter_count, part_shapes
+
+SIZES = [(8, 4, 4), (8, 8, 4), (4, 1, 2), (16, 2, 3), (12, 3, 1)]  # channels, heads, points
+
+
+def look(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return a bilinear sample of value [c h w] at pixel coordinates; zero outside."""
+    total = torch.zeros(value.shape[0], dtype=value.dtype)
+    left, top = math.floor(x.item()), math.floor(y.item())
+    for column in (left, left + 1):
+        for row in (top, top + 1):
+            if 0 <= column < value.shape[2] and 0 <= row < value.shape[1]:
+                total = total + value[:, row, column] * (1 - (x - column).abs()) * (1 - (y - row).abs())
+    return total
+
+
+def slow(features, padding, weights, centres, heads, points, positions="relative"):
+    """Return the logits of section 3.3, eq. 1 and 2 (with the official ReLU), one instance, pixel, head and point at a time."""
+    channels, height, width = features.shape
+    visible = features.masked_fill(padding, 0.0)
+    logits = []
+    for theta, centre in zip(weights, centres, strict=True):
+        shapes = part_shapes(channels, heads, points)
+        parts = theta.split([math.prod(shape) for shape in shapes])
+        w_offset, b_offset, w_attention, b_attention, w_out, b_out = (p.view(s) for p, s in zip(parts, shapes, strict=True))
+        if positions == "none":
+            places = torch.zeros_like(features)
+        else:
+            seen_from = centre if positions == "relative" else torch.zeros(2, dtype=centre.dtype)
+            places = encode_positions(padding, seen_from[None], channels)[0]
+        for row in range(height):
+            for column in range(width):
+                query = features[:, row, column] + places[:, row, column]
+                offsets = (w_offset @ query + b_offset).view(heads, points, 2)
+                attention = (w_attention @ query + b_attention).view(heads, points).softmax(-1)
+                seen = []
+                for head, own in enumerate(visible.chunk(heads)):
+                    samples = [look(own, column + x, row + y) for x, y in offsets[head]]
+                    seen.append(sum(a * sample for a, sample in zip(attention[head], samples, strict=True)))
+                logits.append(w_out @ torch.cat(seen).relu() + b_out)
+    return torch.stack(logits).view(len(weights), height, width)
+
+
+def inputs(channels: int, heads: int, points: int):
+    torch.manual_seed(0)
+    features = torch.randn(channels, 5, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, parameter_count(channels, heads, points), dtype=torch.float64, requires_grad=True)
+    padding = torch.zeros(5, 6, dtype=torch.bool)
+    padding[:, 5] = True
+    return features, padding, weights, torch.rand(2, 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("channels", "heads", "points"), SIZES)
+def test_one_computation_equals_the_slow_loop_and_so_do_its_gradients(channels, heads, points):
+    features, padding, weights, centres = inputs(channels, heads, points)
+    expected = slow(features, padding, weights, centres, heads, points)
+    wanted = torch.autograd.grad(expected.sin().sum(), [features, weights])
+    found = instance_transformer(features, padding, weights, centres, heads, points)
+    gradients = torch.autograd.grad(found.sin().sum(), [features, weights])
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "none"])
+def test_the_other_encodings_equal_the_slow_loop(positions):
+    features, padding, weights, centres = inputs(8, 4, 4)
+    expected = slow(features, padding, weights, centres, 4, 4, positions)
+    found = instance_transformer(features, padding, weights, centres, 4, 4, positions)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, instance_transformer(features, padding, weights, centres, 4, 4))
+
+
+def test_the_papers_sizes_have_the_papers_numbers_of_parameters():
+    assert (parameter_count(8, 4, 4), parameter_count(8, 8, 4)) == (441, 873)
+
+
+def test_no_instance_gives_no_mask():
+    features, padding, weights, centres = inputs(8, 4, 4)
+    assert instance_transformer(features, padding, weights[:0], centres[:0], 4, 4).shape == (0, 5, 6)
