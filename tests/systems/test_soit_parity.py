@@ -26,7 +26,7 @@ SETS = ["a", "bc", "bcn"]
 
 @functools.cache
 def model():
-    """Return the official R50 model, filled by the recipe. Copies of the mask head differ in it: the last one wins, as officially."""
+    """Return the official R50 model, filled by the recipe. Its copies of the mask head differ: the last wins, as officially."""
     config, state = convert("soit", weights(notes("soit")["state_dict"]), last_wins=True)
     network = build(config).eval()
     network.load_state_dict(state, strict=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskset.conversion import soit, solq
-from maskset.conversion.coco import NAMES, raw_categories
+from maskset.conversion.coco import NAMES, categories_of
 from maskset.conversion.keys import ConversionError
 from maskset.systems import Config
 
@@ -54,7 +54,7 @@ def convert_file(
     from maskset.systems import build
 
     config, state = convert(system, read(source), last_wins)
-    categories = raw_categories(config.num_classes)
+    categories = categories_of(config.num_classes)
     if coco80:
         if config.num_classes != 91:
             raise ConversionError(f"coco80 needs the 91 class channels of COCO's raw ids, the file has {config.num_classes}.")

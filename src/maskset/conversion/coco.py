@@ -16,6 +16,13 @@ NAMES = {
 }  # fmt: skip
 
 
+def categories_of(channels: int) -> tuple[Category, ...]:
+    """Return what class channels stand for: COCO's 80 classes in order, its raw ids (91 channels), or "class 0" and so on."""
+    if channels == len(NAMES):
+        return tuple(Category(name, i) for i, name in NAMES.items())
+    return raw_categories() if channels == 91 else tuple(Category(f"class {i}", i) for i in range(channels))
+
+
 def raw_categories(channels: int = 91) -> tuple[Category, ...]:
     """Return one category for each raw id from 0 on; ids that COCO does not use are named "unused 12" and so on."""
     return tuple(Category(NAMES.get(i, f"unused {i}"), i) for i in range(channels))

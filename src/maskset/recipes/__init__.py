@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskset import config
+from maskset.recipes.soit import soit_r50, soit_r101, soit_small, soit_swin_l, soit_tiny
 from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
 from maskset.training.config import Recipe
 
@@ -18,6 +19,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "solq-swin-l": solq_swin_l,
     "solq-small": solq_small,
     "solq-tiny": solq_tiny,
+    "soit-r50": soit_r50,
+    "soit-r101": soit_r101,
+    "soit-swin-l": soit_swin_l,
+    "soit-small": soit_small,
+    "soit-tiny": soit_tiny,
 }
 
 
@@ -41,4 +47,18 @@ def get(name: str | Path) -> Recipe:
     return RECIPES[key]()
 
 
-__all__ = ["RECIPES", "get", "solq_r50", "solq_r101", "solq_small", "solq_swin_l", "solq_swin_t", "solq_tiny"]
+__all__ = [
+    "RECIPES",
+    "get",
+    "soit_r50",
+    "soit_r101",
+    "soit_small",
+    "soit_swin_l",
+    "soit_tiny",
+    "solq_r50",
+    "solq_r101",
+    "solq_small",
+    "solq_swin_l",
+    "solq_swin_t",
+    "solq_tiny",
+]
