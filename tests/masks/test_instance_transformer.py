@@ -22,7 +22,7 @@ def look(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def slow(features, padding, weights, centres, heads, points, positions="relative"):
-    """Return the logits of section 3.3, eq. 1 and 2 (with the official ReLU), one instance, pixel, head and point at a time."""
+    """Return the logits of eq. 1 and 2 (with the official ReLU), one instance, pixel, head and point at a time."""
     channels, height, width = features.shape
     visible = features.masked_fill(padding, 0.0)
     logits = []

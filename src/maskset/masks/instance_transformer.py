@@ -1,4 +1,4 @@
-"""The instance-aware transformer of SOIT (section 3.3, eq. 1 and 2): D numbers are the weights of a network that draws one mask.
+"""The instance-aware transformer of SOIT (figure 3, eq. 1 to 4): D numbers are the weights of a network that draws one mask.
 
 Every pixel of a small map is a query. It knows where it is from the centre of the instance, looks at K points for each of M
 heads around itself, and what it sees there becomes a logit. C channels, M heads and K points take

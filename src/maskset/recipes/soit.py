@@ -13,7 +13,7 @@ def soit_r50() -> Recipe:
     Command: accelerate launch -m maskset train soit-r50 --data COCO --out RUN
     Official: soit_r50_16x2_50e_coco of Opera, 16 V100 x 2 images, 50 epochs. The paper says Adam, the code has AdamW; the paper
     says multi-scale images, the code also crops (as SOLQ does, so the data settings are the same).
-    Expect: mask / box AP 42.2 / 48.9 on val2017 (Opera's README), 42.5 / 49.1 on test-dev (paper, table 6).
+    Expect: mask / box AP 42.2 / 48.9 on val2017 (Opera's README), 42.5 / 49.1 on test-dev (paper, table 1).
     Status: the network, its losses and gradients are tested against the official code; not trained on COCO here.
     """
     return Recipe(model=SoitConfig())
@@ -24,7 +24,7 @@ def soit_r101() -> Recipe:
 
     Command: accelerate launch -m maskset train soit-r101 --data COCO --out RUN
     Official: soit_r101_16x2_50e_coco of Opera, 16 V100 x 2 images, 50 epochs.
-    Expect: mask / box AP 42.9 / 49.5 on val2017 (Opera's README), 43.4 / 50.0 on test-dev (paper, table 6).
+    Expect: mask / box AP 42.9 / 49.5 on val2017 (Opera's README), 43.4 / 50.0 on test-dev (paper, table 1).
     Status: as soit-r50 but for the backbone; not trained on COCO here.
     """
     return Recipe(model=SoitConfig(backbone="resnet101.tv_in1k"))
@@ -35,7 +35,7 @@ def soit_swin_l() -> Recipe:
 
     Command: accelerate launch -m maskset train soit-swin-l --data COCO --out RUN
     Official: neither settings nor weights are published; these are soit-r50's with SOLQ's way of training Swin-L.
-    Expect: mask / box AP 49.2 / 56.9 on test-dev (paper, table 6), if the unpublished settings were like these.
+    Expect: mask / box AP 49.2 / 56.9 on test-dev (paper, table 1), if the unpublished settings were like these.
     Status: the backbone is tested against another system's official code; not trained on COCO here.
     """
     return Recipe(model=SoitConfig(backbone="swin_large", frozen_stages=0, drop_path=0.3))

@@ -69,9 +69,9 @@ class SoitConfig:
     encoder_layers: int = 6  # deformable encoder layers
     decoder_layers: int = 6  # decoder layers
     num_queries: int = 300  # N, the greatest number of objects that are told apart
-    mask_encoder_layers: int = 1  # Table 3: layers of one head on the finest level, before the mask features
-    mask_channels: int = 8  # Table 2: C of the instance-aware transformer
-    mask_heads: int = 4  # Table 1: M of the instance-aware transformer
+    mask_encoder_layers: int = 1  # Table 3b: layers of one head on the finest level, before the mask features
+    mask_channels: int = 8  # Table 3a: C of the instance-aware transformer
+    mask_heads: int = 4  # Table 2: M of the instance-aware transformer
     mask_points: int = 4  # K, sampling points of each of its heads
     mask_positions: Literal["relative", "absolute", "none"] = "relative"  # Table 4: how a pixel knows where it is
     mask_loss_layers: int = 6  # Table 5: how many of the last decoder layers have mask losses
@@ -117,7 +117,7 @@ class Soit(System):
         self.project = LevelProjection(self.backbone.channels, width, config.num_levels, bias=False)
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
         self.encoder = Encoder(config.encoder_layers, width, *deformable, *rest)
-        # Mask encoder (section 3.2): the finest level once more, with one head, then few channels
+        # Mask encoder ("Shared Mask Features"): the finest level once more, with one head, then few channels
         self.mask_encoder = Encoder(config.mask_encoder_layers, width, 1, 1, 4, *rest)
         self.mask_projection = nn.Linear(width, config.mask_channels)
         self.mask_norm = nn.LayerNorm(config.mask_channels)
