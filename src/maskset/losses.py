@@ -36,6 +36,12 @@ def dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s
     return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
 
 
+def squared_dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s"], least: float) -> Float[Tensor, "n"]:
+    """Return 1 - 2 overlap / (sum of squares of both + least) of each pair of soft masks (V-Net, 3DV 2016, section 3)."""
+    p, t = probabilities.flatten(1), targets.flatten(1)
+    return 1 - 2 * (p * t).sum(1) / (p.square().sum(1) + t.square().sum(1) + least)
+
+
 def sum_by_layer(values: Float[Tensor, "M"], layer: Tensor, layers: int) -> Float[Tensor, "L"]:
     """Return the sum of the values of each layer, given which layer each value belongs to."""
     return values.new_zeros(layers).index_add(0, layer, values)

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskset.conversion import solq
-from maskset.conversion.coco import NAMES, raw_categories
+from maskset.conversion import isda, solq
+from maskset.conversion.coco import NAMES, used_categories
 from maskset.conversion.keys import ConversionError
 from maskset.systems import Config
 
-_CONVERTERS = {"solq": solq}
+_CONVERTERS = {"solq": solq, "isda": isda}
 
 
 def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = False) -> tuple[Config, dict[str, Tensor]]:
     """Return the config and state dict that an official state dict becomes; `build(config)` loads it strictly.
 
     Args:
-        system: "solq".
+        system: "solq" or "isda".
         state_dict: official names and tensors.
         last_wins: where copies of one tensor differ, take the last, as official loading does.
 
@@ -39,7 +39,7 @@ def convert_file(
     """Write an official checkpoint file as one of ours and return its path.
 
     Args:
-        system: "solq".
+        system: "solq" or "isda".
         source: the official .pth file.
         out: the .safetensors file to write.
         coco80: keep only the 80 class channels that COCO uses, not all raw category ids 0 ... 90.
@@ -54,13 +54,13 @@ def convert_file(
     from maskset.systems import build
 
     config, state = convert(system, read(source), last_wins)
-    categories = raw_categories(config.num_classes)
+    categories = _converter(system).categories(config.num_classes)
     if coco80:
         if config.num_classes != 91:
             raise ConversionError(f"coco80 needs the 91 class channels of COCO's raw ids, the file has {config.num_classes}.")
         state = _converter(system).select_classes(state, list(NAMES))
         config = dataclasses.replace(config, num_classes=len(NAMES))
-        categories = tuple(categories[i] for i in NAMES)
+        categories = used_categories()
     model = build(config, categories)
     try:
         model.load_state_dict(state, strict=True)

@@ -146,6 +146,20 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(content)
 
 
+def reset_transformer(*parts: nn.Module) -> None:
+    """Set the start of Deformable DETR: Xavier for every matrix, attention biases zero, sampling points around the reference."""
+    for module in (module for part in parts for module in part.modules()):
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.zeros_(module.in_proj_bias)
+            nn.init.zeros_(module.out_proj.bias)
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, DeformableAttention):
+            module.reset_parameters()
+
+
 def inverse_sigmoid(x: Tensor) -> Tensor:
     """Return log(x / (1 - x)) with both parts at least 1e-5, so that 0 and 1 stay finite."""
     x = x.clamp(0, 1)

@@ -1,15 +1,19 @@
 """The systems, one file per paper."""
 
 from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Discriminator
 
 from maskset.config import ConfigError
 from maskset.structures import Category
 from maskset.systems.base import InputConfig, System
+from maskset.systems.isda import Isda, IsdaConfig
 from maskset.systems.solq import Solq, SolqConfig
 
-CONFIGS: dict[str, type] = {"solq": SolqConfig}
-_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq}
-Config = SolqConfig  # becomes a union of all configs with the second system
+CONFIGS: dict[str, type] = {"solq": SolqConfig, "isda": IsdaConfig}
+_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq, IsdaConfig: Isda}
+Config = Annotated[SolqConfig | IsdaConfig, Discriminator("system")]  # which one a file means is said by its `system`
 
 
 def build(config: Config, categories: Sequence[Category] | None = None) -> System:

@@ -18,10 +18,9 @@ from maskset import boxes as box_ops
 from maskset import distributed
 from maskset.config import ConfigError, config
 from maskset.layers.backbone import build_backbone, check_start
-from maskset.layers.deformable import DeformableAttention
 from maskset.layers.mlp import Mlp
 from maskset.layers.pyramid import LevelProjection
-from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine
+from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import dice_loss, focal_loss, giou_loss, l1_loss, sum_by_layer
 from maskset.masks import learnt
 from maskset.masks.boxed import binarise, crop, paste
@@ -31,7 +30,7 @@ from maskset.masks.pca import PcaCodec
 from maskset.masks.sparse import SparseCodec
 from maskset.matching import class_targets, focal_cost, giou_cost, l1_cost, match, pad
 from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System
+from maskset.systems.base import InputConfig, System, check_canvas
 
 _AT_LEAST_ONE = (
     "num_classes",
@@ -141,16 +140,7 @@ class Solq(System):
 
     def _reset_parameters(self) -> None:
         """Set the official start (the backbone's and the projection's are theirs)."""
-        for part in (self.encoder, self.decoder, *([self.proposals] if self.config.two_stage else [self.reference_points])):
-            for parameter in part.parameters():
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
-        for module in self.modules():
-            if isinstance(module, DeformableAttention):
-                module.reset_parameters()
-            elif isinstance(module, nn.MultiheadAttention):
-                nn.init.zeros_(module.in_proj_bias)
-                nn.init.zeros_(module.out_proj.bias)
+        reset_transformer(self.encoder, self.decoder, self.proposals if self.config.two_stage else self.reference_points)
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
         for i, (class_head, box_head) in enumerate(zip(self.class_heads, self.box_heads, strict=True)):
@@ -179,7 +169,7 @@ class Solq(System):
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every decoder layer, class logits [B N K], boxes [B N 4] and mask vectors [B N D]."""
-        self._check(images)
+        check_canvas(images, self.input.divisor)
         levels = self.project(self.backbone(images.pixels))  # strides 8, 16, 32, 64; each [B C h w]
         paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
         memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))
@@ -193,16 +183,6 @@ class Solq(System):
             if self.config.box_refinement:
                 reference = boxes.detach()
         return ModelOutput(layers, proposals=proposals)
-
-    def _check(self, images: ImageBatch) -> None:
-        height, width = images.pixels.shape[2:]
-        if not images.pixels.is_floating_point():
-            raise ValueError("the model takes normalised pixels, got uint8: call images.normalised(model.input) first.")
-        if height % self.input.divisor or width % self.input.divisor:
-            raise ValueError(
-                f"the canvas must be a multiple of {self.input.divisor} pixels, got {height} x {width}: "
-                f"use ImageBatch.from_images(images, divisor={self.input.divisor})."
-            )
 
     def _queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, SlotPredictions | None]:
         """Return position, content and reference of the queries, and the proposals where they start from those."""
