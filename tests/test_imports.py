@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "systems": {"systems", "structures", "config"},
     "systems.base": {"config", "structures"},
     "systems.solq": PARTS | {"systems.base"},
+    "systems.isda": PARTS | {"systems.base"},
     "recipes": GROUND | {"systems", "training.config", "recipes"},
     "data": GROUND | {"data"},
     "checkpoint": GROUND | {"systems", "training.config"},

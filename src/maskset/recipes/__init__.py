@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskset import config
+from maskset.recipes.isda import isda_r50, isda_small, isda_tiny
 from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
 from maskset.training.config import Recipe
 
@@ -18,6 +19,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "solq-swin-l": solq_swin_l,
     "solq-small": solq_small,
     "solq-tiny": solq_tiny,
+    "isda-r50": isda_r50,
+    "isda-small": isda_small,
+    "isda-tiny": isda_tiny,
 }
 
 
@@ -41,4 +45,16 @@ def get(name: str | Path) -> Recipe:
     return RECIPES[key]()
 
 
-__all__ = ["RECIPES", "get", "solq_r50", "solq_r101", "solq_small", "solq_swin_l", "solq_swin_t", "solq_tiny"]
+__all__ = [
+    "RECIPES",
+    "get",
+    "isda_r50",
+    "isda_small",
+    "isda_tiny",
+    "solq_r50",
+    "solq_r101",
+    "solq_small",
+    "solq_swin_l",
+    "solq_swin_t",
+    "solq_tiny",
+]
