@@ -29,14 +29,15 @@ def test_a_number_that_is_not_finite_is_refused(value):
 
 def test_the_meaning_of_every_augmentation_is_in_its_help():
     (setting,) = (one for one in flags.listed(DataConfig()) if one.name == "augmentation")
-    assert [part.split(":")[0] for part in setting.meaning.split("; ")] == ["detr", "flip", "lsj", "none"]
+    assert [part.split(":")[0] for part in setting.meaning.split("; ")] == ["detr", "mmdet", "flip", "lsj", "none"]
     assert all(": " in part for part in setting.meaning.split("; "))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"crop_short_sides": ()}, "crop_short_sides needs one or more"),
+        ({"crop_short_sides": ()}, "crop_short_sides needs one or more .*augmentation detr"),
+        ({"crop_short_sides": (), "augmentation": "mmdet"}, "crop_short_sides needs one or more .*augmentation mmdet"),
         ({"crop_short_sides": (0,)}, "at least 1"),
         ({"long_side": 0}, "at least 1"),
         ({"jitter_size": 0}, "at least 1"),

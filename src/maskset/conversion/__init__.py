@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskset.conversion import isda, solq
+from maskset.conversion import deformable_detr, isda, solq
 from maskset.conversion.coco import NAMES, used_categories
 from maskset.conversion.keys import ConversionError
 from maskset.systems import Config
@@ -69,9 +69,34 @@ def convert_file(
     known = [make() for make in recipes.RECIPES.values()]
     fitting = [recipe for recipe in known if (recipe.model.system, recipe.model.backbone) == (config.system, config.backbone)]
     recipe = dataclasses.replace((fitting or known)[0], model=config)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    save(model, recipe, out, source=f"official {system} checkpoint {source.name}, sha256 {digest}", licence=licence)
+    save(model, recipe, out, source=f"official {system} checkpoint {_named(source)}", licence=licence)
     return out
+
+
+def start_file(
+    system: str, source: Path, out: Path, *, last_wins: bool = False, licence: str = "unknown"
+) -> deformable_detr.Start:
+    """Write what a system takes from mmdetection's plain Deformable DETR as a checkpoint to start from, and return it.
+
+    Args:
+        system: whose ResNet-50 recipe says what the model is like.
+        source: mmdetection's .pth file.
+        out: the .safetensors file to write, for `maskset train --init`.
+        last_wins: where copies of one tensor differ, take the last, as official loading does.
+        licence: of the weights, recorded in the file.
+
+    Raises:
+        ConversionError: the file is no such checkpoint, or holds objects that are not read for safety.
+    """
+    from maskset import recipes
+    from maskset.checkpoint import save
+
+    _converter(system)
+    recipe = recipes.get(f"{system}-r50")
+    start = deformable_detr.start(recipe.model, read(source), last_wins)
+    about = f"start of {len(start.taken)} tensors from the Deformable DETR checkpoint {_named(source)}"
+    save(start.model, recipe, out, source=about, licence=licence)
+    return start
 
 
 def read(source: Path) -> dict[str, Tensor]:
@@ -99,10 +124,14 @@ def read(source: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
+def _named(source: Path) -> str:
+    return f"{source.name}, sha256 {hashlib.sha256(source.read_bytes()).hexdigest()}"
+
+
 def _converter(system: str) -> Any:
     if system not in _CONVERTERS:
         raise ConversionError(f"there is no converter for {system!r}; there is one for {', '.join(_CONVERTERS)}.")
     return _CONVERTERS[system]
 
 
-__all__ = ["ConversionError", "convert", "convert_file", "read"]
+__all__ = ["ConversionError", "convert", "convert_file", "read", "start_file"]

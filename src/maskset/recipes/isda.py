@@ -5,7 +5,7 @@ from dataclasses import replace
 from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.isda import IsdaConfig
-from maskset.training.config import Recipe, TrainConfig
+from maskset.training.config import DataConfig, Recipe, TrainConfig
 
 
 def isda_r50() -> Recipe:
@@ -24,6 +24,7 @@ def isda_r50() -> Recipe:
     """
     return Recipe(
         model=IsdaConfig(),
+        data=DataConfig(augmentation="mmdet"),
         train=TrainConfig(
             epochs=42,
             batch_size=8,
