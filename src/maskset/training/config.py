@@ -21,9 +21,7 @@ def _check_finite(settings: Any, part: str) -> None:
 class DataConfig:
     """How annotated images become training batches."""
 
-    augmentation: Augmentation = (
-        "detr"  # detr: flip, scale, crop; mmdet: one scaling less; flip: no crop; lsj: jitter; none: none
-    )
+    augmentation: Augmentation = "detr"  # detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: jitter; none: as it is
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # detr, mmdet, flip: one is drawn for each image, pixels
     long_side: int = 1333  # detr, mmdet, flip: the longer side is at most this, pixels
     crop_short_sides: tuple[int, ...] = (400, 500, 600)  # detr, mmdet: half of the images get one of these, then a crop, pixels
