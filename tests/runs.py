@@ -20,6 +20,7 @@ from maskset.systems import build
 from maskset.training.config import DataConfig, Recipe, TrainConfig
 from maskset.training.step import Step, mean, update
 
+SMALLER = {"solq": {"mask_size": 16, "code_length": 16}}
 TIMES = ("seconds", "images_per_second")
 
 
@@ -36,7 +37,7 @@ def recipe(system: str = "solq", dropout: float = 0.1, **settings: Any) -> Recip
         epochs=2, batch_size=2, reference_batch_size=2, learning_rate=1e-3, log_every=1, ema_decay=0.9, warmup_steps=3
     )
     return Recipe(
-        model=replace(TINY[system], backbone="test_resnet", dropout=dropout, mask_size=16, code_length=16),
+        model=replace(TINY[system], backbone="test_resnet", dropout=dropout, **SMALLER.get(system, {})),
         data=DataConfig(augmentation="flip", short_sides=(48, 56), long_side=96, workers=0),
         train=replace(train, **settings),
     )
@@ -73,7 +74,7 @@ def gradient_of_share(accelerator: Accelerator, system: str, empty: Sequence[int
     examples = [(pixels, found[[]] if i in empty else found) for i, (pixels, found) in enumerate(images(4))]
     share = 4 // accelerator.num_processes
     mine = examples[accelerator.process_index * share :][:share]
-    batch = ImageBatch.from_images([pixels for pixels, _ in mine]), [objects for _, objects in mine]
+    batch = ImageBatch.from_images([pixels for pixels, _ in mine], model.input.divisor), [objects for _, objects in mine]
     step = accelerator.prepare(Step(model))
     optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.0))
     terms, norm = update(accelerator, step, optimizer, [batch], clip_norm=0)

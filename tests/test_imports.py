@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "systems.base": {"config", "structures"},
     "systems.soit": PARTS | {"systems.base"},
     "systems.solq": PARTS | {"systems.base"},
+    "systems.isda": PARTS | {"systems.base"},
     "recipes": GROUND | {"systems", "training.config", "recipes"},
     "data": GROUND | {"data"},
     "checkpoint": GROUND | {"systems", "training.config"},

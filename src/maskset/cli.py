@@ -280,22 +280,25 @@ def _codecs_compare(given: argparse.Namespace) -> None:
 
 
 def _convert_flags(parser: _Parser, arguments: Sequence[str]) -> None:
-    parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is: solq")
+    parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is, or shall start from it: solq, isda")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
     parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep the 80 classes of COCO only, not all 91 channels")
     parser.add_argument("--last-wins", action="store_true", help="where copies of a tensor differ, take the last")
+    parser.add_argument("--from", dest="start", choices=["deformable-detr"], help="FILE is mmdetection's: take from it what fits")
     parser.add_argument("--licence", default="unknown", help="of the weights; recorded in the file (default: unknown)")
 
 
 def _convert(given: argparse.Namespace) -> None:
     """Turn an official checkpoint into one of maskset's."""
-    from maskset.conversion import convert_file
+    from maskset.conversion import convert_file, start_file
 
-    out = convert_file(
-        given.system, given.source, given.out, coco80=given.coco80, last_wins=given.last_wins, licence=given.licence
-    )
-    print(f"written to {out}")
+    settings = {"last_wins": given.last_wins, "licence": given.licence}
+    if given.start:
+        print(start_file(given.system, given.source, given.out, **settings))
+    else:
+        convert_file(given.system, given.source, given.out, coco80=given.coco80, **settings)
+    print(f"written to {given.out}")
 
 
 def _recipes(given: argparse.Namespace) -> None:
@@ -341,8 +344,7 @@ def _add_data(parser: _Parser) -> None:
 
 
 def _add_device(parser: _Parser) -> None:
-    help = "where to compute, such as cuda:1 (default: a GPU if there is one)"
-    parser.add_argument("--device", type=_usable_device, metavar="DEVICE", help=help)
+    parser.add_argument("--device", type=_usable_device, metavar="DEVICE", help="such as cuda:1 (default: a GPU if there is one)")
 
 
 def _writable(check: Callable[[Path], None]) -> Callable[[str], Path]:

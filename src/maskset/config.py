@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
@@ -65,17 +66,37 @@ def write(settings: Any, path: Path) -> None:
 
 
 def _explain(cls: type, problem: Any) -> str:
-    *parts, last = problem["loc"] or ("",)  # pydantic also names the class chosen among several, which is no setting
-    known = _names(cls)
-    names = [str(part) for part in (*(part for part in parts if isinstance(part, int) or part in known), last)]
+    owner, names = _place(cls, problem["loc"])
     name = ".".join(names) or "the file"
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(names[-1], _names(owner), n=1, cutoff=0.5)
         return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
     if problem["type"] == "value_error":  # raised by a check of ours, whose message says it all
         return str(problem["ctx"]["error"])
+    if problem["type"] == "union_tag_invalid":
+        return f"{name}.system must be one of {problem['ctx']['expected_tags']}, got {problem['ctx']['tag']!r}."
+    if problem["type"] == "union_tag_not_found":
+        return f"{name}.system is missing: it says which system the settings are of."
     got = "" if problem["type"] in ("missing", "missing_argument") else f", got {problem.get('input')!r}"
     return f"{name}: {problem['msg']}{got}"
+
+
+def _place(cls: Any, location: Sequence[str | int]) -> tuple[Any, list[str]]:
+    """Return the class that has the setting which pydantic tells the location of, and the names on the way to it.
+
+    Of several classes that a setting may have, pydantic tells the one it took by its `system`, which is no name on the way.
+    """
+    from typing import get_args, get_type_hints
+
+    owner, kind, names = cls, cls, []
+    for part in location:
+        taken = [one for one in get_args(kind) if is_dataclass(one) and get_args(get_type_hints(one).get("system")) == (part,)]
+        if taken:
+            kind = taken[0]
+            continue
+        names.append(str(part))
+        owner, kind = kind, get_type_hints(kind).get(str(part)) if is_dataclass(kind) else None
+    return owner, names
 
 
 def _names(cls: Any) -> list[str]:

@@ -37,7 +37,7 @@ def dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s
 
 
 def squared_dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s"], least: float) -> Float[Tensor, "n"]:
-    """Return 1 - 2 overlap / (sum of the squares of both + least) of each pair of soft masks (V-Net, without its smoothing)."""
+    """Return 1 - 2 overlap / (sum of squares of both + least) of each pair of soft masks (V-Net, 3DV 2016, section 3)."""
     p, t = probabilities.flatten(1), targets.flatten(1)
     return 1 - 2 * (p * t).sum(1) / (p.square().sum(1) + t.square().sum(1) + least)
 

@@ -77,6 +77,13 @@ def giou_cost(boxes: Float[Tensor, "L B N 4"], targets: Float[Tensor, "B T 4"]) 
     return -box_ops.generalised_iou(a, b)
 
 
+def soft_iou_cost(masks: Float[Tensor, "n *s"], targets: Float[Tensor, "T *s"]) -> Float[Tensor, "n T"]:
+    """Return 1 - IoU of soft masks, whose overlap is the sum of products (ISDA's mask cost)."""
+    p, t = masks.flatten(1), targets.flatten(1)
+    overlap = p @ t.T
+    return 1 - overlap / (p.sum(1)[:, None] + t.sum(1) - overlap + 1e-6)
+
+
 def class_targets(logits: Float[Tensor, "L B N K"], labels: Int[Tensor, "B T"], pairs: Matches) -> Float[Tensor, "L B N K"]:
     """Return 1 for each matched slot in the channel of its object's class, else 0."""
     targets = torch.zeros_like(logits)

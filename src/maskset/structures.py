@@ -106,17 +106,6 @@ class ImageBatch(_Tensors):
         scaled = (pixels.float() / 255 - mean) / std
         return ImageBatch(scaled.masked_fill(self.padding((pixels.shape[2], pixels.shape[3]))[:, None], 0.0), self.sizes)
 
-    def check(self, divisor: int) -> None:
-        """Raise a ValueError unless the pixels are normalised, on a canvas that is a multiple of `divisor`."""
-        height, width = self.pixels.shape[2:]
-        if not self.pixels.is_floating_point():
-            raise ValueError("the model takes normalised pixels, got uint8: call images.normalised(model.input) first.")
-        if height % divisor or width % divisor:
-            raise ValueError(
-                f"the canvas must be a multiple of {divisor} pixels, got {height} x {width}: "
-                f"use ImageBatch.from_images(images, divisor={divisor})."
-            )
-
     def padding(self, size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
         """Return where a map of `size` (height, width) over the canvas lies on padding: the nearest pixel, torch's rule."""
         inside = []

@@ -95,7 +95,7 @@ def test_a_box_may_outlive_its_mask() -> None:
     assert kept.masks.areas().tolist() == [0]
 
 
-@pytest.mark.parametrize("name", ["detr", "lsj", "flip", "none"])
+@pytest.mark.parametrize("name", ["detr", "mmdet", "lsj", "flip", "none"])
 def test_pixels_boxes_and_masks_move_together(name) -> None:
     config = replace(DETR, augmentation=name, jitter_size=160, jitter_scale=(0.5, 2.0))
     for seed in range(40):
@@ -118,10 +118,12 @@ def test_the_same_random_numbers_give_the_same_picture(shapes: ShapesDataset) ->
     assert any(seen(3).shape != seen(i).shape or not torch.equal(seen(3), seen(i)) for i in range(4, 8))
 
 
-def test_detrs_policy_flips_half_crops_half_and_keeps_to_its_sizes() -> None:
+@pytest.mark.parametrize("name", ["detr", "mmdet"])
+def test_detrs_policies_flip_half_crop_half_and_keep_to_their_sizes(name) -> None:
     flipped, cropped, sides = 0, 0, set()
+    config = replace(DETR, augmentation=name)
     for seed in range(300):
-        pixels, objects = augment(*square((90, 120), (0, 0, 60, 90)), DETR, np.random.default_rng(seed))
+        pixels, objects = augment(*square((90, 120), (0, 0, 60, 90)), config, np.random.default_rng(seed))
         height, width = pixels.shape[1:]
         assert max(height, width) <= 180
         sides.add(min(height, width))
@@ -132,6 +134,17 @@ def test_detrs_policy_flips_half_crops_half_and_keeps_to_its_sizes() -> None:
     assert {96, 112} <= sides
     assert 0.4 < cropped / 300 < 0.6
     assert 0.35 < flipped / (300 - cropped) < 0.65
+
+
+@pytest.mark.parametrize(("name", "times"), [("detr", {2, 3}), ("mmdet", {1, 2})])
+def test_mmdetections_policy_scales_an_image_once_less(name, times, monkeypatch) -> None:
+    scaled = set()
+    for seed in range(20):
+        calls = []
+        monkeypatch.setattr("maskset.data.transforms.resize", lambda *given, calls=calls: calls.append(1) or resize(*given))
+        augment(*square((90, 120), (0, 0, 60, 90)), replace(DETR, augmentation=name), np.random.default_rng(seed))
+        scaled.add(len(calls))
+    assert scaled == times
 
 
 def test_a_crop_range_beyond_the_image_is_cut_to_it() -> None:

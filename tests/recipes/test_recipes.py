@@ -6,6 +6,7 @@ import pytest
 
 from maskset import config, recipes
 from maskset.recipes import RECIPES
+from maskset.training.optimizer import learning_rate_scale
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -30,6 +31,21 @@ def test_the_official_recipe_is_the_default_of_every_setting():
     assert (recipe.train.learning_rate, recipe.train.backbone_learning_rate) == (2e-4, 2e-5)
     assert (recipe.train.batch_size, recipe.train.epochs, recipe.train.drop_epochs) == (32, 50, (40,))
     assert (recipe.train.clip_norm, recipe.train.weight_decay, recipe.train.warmup_steps) == (0.1, 1e-4, 0)
+
+
+def test_isda_has_the_official_schedule():
+    recipe = recipes.isda_r50()
+    assert (recipe.model.num_queries, recipe.model.hidden_dim, recipe.model.mask_dim) == (300, 256, 256)
+    assert (recipe.train.learning_rate, recipe.train.backbone_learning_rate) == (1.25e-4, 1.25e-5)
+    assert recipe.train.offset_learning_rate == 1.25e-5
+    assert (recipe.train.batch_size, recipe.train.epochs, recipe.train.drop_epochs) == (8, 42, (27, 33, 35, 36, 37))
+    assert (recipe.train.clip_norm, recipe.train.weight_decay, recipe.train.warmup_steps) == (0.1, 1e-4, 0)
+
+
+def test_linear_scaling_of_isdas_learning_rate_gives_that_of_deformable_detr():
+    train = replace(recipes.isda_r50().train, scale_learning_rate=True)
+    assert train.learning_rate * learning_rate_scale(train) == pytest.approx(2e-4 * 8 / 32)
+    assert train.learning_rate * learning_rate_scale(replace(train, batch_size=3)) == pytest.approx(1.87e-5, rel=0.01)
 
 
 def test_the_swin_recipe_has_the_authors_image_sizes():
@@ -59,6 +75,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_recipes_that_learn_from_scratch_freeze_nothing():
-    for recipe in (recipes.solq_tiny(), recipes.solq_small()):
+    for recipe in (recipes.solq_tiny(), recipes.solq_small(), recipes.isda_tiny(), recipes.isda_small()):
         assert (recipe.model.pretrained, recipe.model.frozen_stages, recipe.model.backbone_norm) == (False, 0, "group")
         assert replace(recipe.model, num_classes=1).num_classes == 1

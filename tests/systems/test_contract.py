@@ -1,6 +1,7 @@
 """What every system promises. A new system needs a line in `tiny.TINY` and passes all of this."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from maskset import codecs
 from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
 from maskset.masks.resample import by_corners, by_factor, paint, resample, stretched
+from maskset.masks.soft import central_means
 from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput
 from maskset.systems import CONFIGS, System, build
+from maskset.systems.isda import Isda
+from maskset.systems.soit import Soit
 from maskset.systems.solq import Solq
 
 every_system = pytest.mark.parametrize("name", list(CONFIGS))
@@ -47,6 +51,9 @@ def assert_same(found: ModelOutput, expected: ModelOutput, image: int, atol: flo
             assert (x is None) == (y is None)
             if x is not None:
                 torch.testing.assert_close(x[image], y[0], atol=atol, rtol=0)
+    assert (found.mask_features is None) == (expected.mask_features is None)
+    if found.mask_features is not None and expected.mask_features is not None:
+        torch.testing.assert_close(found.mask_features[image], expected.mask_features[0], atol=atol, rtol=0)
 
 
 def test_there_is_a_tiny_model_of_every_system():
@@ -192,7 +199,7 @@ def test_a_model_moves_to_another_device_whole(name):
     model = tiny(name).to("meta")
     images, _ = batch(shapes(1), model.config)
     output = model(images.to("meta"))
-    tensors = [value for layer in output.layers for value in vars(layer).values() if value is not None]
+    tensors = [value for part in (output, *output.layers) for value in vars(part).values() if isinstance(value, torch.Tensor)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
@@ -245,7 +252,7 @@ class Examples(Listed):
         return self._pixels[index]
 
 
-LEARNING_BY_HEART = {"solq": {"mask_weight": 10.0}, "soit": {"mask_channels": 16}}
+LEARNING_BY_HEART = {"solq": {"mask_weight": 10.0}, "soit": {"mask_channels": 16}, "isda": {"mask_weight": 10.0}}
 
 
 @pytest.mark.slow
@@ -272,27 +279,31 @@ def test_four_images_are_learnt_by_heart(name):
 
 
 def best_results(model: System, examples: Examples) -> list[dict]:
-    """Return the annotations as results, each with the mask that is left of it in the system's representation."""
+    """Return the annotations as results, each with the mask that is left of it where the system makes its target of it."""
     results = []
     for index in range(len(examples)):
         found = examples.objects(index)
-        masks = best_masks(model, found)
+        masks = LEFT[model.config.system](model, found)
         results += dataclasses.replace(found, masks=masks, scores=torch.ones(len(found))).to_coco(index)
     return results
 
 
-def best_masks(model: System, found: Instances) -> Masks:
-    if isinstance(model, Solq):
-        return codecs.reconstructed(model.codec, found.masks, found.boxes)
-    return drawn_at_stride_8(found.masks)
+def after_the_code(model: Solq, found: Instances) -> Masks:
+    return codecs.reconstructed(model.codec, found.masks, found.boxes)
 
 
-def drawn_at_stride_8(masks: Masks) -> Masks:
+def after_the_quarter_map(model: Isda, found: Instances) -> Masks:
+    height, width = found.masks.size
+    soft = central_means(found.masks, model.config.mask_stride, (-(-height // 32) * 8, -(-width // 32) * 8))
+    return model._paint(soft, (height, width), (height, width))
+
+
+def drawn_at_stride_8(model: Soit, found: Instances) -> Masks:
     """Return the masks as the best map of their logits at stride 8 draws them: no instance-aware transformer draws better."""
-    (height, width), cells = masks.size, (masks.size[0] // 8, masks.size[1] // 8)
-    wanted = stretched(masks, masks.size, (cells[0] * 4, cells[1] * 4), torch.device("cpu"))
+    (height, width), cells = found.masks.size, (found.masks.size[0] // 8, found.masks.size[1] // 8)
+    wanted = stretched(found.masks, found.masks.size, (cells[0] * 4, cells[1] * 4), torch.device("cpu"))
     upsampled = (by_factor(cells[0], 4), by_factor(cells[1], 4))
-    logits = torch.zeros(len(masks), *cells, requires_grad=True)
+    logits = torch.zeros(len(found), *cells, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.3)
     for _ in range(300):
         optimizer.zero_grad()
@@ -300,3 +311,6 @@ def drawn_at_stride_8(masks: Masks) -> Masks:
         optimizer.step()
     to_size = (by_corners(cells[0] * 4, height), by_corners(cells[1] * 4, width))
     return paint(logits.detach(), [upsampled, torch.sigmoid, to_size], least=0.0)
+
+
+LEFT: dict[str, Callable] = {"solq": after_the_code, "soit": drawn_at_stride_8, "isda": after_the_quarter_map}

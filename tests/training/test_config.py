@@ -3,8 +3,9 @@
 import pytest
 
 from maskset import flags
-from maskset.config import ConfigError
-from maskset.training.config import DataConfig, TrainConfig
+from maskset.config import ConfigError, from_dict, to_dict
+from maskset.systems.isda import IsdaConfig
+from maskset.training.config import DataConfig, Recipe, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -28,14 +29,15 @@ def test_a_number_that_is_not_finite_is_refused(value):
 
 def test_the_meaning_of_every_augmentation_is_in_its_help():
     (setting,) = (one for one in flags.listed(DataConfig()) if one.name == "augmentation")
-    assert [part.split(":")[0] for part in setting.meaning.split("; ")] == ["detr", "flip", "lsj", "none"]
+    assert [part.split(":")[0] for part in setting.meaning.split("; ")] == ["detr", "mmdet", "flip", "lsj", "none"]
     assert all(": " in part for part in setting.meaning.split("; "))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"crop_short_sides": ()}, "crop_short_sides needs one or more"),
+        ({"crop_short_sides": ()}, "crop_short_sides needs one or more .*augmentation detr"),
+        ({"crop_short_sides": (), "augmentation": "mmdet"}, "crop_short_sides needs one or more .*augmentation mmdet"),
         ({"crop_short_sides": (0,)}, "at least 1"),
         ({"long_side": 0}, "at least 1"),
         ({"jitter_size": 0}, "at least 1"),
@@ -47,6 +49,29 @@ def test_the_meaning_of_every_augmentation_is_in_its_help():
 def test_sizes_that_no_image_can_have_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_querys": 3}, "there is no setting 'model.num_querys'; did you mean 'num_queries'"),
+        ({"codec": "dct"}, "there is no setting 'model.codec'.$"),
+        ({"input": {"divisr": 32}}, "there is no setting 'model.input.divisr'; did you mean 'divisor'"),
+        ({"num_queries": "many"}, "model.num_queries: Input should be a valid integer"),
+        ({"num_queries": 0}, "model.num_queries must be at least 1, got 0"),
+        ({"system": "idsa"}, "model.system must be one of 'solq', 'isda', got 'idsa'"),
+        ({"system": None}, "model.system must be one of"),
+    ],
+)
+def test_a_wrong_setting_of_a_model_is_told_by_its_name_alone(changes, message):
+    values = to_dict(Recipe(model=IsdaConfig()))
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Recipe, {**values, "model": {**values["model"], **changes}}, "here")
+
+
+def test_settings_that_do_not_say_their_system_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.system is missing"):
+        from_dict(Recipe, {"model": {"num_queries": 3}}, "here")
 
 
 def test_crop_sides_are_not_needed_without_crops():

@@ -22,6 +22,7 @@ from maskset import config
 from maskset.checkpoint import CheckpointError, write_tensors
 from maskset.config import ConfigError
 from maskset.data import DataError
+from maskset.systems import CONFIGS
 from maskset.training import run
 from maskset.training import train as loop
 from maskset.training.train import TrainingDiverged, train
@@ -101,6 +102,18 @@ def test_a_run_that_failed_and_was_resumed_equals_the_one_that_was_not(whole, tm
         file.write('{"split": "train", "step": 999')  # a line cut short, as a kill leaves it
     train(settings, data(), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", whole[0])
+
+
+@pytest.mark.parametrize("system", [name for name in CONFIGS if name != "solq"])
+def test_a_run_of_any_system_that_failed_and_was_resumed_equals_the_one_that_was_not(system, tmp_path, monkeypatch):
+    settings = recipe(system, checkpoint_every=2)
+    train(settings, data(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train(settings, data(), tmp_path / "run")
+    train(settings, data(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_resuming_does_not_depend_on_what_drew_random_numbers_before(whole, tmp_path, monkeypatch):

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskset.conversion import soit, solq
-from maskset.conversion.coco import NAMES, categories_of
+from maskset.conversion import deformable_detr, isda, soit, solq
+from maskset.conversion.coco import NAMES, used_categories
 from maskset.conversion.keys import ConversionError
 from maskset.systems import Config
 
-_CONVERTERS = {"solq": solq, "soit": soit}
+_CONVERTERS = {"solq": solq, "soit": soit, "isda": isda}
 
 
 def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = False) -> tuple[Config, dict[str, Tensor]]:
     """Return the config and state dict that an official state dict becomes; `build(config)` loads it strictly.
 
     Args:
-        system: "solq" or "soit".
+        system: "solq", "soit" or "isda".
         state_dict: official names and tensors.
         last_wins: where copies of one tensor differ, take the last, as official loading does.
 
@@ -39,7 +39,7 @@ def convert_file(
     """Write an official checkpoint file as one of ours and return its path.
 
     Args:
-        system: "solq" or "soit".
+        system: "solq", "soit" or "isda".
         source: the official .pth file.
         out: the .safetensors file to write.
         coco80: keep only the 80 class channels that COCO uses, not all raw category ids 0 ... 90.
@@ -54,13 +54,13 @@ def convert_file(
     from maskset.systems import build
 
     config, state = convert(system, read(source), last_wins)
-    categories = categories_of(config.num_classes)
+    categories = _converter(system).categories(config.num_classes)
     if coco80:
         if config.num_classes != 91:
             raise ConversionError(f"coco80 needs the 91 class channels of COCO's raw ids, the file has {config.num_classes}.")
         state = _converter(system).select_classes(state, list(NAMES))
         config = dataclasses.replace(config, num_classes=len(NAMES))
-        categories = tuple(categories[i] for i in NAMES)
+        categories = used_categories()
     model = build(config, categories)
     try:
         model.load_state_dict(state, strict=True)
@@ -69,9 +69,34 @@ def convert_file(
     known = [make() for make in recipes.RECIPES.values()]
     fitting = [recipe for recipe in known if (recipe.model.system, recipe.model.backbone) == (config.system, config.backbone)]
     recipe = dataclasses.replace((fitting or known)[0], model=config)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    save(model, recipe, out, source=f"official {system} checkpoint {source.name}, sha256 {digest}", licence=licence)
+    save(model, recipe, out, source=f"official {system} checkpoint {_named(source)}", licence=licence)
     return out
+
+
+def start_file(
+    system: str, source: Path, out: Path, *, last_wins: bool = False, licence: str = "unknown"
+) -> deformable_detr.Start:
+    """Write what a system takes from mmdetection's plain Deformable DETR as a checkpoint to start from, and return it.
+
+    Args:
+        system: whose ResNet-50 recipe says what the model is like.
+        source: mmdetection's .pth file.
+        out: the .safetensors file to write, for `maskset train --init`.
+        last_wins: where copies of one tensor differ, take the last, as official loading does.
+        licence: of the weights, recorded in the file.
+
+    Raises:
+        ConversionError: the file is no such checkpoint, or holds objects that are not read for safety.
+    """
+    from maskset import recipes
+    from maskset.checkpoint import save
+
+    _converter(system)
+    recipe = recipes.get(f"{system}-r50")
+    start = deformable_detr.start(recipe.model, read(source), last_wins)
+    about = f"start of {len(start.taken)} tensors from the Deformable DETR checkpoint {_named(source)}"
+    save(start.model, recipe, out, source=about, licence=licence)
+    return start
 
 
 def read(source: Path) -> dict[str, Tensor]:
@@ -99,10 +124,14 @@ def read(source: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
+def _named(source: Path) -> str:
+    return f"{source.name}, sha256 {hashlib.sha256(source.read_bytes()).hexdigest()}"
+
+
 def _converter(system: str) -> Any:
     if system not in _CONVERTERS:
         raise ConversionError(f"there is no converter for {system!r}; there is one for {', '.join(_CONVERTERS)}.")
     return _CONVERTERS[system]
 
 
-__all__ = ["ConversionError", "convert", "convert_file", "read"]
+__all__ = ["ConversionError", "convert", "convert_file", "read", "start_file"]

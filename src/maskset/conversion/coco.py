@@ -1,4 +1,4 @@
-"""What the 91 class channels of models trained on COCO's raw category ids stand for."""
+"""What the class channels of models trained on COCO stand for: 91 raw category ids, or the 80 that COCO uses, in order."""
 
 from maskset.structures import Category
 
@@ -16,13 +16,13 @@ NAMES = {
 }  # fmt: skip
 
 
-def categories_of(channels: int) -> tuple[Category, ...]:
-    """Return what class channels stand for: COCO's 80 classes in order, its raw ids (91 channels), or "class 0" and so on."""
-    if channels == len(NAMES):
-        return tuple(Category(name, i) for i, name in NAMES.items())
-    return raw_categories() if channels == 91 else tuple(Category(f"class {i}", i) for i in range(channels))
-
-
 def raw_categories(channels: int = 91) -> tuple[Category, ...]:
     """Return one category for each raw id from 0 on; ids that COCO does not use are named "unused 12" and so on."""
     return tuple(Category(NAMES.get(i, f"unused {i}"), i) for i in range(channels))
+
+
+def used_categories(channels: int = 80) -> tuple[Category, ...]:
+    """Return the 80 categories that COCO uses, in order; "class 0" and so on where there are not 80 channels."""
+    if channels != len(NAMES):
+        return tuple(Category(f"class {i}", i) for i in range(channels))
+    return tuple(Category(name, i) for i, name in NAMES.items())

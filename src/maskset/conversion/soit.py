@@ -5,12 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from maskset.conversion.coco import used_categories
 from maskset.conversion.keys import ConversionError, Rule, need, rename
 from maskset.conversion.mmdet import RULES as MMDET_RULES
 from maskset.conversion.mmdet import encoder_layer, transformer_settings
 from maskset.masks.instance_transformer import parameter_count
 from maskset.systems.soit import SoitConfig
 
+categories = used_categories  # what the class channels stand for
 RULES: list[Rule] = [
     *MMDET_RULES,
     *encoder_layer(r"bbox_head\.transformer\.seg_encoder\.layers\.(\d+)", r"mask_encoder.layers.\1"),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from maskset.conversion.coco import raw_categories
 from maskset.conversion.keys import ConversionError, Rule, count, need, rename
 from maskset.layers.swin import SWIN_RULES
 from maskset.systems.base import InputConfig
@@ -16,6 +17,7 @@ _ATTENTION = [
     (r"value_proj", r"value_projection"),
     (r"output_proj", r"output_projection"),
 ]
+categories = raw_categories  # what the class channels stand for
 _HEADS = 8  # the number of attention heads cannot be read off the shapes; all official models have 8
 
 RULES: list[Rule] = [

@@ -41,9 +41,9 @@ def augment(
     """Return the image as training shall see it this time, with its objects.
 
     "detr" is the policy of DETR's family as SOLQ's code has it: flip; resize; then, in half of the cases each, resize again,
-    or resize to one of `crop_short_sides`, crop and resize. (Deformable DETR has no first resize.) "flip" stops after the
-    first resize. "lsj" is large-scale jitter (Ghiasi et al., CVPR 2021): flip, scale, and crop what exceeds the square canvas;
-    the batch pads what falls short of it. "none" changes nothing.
+    or resize to one of `crop_short_sides`, crop and resize. "mmdet" is the same without the first resize, as Deformable DETR
+    and ISDA have it. "flip" stops after the first resize. "lsj" is large-scale jitter (Ghiasi et al., CVPR 2021): flip, scale,
+    and crop what exceeds the square canvas; the batch pads what falls short of it. "none" changes nothing.
     """
     if config.augmentation == "none":
         return pixels, objects
@@ -51,7 +51,8 @@ def augment(
         pixels, objects = flip(pixels, objects)
     if config.augmentation == "lsj":
         return _jitter(pixels, objects, config, rng)
-    pixels, objects = resize(pixels, objects, int(rng.choice(config.short_sides)), config.long_side)
+    if config.augmentation != "mmdet":
+        pixels, objects = resize(pixels, objects, int(rng.choice(config.short_sides)), config.long_side)
     if config.augmentation == "flip":
         return pixels, objects
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Backbones: an image in, maps at strides 8, 16 and 32 out. ResNets and others come from timm, Swin from `layers/swin.py`."""
+"""Backbones: an image in, maps at strides (4,) 8, 16, 32 out. ResNets and others come from timm, Swin from `layers/swin.py`."""
 
 import difflib
 import math
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from maskset.config import ConfigError
 from maskset.layers.swin import SWIN_SIZES, SwinTransformer, rename_swin
 
-STRIDES = [8, 16, 32]
-MAPS = (-3, -2, -1)  # of timm's maps: the last three
+STRIDES = [4, 8, 16, 32]
 PRETRAINED_SWIN = {  # which of timm's weights a Swin starts from
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
     "swin_small": "swin_small_patch4_window7_224.ms_in1k",
@@ -30,7 +29,7 @@ class Backbone(nn.Module):
     Args:
         name: what `build_backbone` was asked for.
         body: the network; it returns a list of maps.
-        channels: of each map.
+        channels: of each map, the last of which has a stride of 32.
         channels_last: the body's maps are [B h w C] instead of [B C h w].
 
     Attributes:
@@ -40,7 +39,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, body: nn.Module, channels: list[int], channels_last: bool = False) -> None:
         super().__init__()
         self.name, self.body = name, body
-        self.channels, self.strides = channels, STRIDES
+        self.channels, self.strides = channels, STRIDES[-len(channels) :]
         self._channels_last = channels_last
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
@@ -98,26 +97,30 @@ class GroupNorm(nn.GroupNorm):
         return self.activation(super().forward(x))
 
 
-def build_backbone(name: str, norm: Literal["frozen", "group"], frozen_stages: int, drop_path: float) -> Backbone:
+def build_backbone(
+    name: str, norm: Literal["frozen", "group"], frozen_stages: int, drop_path: float, finest: Literal[4, 8] = 8
+) -> Backbone:
     """Return a backbone with random weights.
 
     Args:
-        name: swin_tiny, swin_small, swin_base, swin_large, or any timm model that gives maps at strides 8, 16 and 32.
+        name: swin_tiny, swin_small, swin_base, swin_large, or any timm model that gives maps at these strides.
         norm: what takes the place of batch norm; without meaning for a Swin.
         frozen_stages: how many of stem, stage 1, stage 2, ... are not trained; without meaning for a Swin, which is whole.
         drop_path: Swin's greatest probability of skipping a block's branch; without meaning for others.
+        finest: stride of the first map; the others are 8, 16 and 32.
 
     Raises:
         ConfigError: there is no such model, or it has no such maps or stages; or `drop_path` is no probability.
     """
     if not 0 <= drop_path < 1:
         raise ConfigError(f"drop_path must be in [0, 1), got {drop_path} (--model.drop-path).")
+    strides = STRIDES[STRIDES.index(finest) :]
     if name in SWIN_SIZES:
-        swin = SwinTransformer(SWIN_SIZES[name], drop_path)
+        swin = SwinTransformer(SWIN_SIZES[name], drop_path, len(strides))
         return Backbone(name, swin, swin.channels)
-    body = _timm_body(name)
-    if body.feature_info.reduction() != STRIDES:
-        raise ConfigError(f"the backbone {name!r} gives maps at strides {body.feature_info.reduction()}, needed are {STRIDES}.")
+    body = _timm_body(name, len(strides))
+    if body.feature_info.reduction() != strides:
+        raise ConfigError(f"the backbone {name!r} gives maps at strides {body.feature_info.reduction()}, needed are {strides}.")
     if body.pretrained_cfg.get("fixed_input_size"):
         raise ConfigError(
             f"the backbone {name!r} is made for images of one size; use a convolutional one or {', '.join(SWIN_SIZES)}."
@@ -162,7 +165,7 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
         ConfigError: the weights cannot be had, or are not those of this backbone; the backbone is unchanged.
     """
     source = weights or "timm's hub"
-    state = _fetch(backbone.name) if weights is None else _read(Path(weights))
+    state = _fetch(backbone.name, len(backbone.strides)) if weights is None else _read(Path(weights))
     state = rename_swin(state) if backbone.name in SWIN_SIZES else _flatten_stages(state, backbone.body)
     modules, own = dict(backbone.body.named_modules()), backbone.body.state_dict()
     norms = {path for path, module in modules.items() if isinstance(module, (FrozenBatchNorm, GroupNorm))}
@@ -190,15 +193,15 @@ def _activation(norm: nn.BatchNorm2d) -> nn.Module:
     return getattr(norm, "act", nn.Identity())
 
 
-def _timm_body(name: str) -> Any:
-    """Return timm's network, cut after its last map, with random weights."""
+def _timm_body(name: str, maps: int) -> Any:
+    """Return timm's network, which gives its last maps, with random weights."""
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, [*SWIN_SIZES, *timm.list_models()], n=3)
         raise ConfigError(f"there is no backbone {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "."))
     try:
-        return timm.create_model(name, features_only=True, out_indices=MAPS)
+        return timm.create_model(name, features_only=True, out_indices=tuple(range(-maps, 0)))
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the backbone {name!r} cannot be built: {error}") from None
 
@@ -223,7 +226,7 @@ def _freeze(name: str, body: nn.Module, count: int) -> None:
             parameter.requires_grad_(False)
 
 
-def _fetch(name: str) -> dict[str, Tensor]:
+def _fetch(name: str, maps: int) -> dict[str, Tensor]:
     import timm
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -235,7 +238,7 @@ def _fetch(name: str) -> dict[str, Tensor]:
             HfApi().file_exists(repository, file)  # fails at once without a network, where a download tries for a minute
         if name in SWIN_SIZES:
             return timm.create_model(PRETRAINED_SWIN[name], pretrained=True).state_dict()
-        return timm.create_model(name, pretrained=True, features_only=True, out_indices=MAPS).state_dict()
+        return timm.create_model(name, pretrained=True, features_only=True, out_indices=tuple(range(-maps, 0))).state_dict()
     except Exception as error:  # no network, no such file, a proxy's answer: each library in between raises its own
         raise ConfigError(
             f"the ImageNet weights of the backbone {name} cannot be fetched from timm's hub ({type(error).__name__}): "

@@ -1,4 +1,4 @@
-"""The Swin transformer as detectors use it (Liu et al., ICCV 2021): an image in, maps at strides 8, 16 and 32 out.
+"""The Swin transformer as detectors use it (Liu et al., ICCV 2021): an image in, maps at strides 4, 8, 16 and 32 out.
 
 Image classifiers have a fixed size that their windows divide. Here any size goes: every block pads its map to whole
 windows. The zeros of that padding take part in attention, as in the authors' detection code, from which all published
@@ -48,21 +48,23 @@ class SwinTransformer(nn.Module):
     Args:
         size: width, depths and heads.
         drop_path: greatest probability of skipping a residual branch; it rises linearly from 0 over the blocks.
+        maps: how many of the last stages give a map.
     """
 
-    def __init__(self, size: SwinSize, drop_path: float = 0.0) -> None:
+    def __init__(self, size: SwinSize, drop_path: float = 0.0, maps: int = 3) -> None:
         super().__init__()
-        self.channels = [size.width * 2**stage for stage in range(1, len(size.depths))]
+        silent = len(size.depths) - maps
+        self.channels = [size.width * 2**stage for stage in range(silent, len(size.depths))]
         self.patches = PatchEmbedding(size.width)
         skip = [drop_path * block / max(1, sum(size.depths) - 1) for block in range(sum(size.depths))]
         self.stages = nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
-            self.stages.append(Stage(size.width * 2**stage, depth, heads, skip[:depth], first=stage == 0))
+            self.stages.append(Stage(size.width * 2**stage, depth, heads, skip[:depth], stage > 0, stage >= silent))
             skip = skip[depth:]
         self.apply(_initialise)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Return the normalised maps of all stages but the first, [B C h w]."""
+        """Return the normalised maps of the last stages, [B C h w]."""
         x = self.patches(pixels)
         maps = []
         for stage in self.stages:
@@ -114,14 +116,15 @@ class Stage(nn.Module):
         depth: number of blocks.
         heads: attention heads.
         skip: probability of skipping a residual branch, for each block.
-        first: whether this is the first stage, which has no patches to merge and gives no output.
+        merges: whether it merges patches first.
+        gives: whether it gives a map.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, skip: list[float], first: bool) -> None:
+    def __init__(self, width: int, depth: int, heads: int, skip: list[float], merges: bool, gives: bool) -> None:
         super().__init__()
-        self.merge = None if first else PatchMerging(width)
+        self.merge = PatchMerging(width) if merges else None
         self.blocks = nn.ModuleList(Block(width, heads, SHIFT * (i % 2), skip[i]) for i in range(depth))
-        self.output_norm = None if first else nn.LayerNorm(width)
+        self.output_norm = nn.LayerNorm(width) if gives else None
 
     def forward(self, x: Float[Tensor, "B _ _ _"]) -> tuple[Float[Tensor, "B h w C"], Float[Tensor, "B h w C"] | None]:
         """Return the features for the next stage, and the same, normalised, for the reader of the maps."""

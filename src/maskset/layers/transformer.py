@@ -146,18 +146,18 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(content)
 
 
-def reset_parameters(*parts: nn.Module) -> None:
-    """Set the start of Deformable DETR in parts of a transformer: Xavier weights, zero biases of attention."""
-    for part in parts:
-        for parameter in part.parameters():
+def reset_transformer(*parts: nn.Module) -> None:
+    """Set the start of Deformable DETR: Xavier for every matrix, attention biases zero, sampling points around the reference."""
+    for module in (module for part in parts for module in part.modules()):
+        for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        for module in part.modules():
-            if isinstance(module, DeformableAttention):
-                module.reset_parameters()
-            elif isinstance(module, nn.MultiheadAttention):
-                nn.init.zeros_(module.in_proj_bias)
-                nn.init.zeros_(module.out_proj.bias)
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.zeros_(module.in_proj_bias)
+            nn.init.zeros_(module.out_proj.bias)
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, DeformableAttention):
+            module.reset_parameters()
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:

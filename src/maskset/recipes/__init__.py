@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskset import config
+from maskset.recipes.isda import isda_r50, isda_small, isda_tiny
 from maskset.recipes.soit import soit_r50, soit_r101, soit_small, soit_swin_l, soit_tiny
 from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
 from maskset.training.config import Recipe
@@ -24,6 +25,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "soit-swin-l": soit_swin_l,
     "soit-small": soit_small,
     "soit-tiny": soit_tiny,
+    "isda-r50": isda_r50,
+    "isda-small": isda_small,
+    "isda-tiny": isda_tiny,
 }
 
 
@@ -50,6 +54,9 @@ def get(name: str | Path) -> Recipe:
 __all__ = [
     "RECIPES",
     "get",
+    "isda_r50",
+    "isda_small",
+    "isda_tiny",
     "soit_r50",
     "soit_r101",
     "soit_small",

@@ -28,6 +28,22 @@ class InputConfig:
             raise ConfigError(f"input.std must be positive, got {self.std}.")
 
 
+def check_canvas(images: ImageBatch, divisor: int) -> None:
+    """Refuse a batch that a system cannot take.
+
+    Raises:
+        ValueError: its pixels are not normalised, or its canvas is no multiple of `divisor` pixels.
+    """
+    height, width = images.pixels.shape[2:]
+    if not images.pixels.is_floating_point():
+        raise ValueError("the model takes normalised pixels, got uint8: call images.normalised(model.input) first.")
+    if height % divisor or width % divisor:
+        raise ValueError(
+            f"the canvas must be a multiple of {divisor} pixels, got {height} x {width}: "
+            f"use ImageBatch.from_images(images, divisor={divisor})."
+        )
+
+
 class System(nn.Module, ABC):
     """One end-to-end instance segmentation system.
 

@@ -22,13 +22,13 @@ from maskset.detection import best_detections, class_and_box_terms
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
-from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_parameters
+from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import in_pieces, name_by_layer, squared_dice_loss
 from maskset.masks.instance_transformer import instance_transformer, parameter_count
 from maskset.masks.resample import by_corners, by_factor, paint, resample, stretched
 from maskset.matching import Matches
 from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System
+from maskset.systems.base import InputConfig, System, check_canvas
 
 _AT_LEAST_ONE = (
     "num_classes",
@@ -132,7 +132,7 @@ class Soit(System):
 
     def _reset_parameters(self) -> None:
         """Set the official start (the backbone's and the projection's are theirs)."""
-        reset_parameters(self.encoder, self.mask_encoder, self.mask_projection, self.proposals, self.decoder)
+        reset_transformer(self.encoder, self.mask_encoder, self.mask_projection, self.proposals, self.decoder)
         for class_head, box_head in zip(self.class_heads, self.box_heads, strict=True):
             assert isinstance(class_head, nn.Linear)
             assert isinstance(box_head, Mlp)
@@ -145,7 +145,7 @@ class Soit(System):
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return for every decoder layer class logits [B N K], boxes [B N 4] and mask weights [B N D], and mask features."""
-        images.check(self.input.divisor)
+        check_canvas(images, self.input.divisor)
         levels = self.project(self.backbone(images.pixels))  # strides 8, 16, 32, 64; each [B C h w]
         paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
         memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))

@@ -20,7 +20,7 @@ from maskset.detection import best_detections, class_and_box_terms
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
-from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_parameters
+from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import dice_loss, name_by_layer, sum_by_layer
 from maskset.masks import learnt
 from maskset.masks.boxed import binarise, crop, paste
@@ -29,7 +29,7 @@ from maskset.masks.flatten import FlattenCodec
 from maskset.masks.pca import PcaCodec
 from maskset.masks.sparse import SparseCodec
 from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System
+from maskset.systems.base import InputConfig, System, check_canvas
 
 _AT_LEAST_ONE = (
     "num_classes",
@@ -139,7 +139,7 @@ class Solq(System):
 
     def _reset_parameters(self) -> None:
         """Set the official start (the backbone's and the projection's are theirs)."""
-        reset_parameters(self.encoder, self.decoder, self.proposals if self.config.two_stage else self.reference_points)
+        reset_transformer(self.encoder, self.decoder, self.proposals if self.config.two_stage else self.reference_points)
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
         for i, (class_head, box_head) in enumerate(zip(self.class_heads, self.box_heads, strict=True)):
@@ -168,7 +168,7 @@ class Solq(System):
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every decoder layer, class logits [B N K], boxes [B N 4] and mask vectors [B N D]."""
-        images.check(self.input.divisor)
+        check_canvas(images, self.input.divisor)
         levels = self.project(self.backbone(images.pixels))  # strides 8, 16, 32, 64; each [B C h w]
         paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
         memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))

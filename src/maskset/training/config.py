@@ -6,7 +6,7 @@ from typing import Any, Literal
 from maskset.config import ConfigError, config
 from maskset.systems import Config
 
-Augmentation = Literal["detr", "lsj", "flip", "none"]
+Augmentation = Literal["detr", "mmdet", "flip", "lsj", "none"]
 
 
 def _check_finite(settings: Any, part: str) -> None:
@@ -21,11 +21,11 @@ def _check_finite(settings: Any, part: str) -> None:
 class DataConfig:
     """How annotated images become training batches."""
 
-    augmentation: Augmentation = "detr"  # detr: flip, scale, crop; flip: flip, scale; lsj: large-scale jitter; none: as they are
-    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # detr, flip: one is drawn for each image, pixels
-    long_side: int = 1333  # detr, flip: the longer side is at most this, pixels
-    crop_short_sides: tuple[int, ...] = (400, 500, 600)  # detr: half of the images get one of these, then a crop, pixels
-    crop_range: tuple[int, int] = (384, 600)  # detr: least and greatest side of that crop, pixels
+    augmentation: Augmentation = "detr"  # detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: jitter; none: as it is
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # detr, mmdet, flip: one is drawn for each image, pixels
+    long_side: int = 1333  # detr, mmdet, flip: the longer side is at most this, pixels
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)  # detr, mmdet: half of the images get one of these, then a crop, pixels
+    crop_range: tuple[int, int] = (384, 600)  # detr, mmdet: least and greatest side of that crop, pixels
     jitter_size: int = 1024  # lsj: side of the square canvas, pixels
     jitter_scale: tuple[float, float] = (0.1, 2.0)  # lsj: least and greatest scale relative to the canvas
     group_by_aspect: bool = True  # batches hold only wide or only tall images, which saves padding
@@ -36,8 +36,8 @@ class DataConfig:
         _check_finite(self, "data")
         if not self.short_sides or min(self.short_sides) < 1:
             raise ConfigError(f"data.short_sides needs one or more positive sizes, got {self.short_sides}.")
-        if self.augmentation == "detr" and not self.crop_short_sides:
-            raise ConfigError("data.crop_short_sides needs one or more sizes with augmentation detr.")
+        if self.augmentation in ("detr", "mmdet") and not self.crop_short_sides:
+            raise ConfigError(f"data.crop_short_sides needs one or more sizes with augmentation {self.augmentation}.")
         if min(self.long_side, self.jitter_size, *self.crop_short_sides) < 1:
             raise ConfigError("data.long_side, data.jitter_size and data.crop_short_sides must be at least 1.")
         if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:

@@ -1,0 +1,94 @@
+"""A start for our systems: the plain Deformable DETR of mmdetection (deformable_detr_r50), trained on COCO's boxes.
+
+ISDA was published with this start. Any system on the deformable transformer can take what fits its shapes.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskset.conversion import mmdet
+from maskset.conversion.coco import used_categories
+from maskset.conversion.keys import ConversionError, Rule, need, rename
+from maskset.systems import Config, System, build
+
+_BOXES = r"bbox_head\.reg_branches\.\d+\..*"  # move a box from a fixed point: no system of ours does just that
+RULES: list[Rule] = [
+    *mmdet.RULES,
+    (r"bbox_head\.transformer\.reference_points\.(weight|bias)", r"reference_points.\1"),
+    (r"bbox_head\.query_embedding\.weight", r"query"),  # split below
+    (r"bbox_head\.cls_branches\.\d+\.(weight|bias)", r"class_head.\1"),  # one module, listed once for every decoder layer
+    (_BOXES, None),
+]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that starts from Deformable DETR, and what became of every tensor.
+
+    Attributes:
+        model: with COCO's classes; what nothing fits is as `build` made it, from seed 0.
+        taken: names of the model's tensors that were in the file.
+        new: names of the model's tensors that nothing fits.
+        left: names of the file's entries that the model has no use for.
+    """
+
+    model: System
+    taken: list[str]
+    new: list[str]
+    left: list[str]
+
+    def __str__(self) -> str:
+        parts = {"taken": self.taken, "starts anew": self.new, "left out": self.left}
+        return "\n".join(f"{word}, {len(names)} tensors: {_grouped(names)}" for word, names in parts.items() if names)
+
+
+def start(config: Config, state: Mapping[str, Tensor], last_wins: bool = False) -> Start:
+    """Return a model of a system that has all of a Deformable DETR that fits it.
+
+    Args:
+        config: of any system on the deformable transformer, such as a recipe's; its classes become the file's.
+        state: official names and tensors.
+        last_wins: where copies of one tensor differ, take the last, as official loading does.
+
+    Raises:
+        ConversionError: an entry is unknown or missing, copies differ, or nothing fits.
+    """
+    given = rename(state, RULES, last_wins)
+    position, content = need(given, "query").chunk(2, dim=1)
+    del given["query"]
+    given |= {"query_position": position, "query_content": content}
+    classes = len(need(given, "class_head.bias"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build(dataclasses.replace(config, num_classes=classes), used_categories(classes))
+    own = model.state_dict()  # shares its memory with the model's
+    source = {name: _source(name) for name in own if _source(name) in given}
+    unlike = {_layer(name) for name in source if given[source[name]].shape != own[name].shape}
+    taken = [name for name in source if _layer(name) not in unlike]  # a bias is worth nothing without its weight
+    if not taken:
+        raise ConversionError(f"nothing of the Deformable DETR fits {config.system} with backbone {config.backbone}.")
+    for name in taken:
+        own[name].copy_(given[source[name]])
+    used = {source[name] for name in taken}
+    left = [name for name in given if name not in used] + [name for name in state if name.startswith("bbox_head.reg_branches.")]
+    return Start(model, taken, [name for name in own if name not in taken], left)
+
+
+def _source(name: str) -> str:
+    """Return what the file calls a tensor of ours: its one class head is the start of each of several."""
+    parts = name.split(".")
+    return f"class_head.{parts[-1]}" if parts[0] == "class_heads" else name
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _grouped(names: Sequence[str]) -> str:
+    """Return the parts of a network that tensors belong to, with how many there are of each."""
+    parts = [name.removeprefix("bbox_head.").split(".")[0] for name in names]
+    return ", ".join(f"{part} {parts.count(part)}" for part in dict.fromkeys(parts))

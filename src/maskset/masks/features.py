@@ -1,0 +1,71 @@
+"""The one map that all masks of an image are drawn on, made of several feature levels (SOLOv2, section 3.2 and figure 3)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class MaskFeatureHead(nn.Module):
+    """Brings every level to one size and width, sums them, and widens the sum; every convolution has a norm and a ReLU.
+
+    A level passes one 3x3 convolution for each time that it is doubled, or halved, in size; at least one.
+
+    Args:
+        channels: width of each level.
+        doublings: how often each level is doubled to reach the size of the result, such as 0, 1, 2, 3; -1 halves it.
+        hidden: width of the sum.
+        width: D, of the result.
+    """
+
+    def __init__(self, channels: Sequence[int], doublings: Sequence[int], hidden: int, width: int) -> None:
+        super().__init__()
+        self.factors = [2.0 ** ((count > 0) - (count < 0)) for count in doublings]
+        self.branches = nn.ModuleList(
+            nn.ModuleList(ConvBlock(hidden if i else wide, hidden, 3) for i in range(max(1, abs(count))))
+            for wide, count in zip(channels, doublings, strict=True)
+        )
+        self.output = ConvBlock(hidden, width, 1)
+
+    def forward(self, levels: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
+        """Return the mask features; none is negative."""
+        total = None
+        for level, branch, factor in zip(levels, self.branches, self.factors, strict=True):
+            assert isinstance(branch, nn.ModuleList)
+            for block in branch:
+                level = block(level)
+                if factor != 1:
+                    level = F.interpolate(level, scale_factor=factor, mode="bilinear", align_corners=False)
+            total = level if total is None else total + level
+        return self.output(total)
+
+
+class ConvBlock(nn.Module):
+    """A convolution without a bias, group norm and ReLU.
+
+    Args:
+        channels: width of the input.
+        width: of the result.
+        size: side of the kernel, cells.
+    """
+
+    def __init__(self, channels: int, width: int, size: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, width, size, padding=size // 2, bias=False)
+        self.norm = nn.GroupNorm(math.gcd(32, width), width)
+        nn.init.normal_(self.convolution.weight, std=0.01)
+
+    def forward(self, x: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C h w"]:
+        """Return a map of the same size."""
+        return self.norm(self.convolution(x)).relu()
+
+
+def with_coordinates(level: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C+2 h w"]:
+    """Return the map with two channels more, x and y: from -1 in its first column or row to 1 in its last (CoordConv)."""
+    batch, _, height, width = level.shape
+    x = torch.linspace(-1, 1, width, dtype=level.dtype, device=level.device).expand(batch, 1, height, width)
+    y = torch.linspace(-1, 1, height, dtype=level.dtype, device=level.device)[:, None].expand(batch, 1, height, width)
+    return torch.cat([level, x, y], 1)

@@ -1,0 +1,286 @@
+"""ISDA: Position-Aware Instance Segmentation with Deformable Attention (Ying et al., ICASSP 2022, arXiv:2202.12251).
+
+One query says two things about one object: its class, and a kernel, D = 256 numbers of which the last two are where the query
+looks. All masks of an image are drawn on one map of mask features, each by the 1x1 convolution with its kernel. There are no
+boxes: objects are matched by class and mask alone. Built on Deformable DETR. From top to bottom this file follows the paper's
+overview: backbone and neck, mask feature head, deformable transformer, mask head, then matching, loss and results.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from maskset import distributed
+from maskset.config import ConfigError, config
+from maskset.detection import best_detections
+from maskset.layers.backbone import build_backbone, check_start
+from maskset.layers.mlp import Mlp
+from maskset.layers.pyramid import LevelProjection
+from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, inverse_sigmoid, reset_transformer
+from maskset.losses import focal_loss, in_pieces, name_by_layer, squared_dice_loss
+from maskset.masks.dynamic_conv import dynamic_conv
+from maskset.masks.features import MaskFeatureHead, with_coordinates
+from maskset.masks.resample import by_centres, paint
+from maskset.masks.soft import central_means
+from maskset.matching import Matches, class_targets, focal_cost, match, pad, soft_iou_cost
+from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.systems.base import InputConfig, System, check_canvas
+
+_AT_LEAST_ONE = (
+    "num_classes",
+    "hidden_dim",
+    "num_heads",
+    "num_points",
+    "feedforward_dim",
+    "decoder_layers",
+    "num_queries",
+    "mask_hidden_dim",
+)
+_CANVAS = 32  # pixels; on multiples of it the levels, doubled, meet
+_CANDIDATES = 100  # best pairs of query and class, by class alone, that are scored with their masks
+_CELLS = 2**22  # of masks that are drawn at a time for the matching
+_MASK_THRESHOLD = 0.5  # probability above which a cell or pixel belongs to a mask
+
+
+@config
+class IsdaConfig:
+    """Settings of ISDA; the defaults are those of the official ResNet-50 model."""
+
+    system: Literal["isda"] = "isda"  # which system these settings are of
+    num_classes: int = 80  # class channels; training sets it from the data
+    input: InputConfig = InputConfig(divisor=_CANVAS)  # how images become the network's input
+    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
+    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
+    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
+    pretrained: bool = True  # training starts from ImageNet weights
+    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
+    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
+    hidden_dim: int = 256  # width C of neck and transformer
+    num_heads: int = 8  # attention heads
+    num_levels: int = 4  # feature levels of the transformer, strides 8, 16, 32, 64
+    num_points: int = 4  # sampling points of an attention head in a level
+    feedforward_dim: int = 1024  # hidden width of the transformer's MLPs
+    dropout: float = 0.1  # in the transformer
+    encoder_layers: int = 6  # deformable encoder layers
+    decoder_layers: int = 6  # decoder layers
+    num_queries: int = 300  # N, the greatest number of objects that are told apart
+    mask_hidden_dim: int = 128  # width inside the mask feature head
+    mask_dim: int = 256  # D, width of the mask features and length of a kernel, its two numbers of position included
+    mask_stride: int = 4  # ablation on mask resolution: pixels per cell of the mask features; 2, 4 or 8
+    feature_coordinates: bool = True  # ablation on positional information, MP: x and y enter the mask features at stride 32
+    kernel_position: bool = True  # ablation on positional information, KP: a kernel ends with its query's reference point
+    mask_weight: float = 3.0  # weight of the dice loss, and of the soft IoU in the matching
+    class_weight: float = 2.0  # weight of the focal loss, and in the matching
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("encoder_layers", "mask_weight", "class_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
+            raise ConfigError(
+                f"model.hidden_dim must be a multiple of 4 and of num_heads ({self.num_heads}), got {self.hidden_dim}."
+            )
+        if self.num_levels < 3:
+            raise ConfigError(
+                f"model.num_levels must be at least 3, got {self.num_levels}: the mask features need strides 8, 16 and 32."
+            )
+        if self.mask_dim <= 2 * self.kernel_position:
+            raise ConfigError(f"model.mask_dim must be at least {1 + 2 * self.kernel_position}, got {self.mask_dim}.")
+        if self.mask_stride not in (2, 4, 8):
+            raise ConfigError(f"model.mask_stride must be 2, 4 or 8, got {self.mask_stride}.")
+        if self.input.divisor % _CANVAS:
+            raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for ISDA, got {self.input.divisor}.")
+        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+
+
+class Isda(System):
+    """The network of the paper's overview. See `IsdaConfig` for its parts."""
+
+    def __init__(self, config: IsdaConfig, categories: tuple[Category, ...]) -> None:
+        super().__init__()
+        self.config, self.categories, self.input = config, categories, config.input
+        width, deformable = config.hidden_dim, (config.num_heads, config.num_levels, config.num_points)
+        # Backbone and neck: C2 ... C5 become P2, and P3 ... P6
+        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path, finest=4)
+        self.project_finest = LevelProjection(self.backbone.channels[:1], width, 1, bias=False)
+        self.project = LevelProjection(self.backbone.channels[1:], width, config.num_levels, bias=False)
+        # Mask feature head, of P2 ... P5
+        channels = [width, width, width, width + 2 * config.feature_coordinates]
+        doublings = [int(math.log2(stride / config.mask_stride)) for stride in self.backbone.strides]
+        self.mask_feature_head = MaskFeatureHead(channels, doublings, config.mask_hidden_dim, config.mask_dim)
+        # Deformable transformer, on P3 ... P6
+        self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
+        self.encoder = Encoder(config.encoder_layers, width, *deformable, config.feedforward_dim, config.dropout)
+        self.query_position = nn.Parameter(torch.randn(config.num_queries, width))
+        self.query_content = nn.Parameter(torch.randn(config.num_queries, width))
+        self.reference_points = nn.Linear(width, 2)
+        self.decoder = nn.ModuleList(
+            DecoderLayer(width, *deformable, config.feedforward_dim, config.dropout) for _ in range(config.decoder_layers)
+        )
+        # Mask head: the same for all layers
+        self.class_head = nn.Linear(width, config.num_classes)
+        self.kernel_head = Mlp(width, width, width, config.mask_dim - 2 * config.kernel_position)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Set the official start (backbone, P3 ... P6 and mask feature head have set theirs; the kernel head keeps torch's)."""
+        for convolution in self.project_finest.convolutions:
+            assert isinstance(convolution, nn.Conv2d)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        reset_transformer(self.encoder, self.decoder, self.reference_points)
+        nn.init.zeros_(self.reference_points.bias)
+        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
+
+    def prepare(self, objects: Iterable[Instances]) -> None:
+        """Do nothing: no part of ISDA is fitted to the data before training."""
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        """Return class logits [B N K] and kernels [B N D] for every decoder layer, and the mask features [B D h w]."""
+        check_canvas(images, self.input.divisor)
+        finest, *coarser = self.backbone(images.pixels)  # C2; C3 ... C5
+        levels = self.project(coarser)  # P3 ... P6, strides 8, 16, 32, 64; each [B C h w]
+        mask_features = self._mask_features([*self.project_finest([finest]), *levels[:3]])
+        paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
+        memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))
+        position, content = (query.expand(len(images), -1, -1) for query in (self.query_position, self.query_content))
+        reference = self.reference_points(position).float().sigmoid()  # where a query looks: the same in every image and layer
+        layers = []
+        for layer in self.decoder:
+            content = layer(content, position, reference, memory)  # [B N C]
+            layers.append(SlotPredictions(self.class_head(content), self._kernels(content, reference)))
+        return ModelOutput(layers, mask_features=mask_features)
+
+    def _mask_features(self, levels: Sequence[Float[Tensor, "B C _ _"]]) -> Float[Tensor, "B D h w"]:
+        """Return the mask feature representation of P2 ... P5; the coarsest level tells where in the canvas it is."""
+        *finer, coarsest = levels
+        return self.mask_feature_head([*finer, with_coordinates(coarsest) if self.config.feature_coordinates else coarsest])
+
+    def _kernels(self, content: Float[Tensor, "B N C"], reference: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N D"]:
+        """Return position-aware kernels: 254 numbers from the query's state, and its reference point before the sigmoid."""
+        kernels = self.kernel_head(content)
+        return torch.cat([kernels, inverse_sigmoid(reference)], -1) if self.config.kernel_position else kernels
+
+    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return two terms for every layer: class (focal) and mask (dice), each divided by the number of matched slots.
+
+        Only the masks of matched slots are drawn, in the memory of one layer, on the whole canvas with its padding. The paper
+        has 1 - IoU as mask loss; the official code has it in the matching only. Computed in float32.
+        """
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self._terms(output, objects)
+
+    def _terms(self, output: ModelOutput, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        settings, layers = self.config, output.layers
+        assert output.mask_features is not None
+        features = output.mask_features.float()
+        logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
+        kernels = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
+        size = (features.shape[2], features.shape[3])
+        masks = [central_means(found.masks, settings.mask_stride, size).to(features.device) for found in objects]
+        labels = pad([found.labels for found in objects])
+        with torch.no_grad():
+            cost = settings.class_weight * focal_cost(logits, labels, least=1e-12)
+            cost = cost + settings.mask_weight * _mask_cost(kernels, features, masks)
+        pairs = match(cost, [len(found) for found in objects], {"class_logits": logits, "kernels": kernels})
+        count = distributed.divisor(len(pairs) / len(layers), like=logits)
+        targets = class_targets(logits, labels, pairs)
+        terms = {
+            "class": settings.class_weight * focal_loss(logits, targets).sum((1, 2, 3)) / count,
+            "mask": settings.mask_weight * _mask_loss(kernels, features, masks, pairs) / (count + 1e-5),
+        }
+        return name_by_layer(terms, len(layers))
+
+    @torch.no_grad()
+    def postprocess(
+        self,
+        output: ModelOutput,
+        images: ImageBatch,
+        sizes: Sequence[tuple[int, int]],
+        limit: int = 100,
+        threshold: float = 0.0,
+    ) -> list[Instances]:
+        """Return the `limit` best pairs of query and class of each image; a query may appear with several classes.
+
+        The pairs that are best by class are scored anew with their masks; the official code leaves them in the old order.
+        """
+        last = output.layers[-1]
+        assert last.mask_params is not None
+        assert output.mask_features is not None
+        found = []
+        with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
+            parts = zip(last.class_logits, last.mask_params, output.mask_features, images.sizes.tolist(), sizes, strict=True)
+            for logits, kernels, features, shown, size in parts:
+                count = max(limit, _CANDIDATES)
+                scores, labels, slots, drawn = _candidates(logits.float(), kernels.float(), features.float(), count, threshold)
+                best = scores.argsort(descending=True, stable=True)[:limit]
+                best = best[scores[best] >= threshold]
+                once, again = slots[best].unique(return_inverse=True)  # paint a query once, however many classes it has
+                masks = self._paint(drawn[once], shown, size)[again.tolist()]
+                found.append(Instances(labels[best].cpu(), masks.boxes(), masks, scores[best].cpu(), self.categories))
+        return found
+
+    def _paint(self, drawn: Float[Tensor, "n h w"], shown: Sequence[int], size: tuple[int, int]) -> Masks:
+        """Return mask probabilities as masks of the image: up to the canvas, cut to what the image `shown` covers, resized."""
+        stride = self.config.mask_stride
+        rows, columns = (by_centres(cells, cells * stride)[:pixels] for cells, pixels in zip(drawn.shape[1:], shown, strict=True))
+        steps = [(rows, columns), (by_centres(len(rows), size[0]), by_centres(len(columns), size[1]))]
+        return paint(drawn, steps, least=_MASK_THRESHOLD, threshold=_MASK_THRESHOLD)
+
+
+def _mask_cost(
+    kernels: Float[Tensor, "L B N D"], features: Float[Tensor, "B D h w"], masks: Sequence[Float[Tensor, "_ h w"]]
+) -> Float[Tensor, "L B N T"]:
+    """Return 1 - soft IoU of the mask of every slot and every object of its image, drawing a few masks at a time."""
+    layers, batch, slots, _ = kernels.shape
+    few = max(1, _CELLS // features[0, 0].numel())
+    cost = kernels.new_zeros(batch, layers * slots, max(map(len, masks)))
+    for i, wanted in enumerate(masks):
+        for start in range(0, layers * slots if len(wanted) else 0, few):
+            drawn = dynamic_conv(features[i], kernels[:, i].flatten(0, 1)[start : start + few]).sigmoid_()
+            cost[i, start : start + few, : len(wanted)] = soft_iou_cost(drawn, wanted)
+    return cost.unflatten(1, (layers, slots)).transpose(0, 1)
+
+
+def _mask_loss(
+    kernels: Float[Tensor, "L B N D"],
+    features: Float[Tensor, "B D h w"],
+    masks: Sequence[Float[Tensor, "_ h w"]],
+    pairs: Matches,
+) -> Float[Tensor, "L"]:
+    """Return the dice loss of each layer's matched slots, summed, in the memory of one layer."""
+    layers, counts = len(kernels), [min(len(wanted), kernels.shape[2]) for wanted in masks]  # pairs are in this order
+    chosen = kernels[pairs.layer, pairs.image, pairs.slot].unflatten(0, (layers, sum(counts)))
+    objects = pairs.object.unflatten(0, (layers, sum(counts)))
+
+    def values(layer: int, matched: Float[Tensor, "m D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
+        losses = []
+        parts = zip(features.unbind(), matched.split(counts), masks, objects[layer].split(counts), strict=True)
+        for own, some, wanted, of in parts:
+            losses.append(squared_dice_loss(dynamic_conv(own, some).sigmoid(), wanted[of], least=0.002))
+        return torch.cat(losses).sum()[None]
+
+    return in_pieces(values, chosen.unbind(), features)[:, 0]
+
+
+def _candidates(
+    logits: Float[Tensor, "N K"], kernels: Float[Tensor, "N D"], features: Float[Tensor, "D h w"], count: int, threshold: float
+) -> tuple[Float[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "m h w"]]:
+    """Return scores and labels of the pairs of query and class that are best by class, which of the masks is theirs, and those.
+
+    A score is the class's probability times the mean probability of the cells that belong to the mask; 0 where there is none.
+    """
+    chosen, labels, scores = best_detections(logits, count, threshold)  # its mask can only lower a score
+    queries, slots = chosen.unique(return_inverse=True)
+    drawn = dynamic_conv(features, kernels[queries]).sigmoid()
+    inside = drawn > _MASK_THRESHOLD
+    confidence = (drawn * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-5)
+    return scores * confidence[slots], labels, slots, drawn
