@@ -125,7 +125,7 @@ def _demo_flags(parser: _Parser, arguments: Sequence[str]) -> None:
 
 
 def _demo(given: argparse.Namespace) -> None:
-    """Train a small model on generated images, measure it on others and draw what it finds: 8 minutes on a CPU."""
+    """Train a small model on generated images, measure it on others and draw what it finds: 9 minutes on a CPU."""
     from maskset.demo import demo
 
     demo(given.out)

@@ -63,7 +63,7 @@ def solq_tiny() -> Recipe:
     """A very small SOLQ from scratch for generated shapes: what `make demo` trains.
 
     Command: maskset train solq-tiny --data shapes --out RUN
-    Expect: about 8 minutes on two CPU cores; the README has the AP that was measured.
+    Expect: mask AP 0.35, AP50 0.69 on 200 unseen images (`make demo`), after 9 minutes on two CPU cores.
     Status: trained by `make demo`; with so little time, many steps of few small images beat fewer steps of larger ones.
     """
     return Recipe(
@@ -108,7 +108,8 @@ def solq_small() -> Recipe:
 
     Command: maskset train solq-small --data FOLDER --out RUN
     Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
-    Status: trained for two epochs on microscope images; not yet to the end.
+    Status: trained on a CPU for 8 epochs (--train.epochs 8) on 536 microscope images of nuclei, 24 minutes from scratch: mask
+    AP 0.172, AP50 0.487 on 64 others. Not yet for all its epochs.
     """
     tiny = solq_tiny()
     return Recipe(
