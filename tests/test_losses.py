@@ -1,9 +1,9 @@
-"""Losses taken piece by piece."""
+"""Losses taken piece by piece, and losses of masks."""
 
 import pytest
 import torch
 
-from maskset.losses import in_pieces
+from maskset.losses import in_pieces, squared_dice_loss
 
 
 def values(index: int, piece: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -33,3 +33,23 @@ def test_nothing_is_kept_where_no_gradient_is_wanted():
     pieces, shared = inputs()
     with torch.no_grad():
         assert not in_pieces(values, pieces, shared).requires_grad
+
+
+@pytest.mark.parametrize("least", [1e-5, 0.002])
+def test_dice_with_squares_is_that_of_each_pair_alone(least):
+    torch.manual_seed(0)
+    masks, targets = torch.rand(4, 3, 5), (torch.rand(4, 3, 5) > 0.5).float()
+    targets[2] = 0
+    found = squared_dice_loss(masks, targets, least)
+    for i in range(4):
+        overlap = sum((p * t).item() for p, t in zip(masks[i].flatten(), targets[i].flatten(), strict=True))
+        squares = sum((p * p + t * t).item() for p, t in zip(masks[i].flatten(), targets[i].flatten(), strict=True))
+        assert found[i].item() == pytest.approx(1 - 2 * overlap / (squares + least), rel=1e-5)
+    assert found[2] == 1
+
+
+def test_dice_with_squares_of_a_mask_with_itself_is_nearly_nothing_and_of_nothing_one():
+    mask = (torch.rand(1, 9, 9) > 0.5).float()
+    assert squared_dice_loss(mask, mask, 0.002).item() < 1e-4
+    assert squared_dice_loss(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), 0.002).item() == 1
+    assert squared_dice_loss(torch.zeros(0, 3, 3), torch.zeros(0, 3, 3), 0.002).shape == (0,)

@@ -6,7 +6,7 @@ from torch import nn
 
 from maskset.boxes import generalised_iou, to_corners
 from maskset.losses import focal_loss
-from maskset.matching import MatchingError, focal_cost, giou_cost, l1_cost, match, pad
+from maskset.matching import MatchingError, focal_cost, giou_cost, l1_cost, match, pad, soft_iou_cost
 
 
 def problem(seed=0, layers=2, slots=5, counts=(3, 0, 2), classes=4):
@@ -29,6 +29,24 @@ def test_costs_are_those_of_each_pair_alone():
             torch.testing.assert_close(classes[layer, image, slot, t], expected)
             torch.testing.assert_close(l1[layer, image, slot, t], (box - target).abs().sum())
             torch.testing.assert_close(giou[layer, image, slot, t], -generalised_iou(to_corners(box), to_corners(target)))
+
+
+def test_the_soft_iou_cost_is_that_of_each_pair_alone():
+    torch.manual_seed(0)
+    masks, targets = torch.rand(3, 4, 5), torch.randint(5, (2, 4, 5)) / 4
+    found = soft_iou_cost(masks, targets)
+    for slot, t in itertools.product(range(3), range(2)):
+        pairs = list(zip(masks[slot].flatten().tolist(), targets[t].flatten().tolist(), strict=True))
+        overlap = sum(p * g for p, g in pairs)
+        union = sum(p + g for p, g in pairs) - overlap
+        assert found[slot, t].item() == pytest.approx(1 - overlap / (union + 1e-6), abs=1e-6)
+
+
+def test_the_soft_iou_cost_of_a_mask_with_itself_is_nothing_and_of_an_empty_one_is_one():
+    mask = (torch.rand(1, 6, 6) > 0.5).float()
+    assert soft_iou_cost(mask, mask).item() == pytest.approx(0, abs=1e-6)
+    assert soft_iou_cost(mask, torch.zeros(1, 6, 6)).item() == 1
+    assert soft_iou_cost(torch.zeros(1, 6, 6), torch.zeros(1, 6, 6)).item() == 1
 
 
 @pytest.mark.parametrize("slots", [3, 5])

@@ -110,6 +110,36 @@ def test_maps_have_the_promised_channels_and_strides(name, monkeypatch):
     assert all(parameter.requires_grad for parameter in backbone.parameters())
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "regnety_002", "swin_tiny"])
+def test_a_map_of_stride_4_comes_before_the_same_others(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(backbones.SWIN_SIZES, "swin_tiny", TINY_SWIN)
+    pixels = torch.randn(1, 3, 64, 96)
+    usual, finer = (build_backbone(name, "group", 0, 0.0, finest).eval() for finest in (8, 4))
+    known = usual.state_dict()
+    missing, unexpected = finer.load_state_dict(known, strict=False)
+    assert not unexpected
+    assert all("output_norm" in key for key in missing)  # the new map of a Swin has a norm of its own
+    assert finer.strides == [4, 8, 16, 32]
+    first, *others = finer(pixels)
+    assert first.shape == (1, finer.channels[0], 16, 24)
+    assert finer.channels[1:] == usual.channels
+    for found, expected in zip(others, usual(pixels), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_pretrained_weights_fill_a_backbone_with_a_map_of_stride_4(tmp_path):
+    weights = timm_weights("resnet18")
+    save_file(weights, tmp_path / "resnet18.safetensors")
+    backbone = build_backbone("resnet18", "frozen", 2, 0.0, finest=4)
+    assert "took 100 of 100 tensors" in load_pretrained(backbone, str(tmp_path / "resnet18.safetensors"))
+    assert torch.equal(backbone.body.state_dict()["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
+
+
+def test_a_backbone_without_a_map_of_stride_4_is_refused_where_one_is_needed():
+    with pytest.raises(ConfigError, match=r"strides \[.*\], needed are \[4, 8, 16, 32\]"):
+        build_backbone("vit_tiny_patch16_224", "frozen", 0, 0.0, finest=4)
+
+
 def test_an_odd_size_is_rounded_up():
     maps = build_backbone("resnet10t", "group", 0, 0.0)(torch.randn(1, 3, 65, 97))
     assert [tuple(x.shape[2:]) for x in maps] == [(9, 13), (5, 7), (3, 4)]

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.soit import SoitConfig
-from maskset.training.config import Recipe
+from maskset.training.config import DataConfig, Recipe
+
+_DATA = DataConfig(augmentation="mmdet")  # of the official code; the paper mentions no crop
 
 
 def soit_r50() -> Recipe:
@@ -12,11 +14,11 @@ def soit_r50() -> Recipe:
 
     Command: accelerate launch -m maskset train soit-r50 --data COCO --out RUN
     Official: soit_r50_16x2_50e_coco of Opera, 16 V100 x 2 images, 50 epochs. The paper says Adam, the code has AdamW; the paper
-    says multi-scale images, the code also crops (as SOLQ does, so the data settings are the same).
+    says multi-scale images, the code also crops.
     Expect: mask / box AP 42.2 / 48.9 on val2017 (Opera's README), 42.5 / 49.1 on test-dev (paper, table 1).
     Status: the network, its losses and gradients are tested against the official code; not trained on COCO here.
     """
-    return Recipe(model=SoitConfig())
+    return Recipe(model=SoitConfig(), data=_DATA)
 
 
 def soit_r101() -> Recipe:
@@ -27,7 +29,7 @@ def soit_r101() -> Recipe:
     Expect: mask / box AP 42.9 / 49.5 on val2017 (Opera's README), 43.4 / 50.0 on test-dev (paper, table 1).
     Status: as soit-r50 but for the backbone; not trained on COCO here.
     """
-    return Recipe(model=SoitConfig(backbone="resnet101.tv_in1k"))
+    return Recipe(model=SoitConfig(backbone="resnet101.tv_in1k"), data=_DATA)
 
 
 def soit_swin_l() -> Recipe:
@@ -38,7 +40,7 @@ def soit_swin_l() -> Recipe:
     Expect: mask / box AP 49.2 / 56.9 on test-dev (paper, table 1), if the unpublished settings were like these.
     Status: the backbone is tested against another system's official code; not trained on COCO here.
     """
-    return Recipe(model=SoitConfig(backbone="swin_large", frozen_stages=0, drop_path=0.3))
+    return Recipe(model=SoitConfig(backbone="swin_large", frozen_stages=0, drop_path=0.3), data=_DATA)
 
 
 def soit_tiny() -> Recipe:
