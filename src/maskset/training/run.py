@@ -19,7 +19,7 @@ from maskset import recipes
 from maskset.checkpoint import CheckpointError, find, read, save
 from maskset.config import ConfigError
 from maskset.data import DataError, Dataset, open_data
-from maskset.data.loading import batch_order, steps_per_epoch, warn_about_slots
+from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
 from maskset.files import written
 from maskset.layers.backbone import load_pretrained
 from maskset.systems import System, build
@@ -29,7 +29,7 @@ from maskset.training.ema import averaged_copy
 from maskset.training.log import Log, check_trackers, counted
 from maskset.training.optimizer import build_optimizer, learning_rate_advice, step_count
 from maskset.training.state import Progress, Trained, seed_everything
-from maskset.training.step import Step
+from maskset.training.step import Batch, Step
 from maskset.training.transfer import transfer
 
 
@@ -85,6 +85,13 @@ class Run:
     def skipped(self) -> list[str]:
         """What this process has left out as broken so far, one message each."""
         return list(dict.fromkeys([*self.training.skipped, *self.judging.skipped]))
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Return this process's batches of an epoch that are still to do."""
+        accelerator, divisor, seed = self.accelerator, self.trained.model.input.divisor, self.recipe.train.seed
+        place = accelerator.process_index, accelerator.num_processes
+        done = self.batches_done
+        return training_batches(self.training, self.recipe.data, self.batch_size, divisor, seed, epoch, *place, start=done)
 
     def image_names(self, place: int) -> list[str]:
         """Return the files of the images of this process in batch `place` of the step that comes next."""

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from maskset.checkpoint import save
-from maskset.data.loading import training_batches
 from maskset.evaluation.evaluate import evaluate
 from maskset.evaluation.metrics import Metrics
 from maskset.training import state
@@ -25,7 +24,7 @@ from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_log, open_run
 from maskset.training.samples import draw_samples
 from maskset.training.state import seed_everything
-from maskset.training.step import Batch, NotFinite, Step, mean, update
+from maskset.training.step import NotFinite, Step, mean, update
 
 Item = TypeVar("Item")
 
@@ -72,7 +71,7 @@ def train(
                 break
             trained.model.train()
             left = run.last_step - progress.step  # of a last epoch that is none in full
-            for batches in islice(grouped(_batches(run, epoch), config.accumulate), left):
+            for batches in islice(grouped(run.batches(epoch), config.accumulate), left):
                 seed_everything(config.seed, progress.step, run.accelerator.process_index)
                 rates = set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
                 try:
@@ -113,13 +112,6 @@ def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
             group = []
     if group:
         yield group
-
-
-def _batches(run: Run, epoch: int) -> Iterator[Batch]:
-    """Return this process's batches of an epoch that are still to do."""
-    accelerator, divisor, seed = run.accelerator, run.trained.model.input.divisor, run.recipe.train.seed
-    place = accelerator.process_index, accelerator.num_processes
-    return training_batches(run.training, run.recipe.data, run.batch_size, divisor, seed, epoch, *place, start=run.batches_done)
 
 
 def _judge(run: Run, epoch: int, log: Log) -> Metrics:
