@@ -69,9 +69,7 @@ def _evaluate_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     _add_model(parser)
     _add_data(parser)
     parser.add_argument("--split", default="val", help="part of the data (default: val)")
-    parser.add_argument(
-        "--max-detections", type=int, default=100, metavar="N", help="objects per image that count (default: 100)"
-    )
+    _add_max_detections(parser)
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
     _add_device(parser)
     parser.add_argument("--out", type=_new_folder, metavar="FOLDER", help="write metrics.json and per_class.csv here")
@@ -123,6 +121,41 @@ def _predict(given: Namespace) -> None:
     )
     save_all(found, given.out, drawings="drawings" in given.save, labels="labels" in given.save)
     print("written: " + ", ".join(str(given.out / name) for name in ["results.json", *given.save]))
+
+
+def _compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    several = "recipes (names or recipe.json files), which are trained, and models, which are only measured"
+    parser.add_argument("models", nargs="+", metavar="RECIPE|MODEL", help=several)
+    _add_data(parser)
+    parser.add_argument("--out", type=_new_folder, required=True, metavar="FOLDER", help="of the comparison, which goes on there")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--epochs", type=int, metavar="N", help="of training for each recipe (default: the recipe's own)")
+    budget.add_argument("--minutes", type=float, metavar="M", help="of training for each recipe, instead of epochs")
+    parser.add_argument("--split", default="val", help="part of the data that is measured (default: val)")
+    _add_max_detections(parser)
+    parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
+
+
+def _compare(given: Namespace) -> None:
+    """Train recipes with the same budget, measure them and other models, and put them into one table and one figure."""
+    with _before_training():
+        from maskset.comparison.compare import compare
+
+    comparison = compare(
+        given.models,
+        given.data,
+        given.out,
+        epochs=given.epochs,
+        minutes=given.minutes,
+        images=given.images,
+        split=given.split,
+        max_detections=given.max_detections,
+        skip_broken=given.skip_broken,
+    )
+    print(f"\n{comparison}\n\nwritten to {given.out}: comparison.md, comparison.json, comparison.png")
+    if comparison.failed:
+        names = ", ".join(one.name for one in comparison.failed)
+        raise ValueError(f"failed: {names} (why is said above). The others are done; the same command tries again.")
 
 
 def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -235,6 +268,11 @@ def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a JSON file are")
 
 
+def _add_max_detections(parser: ArgumentParser) -> None:
+    help = "objects per image that count (default: 100)"
+    parser.add_argument("--max-detections", type=int, default=100, metavar="N", help=help)
+
+
 def _add_device(parser: ArgumentParser) -> None:
     help = "where to compute, such as cuda:1 (default: a GPU if there is one)"
     parser.add_argument("--device", type=_usable_device, metavar="DEVICE", help=help)
@@ -285,6 +323,7 @@ COMMANDS = {
     "train": Command(_train_flags, _train),
     "evaluate": Command(_evaluate_flags, _evaluate),
     "predict": Command(_predict_flags, _predict),
+    "compare": Command(_compare_flags, _compare),
     "codecs fit": Command(_codecs_fit_flags, _codecs_fit),
     "codecs compare": Command(_codecs_compare_flags, _codecs_compare),
     "convert": Command(_convert_flags, _convert),

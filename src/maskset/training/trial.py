@@ -96,7 +96,7 @@ def _peak(run: Run, steps: Sequence[Sequence[Batch]]) -> int:
     trained.optimizer.zero_grad()
     lasting = [*trained.model.state_dict().values(), *(trained.averaged.state_dict().values() if trained.averaged else ())]
     moments = [value for state in trained.optimizer.state.values() for value in state.values()]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for batches in steps:
             _do(run, batches)
     return sum(tensor.nbytes for tensor in lasting + moments) + _most_allocated(profiler)
