@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": GROUND | {"systems", "data", "checkpoint", "inference", "evaluation"},
     "training": PARTS | {"systems", "data", "checkpoint", "inference", "evaluation", "recipes", "training"},
     "training.config": {"config", "systems"},
-    "comparison": GROUND | {"data", "checkpoint", "inference", "evaluation", "recipes", "training", "comparison"},
+    "comparison": GROUND | {"systems.base", "data", "checkpoint", "inference", "evaluation", "recipes", "training", "comparison"},
     "flags": {"config"},
     "demo": GROUND | {"recipes", "data", "checkpoint", "inference", "evaluation", "training"},
 }

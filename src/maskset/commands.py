@@ -152,7 +152,7 @@ def _compare(given: Namespace) -> None:
         max_detections=given.max_detections,
         skip_broken=given.skip_broken,
     )
-    print(f"\n{comparison}\n\nwritten to {given.out}: comparison.md, comparison.json, comparison.png")
+    print(f"\n{comparison}\n\nwritten to {given.out}")
     if comparison.failed:
         names = ", ".join(one.name for one in comparison.failed)
         raise ValueError(f"failed: {names} (why is said above). The others are done; the same command tries again.")

@@ -15,6 +15,7 @@ from maskset.files import written
 from maskset.inference.draw import draw
 from maskset.inference.predict import ready
 from maskset.structures import Instances
+from maskset.systems.base import System
 
 _ROWS = 5  # images that are shown
 _CANDIDATES = 40  # images that they are chosen from, spread over the data
@@ -44,7 +45,7 @@ class Shown:
         return right, int(drawn.sum()) - right
 
 
-def draw_figure(models: Mapping[str, tuple[str, str | Path]], dataset: Dataset, path: Path) -> None:
+def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: Dataset, path: Path) -> None:
     """Write a picture with a row for each of a few images: annotated objects, then what each model finds.
 
     The images are those in which the models differ most in F1 (at IoU 0.5), the most first; where they do not differ, those with
@@ -52,7 +53,7 @@ def draw_figure(models: Mapping[str, tuple[str, str | Path]], dataset: Dataset, 
     best F1 over the 40 images that are looked at. The same data and models give the same picture.
 
     Args:
-        models: what `maskset.load` takes, and a line about the model, by its name.
+        models: a line about the model, and the system or what `maskset.load` takes, by its name.
         dataset: where the images come from.
         path: of the PNG file.
     """
@@ -61,9 +62,9 @@ def draw_figure(models: Mapping[str, tuple[str, str | Path]], dataset: Dataset, 
     candidates = filled[:: max(1, -(-len(filled) // _CANDIDATES))].tolist()
     shown = {name: look(dict(found_in(ready(source), dataset, candidates, 100)), dataset) for name, (_, source) in models.items()}
     readable = [index for index in candidates if all(index in one.found for one in shown.values())]
-    rows = chosen(list(shown.values()), readable, counts)
-    heads = [("annotated", ""), *((name, f"{line}, score ≥ {shown[name].threshold:.2f}") for name, (line, _) in models.items())]
-    sheet = _sheet(heads, [_row(dataset, index, list(shown.values())) for index in rows])
+    rows = [_row(dataset, index, list(shown.values())) for index in chosen(list(shown.values()), readable, counts)]
+    lines = [f"{line}, drawn from score {shown[name].threshold:.2f}" for name, (line, _) in models.items()]
+    sheet = _sheet([("annotated", ""), *zip(models, lines, strict=True)], rows)
     with written(path) as part:
         sheet.save(part, "PNG")
 
