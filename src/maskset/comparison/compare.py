@@ -131,7 +131,9 @@ def _wanted(models: Sequence[str | Path], dataset: Dataset, epochs: int | None, 
                 class_labels(read_metadata(path).categories, dataset.categories)
             except DataError as error:
                 raise DataError(f"{given} cannot be compared on these data: {error}") from None
-            wanted[name] = Compared(name=name, source=given, digest=hashlib.sha256(path.read_bytes()).hexdigest())
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            wanted[name] = Compared(name=name, source=given, digest=digest)
         else:
             wanted[name] = Compared(name=name, source=given, recipe=_with_budget(_recipe(given), epochs, skip_broken))
     if not wanted:
