@@ -37,6 +37,8 @@ def test_each_model_is_drawn_from_the_score_on_that_gives_it_the_best_f1():
     unsure = {0: scene([0, 0, 1], [0.30, 0.12, 0.05]), 1: scene([0, 1], [0.20, 0.11])}
     assert look(unsure, data).threshold == np.float32(0.12)
     assert look(unsure, data).counts(0) == (2, 0)
+    many = found([0] * 7, discs([(30.0, 30.0, 2.0)] * 6 + [PLACES[0]], (32, 32)), [0.9] * 6 + [0.1], CLASSES)
+    assert look({0: many, 1: scene([])}, data).threshold == 0.5  # six wrong ones are not drawn for the sake of a right one
     assert look({0: scene([1], [0.9]), 1: scene([1], [0.8])}, data).threshold == 0.5  # nothing is right anywhere
     assert look({0: scene([]), 1: scene([])}, data).counts(0) == (0, 0)
 

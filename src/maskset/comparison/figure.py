@@ -31,7 +31,7 @@ class Shown:
     Attributes:
         found: the objects of each image by its position in the data, best first; all, whatever their scores.
         right: for each of them whether it is an annotated object that none before it is.
-        threshold: the score from which on objects are drawn, chosen so that F1 over all these images is greatest.
+        threshold: the score from which on objects are drawn, see `draw_figure`.
     """
 
     found: Mapping[int, Instances]
@@ -50,7 +50,8 @@ def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: 
 
     The images are those in which the models differ most in F1 (at IoU 0.5), the most first; where they do not differ, those with
     the most objects. Models' scores are not on one scale, so each model's objects are drawn from the score on that gives it the
-    best F1 over the 40 images that are looked at. The same data and models give the same picture.
+    best F1 over the 40 images that are looked at, but in all of them together not more than twice as many as are annotated. The
+    same data and models give the same picture.
 
     Args:
         models: a line about the model, and the system or what `maskset.load` takes, by its name.
@@ -76,7 +77,7 @@ def look(found: Mapping[int, Instances], dataset: Dataset) -> Shown:
     scores = np.concatenate([np.zeros(0), *(_scores(one) for one in found.values())])
     order = np.argsort(-scores, kind="stable")
     sure = np.concatenate([np.zeros(0, bool), *right.values()])[order].cumsum()
-    f1 = 2 * sure / (np.arange(1, len(scores) + 1) + annotated)
+    f1 = (2 * sure / (np.arange(1, len(scores) + 1) + annotated))[: 2 * annotated]
     if not f1.any():
         return Shown(found, right, 0.5)
     return Shown(found, right, float(scores[order][f1.argmax()]))

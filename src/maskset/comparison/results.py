@@ -7,6 +7,7 @@ from maskset import config as settings
 from maskset.config import config
 from maskset.files import written
 from maskset.training.config import Recipe
+from maskset.training.log import counted
 
 JSON, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison.png"  # files of a comparison's folder
 
@@ -151,7 +152,7 @@ class Comparison:
 def _notes(terms: Terms) -> str:
     budget = "Each recipe had its own number of epochs"
     if terms.epochs:
-        budget = f"Each recipe was trained for {terms.epochs} epochs"
+        budget = f"Each recipe was trained for {counted(terms.epochs, 'epoch')}"
     if terms.minutes:
         budget = f"Each recipe was trained for as many steps as {terms.minutes:g} minutes hold by a trial of its speed"
     name = Path(terms.data).name or terms.data
