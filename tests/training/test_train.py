@@ -338,7 +338,7 @@ def test_the_images_named_are_those_of_the_batch(tmp_path):
 
     settings = replace(recipe(batch_size=4, accumulate=2), data=replace(recipe().data, augmentation="none"))
     opened, _ = open_run(settings, data(), tmp_path / "run", None, False, None)
-    batches = list(loop._batches(opened, 0))
+    batches = list(opened.batches(0))
     for place in range(3):
         for file, pixels in zip(opened.image_names(place), batches[place][0].pixels, strict=True):
             assert torch.equal(read_image(file), pixels)
