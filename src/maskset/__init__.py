@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskset import recipes
     from maskset.checkpoint import load, save
+    from maskset.comparison.compare import compare
     from maskset.conversion import convert
     from maskset.evaluation.evaluate import evaluate
     from maskset.inference.predict import predict
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Instances": "maskset.structures",
     "build": "maskset.systems",
+    "compare": "maskset.comparison.compare",
     "convert": "maskset.conversion",
     "evaluate": "maskset.evaluation.evaluate",
     "load": "maskset.checkpoint",
@@ -25,7 +27,7 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
-__all__ = ["Instances", "build", "convert", "evaluate", "load", "predict", "recipes", "save", "train"]
+__all__ = ["Instances", "build", "compare", "convert", "evaluate", "load", "predict", "recipes", "save", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,11 @@ def test_a_negative_number_is_refused(name):
         TrainConfig(**{name: -1})
 
 
+def test_a_run_of_no_steps_is_refused():
+    with pytest.raises(ConfigError, match="train.steps must be at least 1, got 0"):
+        TrainConfig(steps=0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_is_refused(value):
     numbers = [name for name, default in vars(TrainConfig()).items() if isinstance(default, float)]

@@ -36,6 +36,13 @@ def test_every_drop_epoch_multiplies_the_rates():
     assert factors(1, epochs=4, drop_epochs=(1, 3), drop_factor=0.5) == [1, 0.5, 0.5, 0.25]
 
 
+def test_the_schedule_of_the_epochs_is_shrunk_to_the_steps():
+    config = TrainConfig(epochs=50, drop_epochs=(40,), steps=10)
+    assert [rate_factor(step, 3, config) for step in range(10)] == pytest.approx([1.0] * 8 + [0.1] * 2)
+    config = TrainConfig(epochs=2, schedule="cosine", steps=5)
+    assert [rate_factor(step, 100, config) for step in range(5)] == pytest.approx(factors(1, epochs=5, schedule="cosine"))
+
+
 def test_the_warm_up_rises_linearly_to_the_full_rate():
     assert factors(1, epochs=6, warmup_steps=4, drop_epochs=()) == [0.25, 0.5, 0.75, 1, 1, 1]
 

@@ -77,6 +77,24 @@ def test_the_metrics_have_a_line_for_each_step_and_each_evaluation(whole):
     assert {"mask_ap", "mask_ap50", "box_ap", "seconds"} < found[5].keys()
 
 
+def test_a_run_of_some_steps_ends_in_the_middle_of_an_epoch_and_resumes_like_any_other(tmp_path, monkeypatch):
+    short = recipe(steps=7, schedule="cosine", warmup_steps=0, dropout=0.1)
+    train(short, data(), tmp_path / "whole")
+    found = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["step"]) for line in found[-3:]] == [("train", 6), ("train", 7), ("val", 7)]
+    assert found[-2]["learning_rate"] < 1e-4  # the cosine has come to its end
+
+    often = replace(short, train=replace(short.train, checkpoint_every=1))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train(often, data(), tmp_path / "run")
+    train(short, data(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    train(short, data(), tmp_path / "run", resume=True)  # there is nothing left to do
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_the_checkpoints_are_the_averaged_weights_with_the_classes_of_the_data(whole):
     folder, _ = whole
     state, last = load_file(folder / "state.safetensors"), load_file(folder / "last.safetensors")
@@ -333,7 +351,7 @@ def test_the_images_named_are_those_of_the_batch(tmp_path):
 
     settings = replace(recipe(batch_size=4, accumulate=2), data=replace(recipe().data, augmentation="none"))
     opened, _ = open_run(settings, data(), tmp_path / "run", None, False, None)
-    batches = list(loop._batches(opened, 0))
+    batches = list(opened.batches(0))
     for place in range(3):
         for file, pixels in zip(opened.image_names(place), batches[place][0].pixels, strict=True):
             assert torch.equal(read_image(file), pixels)

@@ -1,6 +1,6 @@
 """Evaluation: a model on annotated images, measured by COCO's average precision."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,20 +58,46 @@ def evaluate(
         raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
     model = ready(model, device)
     dataset = open_data(data, split, images, skip_broken) if isinstance(data, (str, Path)) else data
-    labels = _labels(model.categories, dataset.categories)
-    hidden = [channel for channel, label in enumerate(labels) if label < 0]
     share = _share(dataset, model)
     unreadable: dict[int, str] = {}
-    answers = run(model, share, partial(_read, dataset, unreadable), limit=max_detections, batch_size=batch_size, hidden=hidden)
+    answers = found_in(model, dataset, share, max_detections, batch_size, unreadable)
     if progress and (not active() or distributed.get_rank() == 0):
         answers = shown(answers, len(share), "evaluating")
-    found = {index: _renamed(one, labels, dataset.categories).to_coco(index) for index, one in answers}
-    known = {category.name for category in model.categories}
+    found = {index: one.to_coco(index) for index, one in answers}
+    of_model, of_data = ({category.name: None for category in one.categories} for one in (model, dataset))
     return replace(
         _measured(dataset, found, unreadable, max_detections),
-        missing_in_model=tuple(category.name for category in dataset.categories if category.name not in known),
-        missing_in_data=tuple(model.categories[channel].name for channel in hidden),
+        missing_in_model=tuple(name for name in of_data if name not in of_model),
+        missing_in_data=tuple(name for name in of_model if name not in of_data),
     )
+
+
+def found_in(
+    model: System,
+    dataset: Dataset,
+    images: Sequence[int],
+    limit: int,
+    batch_size: int | None = None,
+    unreadable: dict[int, str] | None = None,
+) -> Iterator[tuple[int, Instances]]:
+    """Return an iterator over images and what the model finds in each, with the classes of the data, matched by name.
+
+    Args:
+        model: a system.
+        dataset: whose images they are.
+        images: their positions.
+        limit: how many objects of an image are wanted, best first; none is of a class that the data does not have.
+        batch_size: see `evaluate`.
+        unreadable: gets a message for each image that is left out because it cannot be read.
+
+    Raises:
+        maskset.data.dataset.DataError: no class of the model is in the data, or an image cannot be read and none is skipped.
+    """
+    labels = class_labels(model.categories, dataset.categories)
+    hidden = [channel for channel, label in enumerate(labels) if label < 0]
+    read = partial(_read, dataset, {} if unreadable is None else unreadable)
+    answers = run(model, images, read, limit=limit, batch_size=batch_size, hidden=hidden)
+    return ((index, _renamed(one, labels, dataset.categories)) for index, one in answers)
 
 
 def _read(dataset: Dataset, unreadable: dict[int, str], index: int) -> UInt8[Tensor, "3 h w"] | None:
@@ -87,8 +113,12 @@ def _read(dataset: Dataset, unreadable: dict[int, str], index: int) -> UInt8[Ten
         return None
 
 
-def _labels(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
-    """Return which class of the data each of the model's is, -1 for none."""
+def class_labels(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
+    """Return which class of the data each of the model's is, -1 for none.
+
+    Raises:
+        maskset.data.dataset.DataError: none of them is one of the data's.
+    """
     if tuple(model) == tuple(data):
         return list(range(len(data)))
     places = {category.name: label for label, category in enumerate(data)}

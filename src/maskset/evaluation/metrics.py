@@ -114,26 +114,26 @@ class Metrics:
         for what, iou, size, name in _ROWS:
             mask, box = getattr(self, f"mask_{name}"), getattr(self, f"box_{name}")
             lines.append(f"{what.format(most=self.max_detections):10}{iou:12}{size:10}{_short(mask):>7}{_short(box):>8}")
+        return "\n".join(lines + [line for note in self.notes() for line in ("", note)])
+
+    def notes(self) -> list[str]:
+        """Return what there is to say below the table: what was left out, and what could not be found."""
+        notes = []
         if self.skipped:
-            lines += [
-                "",
+            notes.append(
                 f"Left out as broken: {self.skipped - self.unreadable} annotations or images of the annotation file, "
-                f"{self.unreadable} images that cannot be read. The first: {self.first_skipped}",
-            ]
+                f"{self.unreadable} images that cannot be read. The first: {self.first_skipped}"
+            )
         if self.images_over_limit:
-            lines += [
-                "",
+            notes.append(
                 f"{self.images_over_limit} images hold more than {self.max_detections} objects, up to {self.most_objects}, "
-                "and not all can be found: raise --max-detections (in training --train.max-detections).",
-            ]
+                "and not all can be found: raise --max-detections (in training --train.max-detections)."
+            )
         if self.missing_in_model:
-            lines += [
-                "",
-                f"The model does not know {_listed(self.missing_in_model)} of the data: none of their objects is found.",
-            ]
+            notes.append(f"The model does not know {_listed(self.missing_in_model)} of the data: none of their objects is found.")
         if self.missing_in_data:
-            lines += ["", f"The data does not know {_listed(self.missing_in_data)} of the model: their results are left out."]
-        return "\n".join(lines)
+            notes.append(f"The data does not know {_listed(self.missing_in_data)} of the model: their results are left out.")
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers, text, lists and dicts, with None for NaN."""

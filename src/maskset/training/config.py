@@ -53,6 +53,7 @@ class TrainConfig:
     """How the weights are optimised. The defaults are SOLQ's official schedule."""
 
     epochs: int = 50  # passes over the training images
+    steps: int | None = None  # optimiser steps in all, to which the schedule of the epochs is shrunk or stretched; none: epochs
     batch_size: int = 32  # images in one optimiser step, over all processes and accumulated parts
     accumulate: int = 1  # parts that a step's batch is split in, to save memory
     learning_rate: float = 2e-4  # of everything but the backbone and the sampling offsets
@@ -85,6 +86,8 @@ class TrainConfig:
         for name in (*rates, "warmup_steps", "clip_norm", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}.")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"train.steps must be at least 1, got {self.steps}.")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.batch_size ({self.batch_size}) must be a multiple of train.accumulate ({self.accumulate}).")
         if not 0 <= self.ema_decay < 1:

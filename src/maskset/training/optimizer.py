@@ -51,14 +51,20 @@ def rate_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     """Return what the learning rates are multiplied by in optimiser step `step`, counted from 0.
 
     Warm-up: (step + 1) / warmup_steps, until 1. Times, with schedule "step", drop_factor for each drop epoch that is over;
-    with "cosine", (1 + cos(pi * share)) / 2 where `share` of the steps after the warm-up are done.
+    with "cosine", (1 + cos(pi * share)) / 2 where `share` of the steps after the warm-up are done. Where `steps` are set, a
+    drop epoch is the same share of them as it is of the epochs.
     """
+    total = step_count(steps_per_epoch, config)
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "step":
-        return warmup * config.drop_factor ** sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
-    total = config.epochs * steps_per_epoch
+        return warmup * config.drop_factor ** sum(step * config.epochs >= epoch * total for epoch in config.drop_epochs)
     share = max(0, step - config.warmup_steps) / max(1, total - config.warmup_steps)
     return warmup * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
+def step_count(steps_per_epoch: int, config: TrainConfig) -> int:
+    """Return how many optimiser steps the whole run has."""
+    return config.steps or config.epochs * steps_per_epoch
 
 
 def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:

@@ -19,7 +19,7 @@ from maskset import recipes
 from maskset.checkpoint import CheckpointError, find, read, save
 from maskset.config import ConfigError
 from maskset.data import DataError, Dataset, open_data
-from maskset.data.loading import batch_order, steps_per_epoch, warn_about_slots
+from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
 from maskset.files import written
 from maskset.layers.backbone import load_pretrained
 from maskset.systems import System, build
@@ -27,9 +27,9 @@ from maskset.training import state
 from maskset.training.config import Recipe, TrainConfig
 from maskset.training.ema import averaged_copy
 from maskset.training.log import Log, check_trackers, counted
-from maskset.training.optimizer import build_optimizer, learning_rate_advice
+from maskset.training.optimizer import build_optimizer, learning_rate_advice, step_count
 from maskset.training.state import Progress, Trained, seed_everything
-from maskset.training.step import Step
+from maskset.training.step import Batch, Step
 from maskset.training.transfer import transfer
 
 
@@ -67,6 +67,16 @@ class Run:
         return self.trained.model if self.trained.averaged is None else self.trained.averaged
 
     @property
+    def last_step(self) -> int:
+        """Optimiser steps when all is done."""
+        return step_count(self.steps, self.recipe.train)
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs that takes; the last one may be a part of one."""
+        return -(-self.last_step // self.steps)
+
+    @property
     def batches_done(self) -> int:
         """Batches of this epoch that each process has done."""
         return (self.progress.step - self.progress.epoch * self.steps) * self.recipe.train.accumulate
@@ -75,6 +85,13 @@ class Run:
     def skipped(self) -> list[str]:
         """What this process has left out as broken so far, one message each."""
         return list(dict.fromkeys([*self.training.skipped, *self.judging.skipped]))
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Return this process's batches of an epoch that are still to do."""
+        accelerator, divisor, seed = self.accelerator, self.trained.model.input.divisor, self.recipe.train.seed
+        place = accelerator.process_index, accelerator.num_processes
+        done = self.batches_done
+        return training_batches(self.training, self.recipe.data, self.batch_size, divisor, seed, epoch, *place, start=done)
 
     def image_names(self, place: int) -> list[str]:
         """Return the files of the images of this process in batch `place` of the step that comes next."""
@@ -133,9 +150,9 @@ def open_log(run: Run, resume: bool) -> Iterator[Log]:
     if config.trackers:
         facts = {name: str(value) for name, value in state.flat(settings.to_dict(run.recipe)).items()}
         accelerator.init_trackers("maskset", facts)
-    file, steps = run.folder / state.METRICS, config.epochs * run.steps
+    file, send = run.folder / state.METRICS, accelerator.log
     try:
-        with Log(file, run.progress, steps, config.epochs, accelerator.log, accelerator.is_main_process) as log:
+        with Log(file, run.progress, run.last_step, run.epochs, send, accelerator.is_main_process) as log:
             known = run.skipped
             yield log
             unread = [problem for problem in dict.fromkeys(gather_object(run.skipped)) if problem not in known]
@@ -237,7 +254,7 @@ def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
         f"model: {run.recipe.model.system}, {total / 1e6:.1f} M parameters ({learnt / 1e6:.1f} M trained), on {device}",
         f"data: {counted(len(run.training), 'image')} to learn from, {len(run.judging)} to evaluate on, "
         f"{counted(len(model.categories), 'class')}",
-        f"{counted(config.epochs, 'epoch')} of {counted(run.steps, 'step')}; {learning_rate_advice(config)}",
+        f"{_length(run)}; {learning_rate_advice(config)}",
         f"run: {run.folder}" + (f", resumed after {counted(run.progress.step, 'step')}" if resume else ""),
     ]
     if run.skipped:
@@ -251,6 +268,13 @@ def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
     if str(data).endswith(".json"):
         lines.append(f"warning: {data} has no splits, so the model is evaluated on the images that it learns from.")
     return lines
+
+
+def _length(run: Run) -> str:
+    """Return how long the run is in all."""
+    if run.last_step % run.steps:
+        return f"{counted(run.last_step, 'step')}, {run.steps} in an epoch"
+    return f"{counted(run.epochs, 'epoch')} of {counted(run.steps, 'step')}"
 
 
 def _facts(training: Dataset) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,11 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from maskset.checkpoint import save
-from maskset.data.loading import training_batches
 from maskset.evaluation.evaluate import evaluate
 from maskset.evaluation.metrics import Metrics
 from maskset.training import state
-from maskset.training.config import Recipe, TrainConfig
+from maskset.training.config import Recipe
 from maskset.training.diverged import TrainingDiverged, diverged
 from maskset.training.ema import average
 from maskset.training.interruption import Interruption
@@ -24,7 +24,7 @@ from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_log, open_run
 from maskset.training.samples import draw_samples
 from maskset.training.state import seed_everything
-from maskset.training.step import Batch, NotFinite, Step, mean, update
+from maskset.training.step import NotFinite, Step, mean, update
 
 Item = TypeVar("Item")
 
@@ -65,12 +65,13 @@ def train(
     metrics = None
     with Interruption() as interruption, open_log(run, resume) as log:
         log.say("\n".join(lines))
-        for epoch in range(progress.epoch, config.epochs):
+        for epoch in range(progress.epoch, run.epochs):
             if config.patience and progress.stale >= config.patience:
                 log.say(f"stopped early: {counted(progress.stale, 'evaluation')} without a better mask AP")
                 break
             trained.model.train()
-            for batches in grouped(_batches(run, epoch), config.accumulate):
+            left = run.last_step - progress.step  # of a last epoch that is none in full
+            for batches in islice(grouped(run.batches(epoch), config.accumulate), left):
                 seed_everything(config.seed, progress.step, run.accelerator.process_index)
                 rates = set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
                 try:
@@ -91,7 +92,7 @@ def train(
                     run.write(log)
                 if stop:
                     raise KeyboardInterrupt(_stopped(run))
-            if _evaluation_is_due(epoch, config):
+            if epoch + 1 == run.epochs or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0):
                 run.write(log)
                 alone = run.accelerator.num_processes == 1  # else the others would wait for the one that stops
                 with interruption.at_once(_stopped(run)) if alone else nullcontext(), log.paused():
@@ -113,13 +114,6 @@ def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
         yield group
 
 
-def _batches(run: Run, epoch: int) -> Iterator[Batch]:
-    """Return this process's batches of an epoch that are still to do."""
-    accelerator, divisor, seed = run.accelerator, run.trained.model.input.divisor, run.recipe.train.seed
-    place = accelerator.process_index, accelerator.num_processes
-    return training_batches(run.training, run.recipe.data, run.batch_size, divisor, seed, epoch, *place, start=run.batches_done)
-
-
 def _judge(run: Run, epoch: int, log: Log) -> Metrics:
     """Evaluate, keep the weights if they are the best so far, draw what they find, and return the metrics."""
     start, progress = time.perf_counter(), run.progress
@@ -132,11 +126,6 @@ def _judge(run: Run, epoch: int, log: Log) -> Metrics:
         draw_samples(run.kept, run.judging, run.folder / "samples" / f"epoch_{epoch + 1:03}.jpg")
     log.evaluated(progress.step, epoch, metrics, time.perf_counter() - start, ", the best so far" if better else "")
     return metrics
-
-
-def _evaluation_is_due(epoch: int, config: TrainConfig) -> bool:
-    done = epoch + 1
-    return done == config.epochs or (config.evaluate_every > 0 and done % config.evaluate_every == 0)
 
 
 def _any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -1,0 +1,301 @@
+"""Several recipes and models on the same data: trained with one budget, measured in one way, shown in one table and figure."""
+
+import gc
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskset import config as settings
+from maskset import recipes
+from maskset.checkpoint import find, read_metadata
+from maskset.comparison.figure import draw_figure
+from maskset.comparison.results import FIGURE, JSON, MEASURED, TABLE, Compared, Comparison, Terms, shown
+from maskset.config import ConfigError
+from maskset.data import DataError, Dataset, open_data
+from maskset.evaluation.evaluate import class_labels, evaluate
+from maskset.files import check_folder, written
+from maskset.inference.predict import ready
+from maskset.training import state
+from maskset.training.config import Recipe
+from maskset.training.log import counted
+from maskset.training.train import train
+from maskset.training.trial import try_out
+
+_TRIAL = 0.05  # share of the minutes that a trial measures the speed for
+_LOG_EVERY = 10  # optimiser steps between lines of a run's log, at the most: seconds per step are taken from them
+
+
+def compare(
+    models: Sequence[str | Path],
+    data: str | Path,
+    out: str | Path,
+    *,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    images: str | Path | None = None,
+    split: str = "val",
+    max_detections: int = 100,
+    skip_broken: bool = False,
+) -> Comparison:
+    """Return how recipes and trained models do on the same data; `print` shows the table.
+
+    Recipes are trained in runs of their own inside of `out`, trained models are only measured. `out` gets comparison.json,
+    comparison.md with the table, and comparison.png with a few images side by side. The same call goes on where it was stopped:
+    what is done is not done again, and models can be added. One that fails is noted, and the others go on.
+
+    With `epochs` or `minutes` the schedule of a recipe is shrunk or stretched, so that learning rates come down at the end of
+    every run. Minutes become a number of optimiser steps before the run, by a trial of its speed: a schedule that followed the
+    clock would end on time more exactly, but no run could be repeated. So minutes are kept as far as the speed stays what it was
+    in the trial; the table has those that were needed. Trial and evaluations take time beyond them.
+
+    Args:
+        models: names of recipes, recipe.json files, or what `maskset.load` takes.
+        data: what `maskset.data.open_data` takes; recipes learn from its part "train".
+        out: folder of the comparison.
+        epochs: how long each recipe is trained.
+        minutes: how long each recipe is trained. Without both, each has its own number of epochs.
+        images: the folder of the images, where `data` is a JSON file.
+        split: the part of the data that the models are measured on.
+        max_detections: how many objects of an image count, best first.
+        skip_broken: leave out broken images and annotations, in training too.
+
+    Raises:
+        ConfigError: there is no such recipe, two models have the same name, a budget is not possible, or `out` holds another
+            comparison.
+        CheckpointError: a model is no checkpoint.
+        DataError: the data cannot be used, or a trained model knows none of its classes.
+        KeyboardInterrupt: Ctrl-C came; the same call goes on.
+    """
+    _check_call(epochs, minutes, max_detections)
+    out, dataset = Path(out), open_data(data, split, images, skip_broken)
+    wanted = _wanted([models] if isinstance(models, (str, Path)) else models, dataset, epochs, skip_broken)
+    terms = Terms(
+        data="shapes" if str(data) == "shapes" else str(Path(data).absolute()),
+        images=None if images is None else str(Path(images).absolute()),
+        split=split,
+        epochs=epochs,
+        minutes=minutes,
+        max_detections=max_detections,
+        skip_broken=skip_broken,
+        measured=len(dataset),
+        classes=tuple(category.name for category in dataset.categories),
+    )
+    known = _known(out, terms)
+    entries = {name: _continued(known.get(name), new, out, terms) for name, new in wanted.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in entries:
+            for entry in _advanced(entries[name], terms, dataset, out):
+                entries[name] = entry
+                Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
+        comparison = Comparison(terms=terms, models=tuple(entries.values()))
+        _show(comparison, dataset, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command continues the comparison in {out}.") from None
+    return comparison
+
+
+def _check_call(epochs: int | None, minutes: float | None, max_detections: int) -> None:
+    if epochs is not None and minutes is not None:
+        raise ConfigError(f"the budget is either epochs ({epochs}) or minutes ({minutes:g}): leave one of them out.")
+    if epochs is not None and epochs < 1:
+        raise ConfigError(f"epochs must be at least 1, got {epochs}.")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ConfigError(f"minutes must be a positive number, got {minutes}.")
+    if max_detections < 1:
+        raise ConfigError(f"max_detections must be at least 1, got {max_detections}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a comparison is one process: train with several by maskset train, and compare the run folders.")
+
+
+def _wanted(models: Sequence[str | Path], dataset: Dataset, epochs: int | None, skip_broken: bool) -> dict[str, Compared]:
+    """Return what is to be compared, nothing of it done, by name."""
+    wanted: dict[str, Compared] = {}
+    for given in map(str, models):
+        name = _name(given)
+        if name in wanted:
+            raise ConfigError(f"{wanted[name].source} and {given} are both called {name}: rename the file or folder of one.")
+        if _is_model(given):
+            path = find(given)
+            try:
+                class_labels(read_metadata(path).categories, dataset.categories)
+            except DataError as error:
+                raise DataError(f"{given} cannot be compared on these data: {error}") from None
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            wanted[name] = Compared(name=name, source=given, digest=digest)
+        else:
+            wanted[name] = Compared(name=name, source=given, recipe=_with_budget(_recipe(given), epochs, skip_broken))
+    if not wanted:
+        raise ConfigError("there is nothing to compare: name recipes or trained models.")
+    return wanted
+
+
+def _is_model(given: str) -> bool:
+    return given.startswith("hub:") or given.endswith(".safetensors") or Path(given).is_dir()
+
+
+def _name(given: str) -> str:
+    """Return what a recipe or model is called: a run's checkpoints and recipe are called as its folder."""
+    path = Path(given)
+    if path.suffix in (".json", ".safetensors"):
+        return path.absolute().parent.name if path.stem in ("recipe", "best", "last") else path.stem
+    return path.absolute().name if _is_model(given) else given.lower().replace("_", "-")
+
+
+def _recipe(given: str) -> Recipe:
+    try:
+        return recipes.get(given)
+    except ConfigError as error:
+        if given.endswith(".json"):
+            raise
+        neither = f"{given} is neither a recipe nor a path of a model (a run folder or a .safetensors file)"
+        raise ConfigError(f"{neither}: {error}") from None
+
+
+def _with_budget(recipe: Recipe, epochs: int | None, skip_broken: bool) -> Recipe:
+    """Return the recipe with so many epochs, the learning rates dropped at the same share of them."""
+    config = replace(recipe.train, log_every=min(recipe.train.log_every, _LOG_EVERY))
+    if epochs is not None:
+        drops = tuple(round(epoch * epochs / config.epochs) for epoch in config.drop_epochs)
+        config = replace(config, epochs=epochs, drop_epochs=drops, steps=None)
+    return replace(recipe, train=config, data=replace(recipe.data, skip_broken=skip_broken or recipe.data.skip_broken))
+
+
+def _known(out: Path, terms: Terms) -> dict[str, Compared]:
+    """Return what the folder has of earlier calls, by name.
+
+    Raises:
+        ConfigError: the folder cannot be written, holds something else, or a comparison with other terms.
+    """
+    check_folder(out)
+    if not (out / JSON).is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise ConfigError(f"{out} is not empty and holds no comparison: choose a new folder with --out.")
+        return {}
+    earlier = settings.read(Comparison, out / JSON)
+    changed = _changes(earlier.terms, terms)
+    if changed:
+        raise ConfigError(f"{out} holds another comparison: {changed}. Repeat its settings, or choose a new folder with --out.")
+    return {one.name: one for one in earlier.models}
+
+
+def _changes(old: Any, new: Any) -> str:
+    """Return what differs between two of the same settings; nothing if they are equal."""
+    before, after = state.flat(settings.to_dict(old)), state.flat(settings.to_dict(new))
+    return "; ".join(f"{key} was {before.get(key)}, is {value}" for key, value in after.items() if before.get(key) != value)
+
+
+def _continued(earlier: Compared | None, new: Compared, out: Path, terms: Terms) -> Compared:
+    """Return where to go on with a model: what an earlier call did, where that is still what is wanted.
+
+    Raises:
+        ConfigError: what is there under this name is something else.
+    """
+    if earlier is None:
+        return new
+    if (earlier.recipe is None) != (new.recipe is None):
+        was, is_now = ("a model", "a recipe") if earlier.recipe is None else ("a recipe", "a model")
+        raise ConfigError(f"{new.name} was {was} in {out} and is {is_now} now: rename one, or choose a new folder with --out.")
+    if new.recipe is None or earlier.recipe is None:
+        return earlier if earlier.digest == new.digest else new
+    if not (out / new.name / state.RECIPE).is_file():
+        return new
+    steps = earlier.recipe.train.steps if terms.minutes else new.recipe.train.steps  # which the trial has found
+    changed = _changes(earlier.recipe, replace(new.recipe, train=replace(new.recipe.train, steps=steps)))
+    if changed:
+        raise ConfigError(
+            f"{out / new.name} was trained with another recipe: {changed}. Name the new one otherwise, or choose a new folder."
+        )
+    return earlier
+
+
+def _advanced(entry: Compared, terms: Terms, dataset: Dataset, out: Path) -> Iterator[Compared]:
+    """Do what is still to do for a model, and yield the entry whenever there is something new to keep."""
+    if entry.state == "done":
+        return
+    entry = replace(entry, state="begun", problem="")
+    try:
+        if entry.recipe is not None:
+            if entry.gigabytes is None:
+                entry = _tried(entry, entry.recipe, terms)
+                yield entry
+            entry = _trained(entry, terms, out / entry.name)
+        entry = _measured(entry, dataset, terms, out)
+    except Exception as error:  # whatever it is, the others shall go on
+        known = isinstance(error, (ValueError, OSError))
+        if not known:
+            traceback.print_exc()
+        text = " ".join(str(error).split())
+        entry = replace(entry, state="failed", problem=text if known else f"{type(error).__name__}: {text}")
+        print(f"{entry.name} failed: {entry.problem}", file=sys.stderr, flush=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield entry
+
+
+def _tried(entry: Compared, recipe: Recipe, terms: Terms) -> Compared:
+    """Return the entry with what a step costs, and with the number of steps where the budget is a time."""
+    print(f"\n{entry.name}: a trial of a few steps", flush=True)
+    cost = try_out(recipe, terms.data, images=terms.images, seconds=_TRIAL * 60 * (terms.minutes or 0))
+    if terms.minutes:
+        steps = max(1, round(60 * terms.minutes / cost.seconds))
+        recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    return replace(entry, recipe=recipe, gigabytes=cost.gigabytes, device=device)
+
+
+def _trained(entry: Compared, terms: Terms, run: Path) -> Compared:
+    """Train, or go on, and return the entry with what the log says."""
+    assert entry.recipe is not None
+    print(f"\n{entry.name}: training", flush=True)
+    train(entry.recipe, terms.data, run, resume=(run / state.RECIPE).is_file(), images=terms.images)
+    lines = [json.loads(line) for line in (run / state.METRICS).read_text().splitlines()]
+    steps = max(line["step"] for line in lines)
+    seconds = [line["seconds"] for line in lines if line["split"] == "train"]
+    if not seconds:
+        return replace(entry, steps=steps)
+    median, minutes = statistics.median(seconds), statistics.mean(seconds) * steps / 60
+    return replace(entry, steps=steps, seconds_per_step=median, minutes=minutes)
+
+
+def _measured(entry: Compared, dataset: Dataset, terms: Terms, out: Path) -> Compared:
+    """Evaluate, keep all numbers in the model's folder, and return the entry with the most important ones."""
+    print(f"\n{entry.name}: measuring", flush=True)
+    model = ready(_weights(entry, out))
+    metrics = evaluate(model, dataset, max_detections=terms.max_detections)
+    metrics.save(out / entry.name)
+    numbers = metrics.to_dict()
+    return replace(
+        entry,
+        state="done",
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        notes=tuple(metrics.notes()),
+        **{name: numbers[name] for name in MEASURED},
+    )
+
+
+def _weights(entry: Compared, out: Path) -> Path:
+    """Return the checkpoint of a model: of one that was trained here the last, so that evaluations in between change nothing."""
+    return find(entry.source) if entry.recipe is None else out / entry.name / state.LAST
+
+
+def _show(comparison: Comparison, dataset: Dataset, out: Path) -> None:
+    """Write the table and the figure."""
+    with written(out / TABLE) as part:
+        part.write_text(f"# Comparison\n\n{comparison}\n", encoding="utf-8")
+    done = [one for one in comparison.models if one.state == "done"]
+    if done:
+        columns = {one.name: (f"AP {shown(one.mask_ap, '{:.3f}')}", _weights(one, out)) for one in done}
+        draw_figure(columns, dataset, out / FIGURE)
