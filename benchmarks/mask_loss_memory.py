@@ -124,6 +124,12 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def processor() -> str:
+    """Return what Linux calls the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     """Measure everything and write it down."""
     figures = []
@@ -138,7 +144,7 @@ def main() -> None:
     head = ["git", "describe", "--always", "--dirty"]
     written = {
         "machine": {
-            "cpu": platform.processor() or platform.machine(),
+            "cpu": processor(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
         },
