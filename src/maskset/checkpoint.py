@@ -108,6 +108,11 @@ def find(source: str | Path) -> Path:
     return path
 
 
+def is_model(source: str) -> bool:
+    """Return whether `find` is to be asked for it: whether it is written as a model, unlike a recipe."""
+    return source.startswith("hub:") or source.endswith(".safetensors") or Path(source).is_dir()
+
+
 def read_metadata(path: str | Path) -> Metadata:
     """Return what the checkpoint file says about itself, without reading the weights.
 

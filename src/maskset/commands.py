@@ -247,18 +247,12 @@ def _show(given: Namespace) -> None:
     """Print every setting of a recipe, or of a model with its classes, its source and its licence."""
     from maskset import checkpoint, config, flags, recipes
 
-    recipe, about = None, ""
-    if given.what.startswith("hub:") or given.what.endswith(".safetensors") or Path(given.what).is_dir():
+    if checkpoint.is_model(given.what):
         metadata = checkpoint.read_metadata(checkpoint.find(given.what))
         recipe, names = metadata.recipe, ", ".join(category.name for category in metadata.categories)
         about = f"classes: {names}\nsource: {metadata.source or 'trained here'}\nlicence: {metadata.licence}\n\n"
-    try:
-        recipe = recipe or recipes.get(given.what)
-    except config.ConfigError as error:
-        if given.what.endswith(".json"):
-            raise
-        neither = f"{given.what} is neither a recipe nor a path of a model (a run folder or a .safetensors file)"
-        raise config.ConfigError(f"{neither}: {error}") from None
+    else:
+        recipe, about = recipes.get(given.what), ""
     print(json.dumps(config.to_dict(recipe), indent=2) if given.json else about + flags.table(recipe))
 
 

@@ -192,7 +192,7 @@ def refused(error: type[Exception], message: str, models, folder: Path, where=No
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (["solq-tinny"], "solq-tinny is neither a recipe nor a path of a model .*did you mean solq-tiny"),
+        (["solq-tinny"], "there is no recipe, recipe.json or run folder 'solq-tinny'; did you mean solq-tiny"),
         (["gone.json"], "gone.json cannot be read"),
         (["solq-tiny", "SOLQ_tiny"], "solq-tiny and SOLQ_tiny are both called solq-tiny: rename"),
         ([], "nothing to compare: name recipes or trained models"),

@@ -60,7 +60,7 @@ def test_a_name_may_be_written_as_in_python(name):
 
 
 def test_a_mistyped_name_is_answered_with_near_ones():
-    with pytest.raises(config.ConfigError, match="no recipe 'solq-r5O'; did you mean solq-r50"):
+    with pytest.raises(config.ConfigError, match="or run folder 'solq-r5O'; did you mean solq-r50"):
         recipes.get("solq-r5O")
 
 

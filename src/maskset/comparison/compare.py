@@ -17,7 +17,7 @@ import torch
 
 from maskset import config as settings
 from maskset import recipes
-from maskset.checkpoint import find, read_metadata
+from maskset.checkpoint import find, is_model, read_metadata
 from maskset.comparison.figure import draw_figure
 from maskset.comparison.results import FIGURE, JSON, MEASURED, TABLE, Compared, Comparison, Terms, shown
 from maskset.config import ConfigError
@@ -125,7 +125,7 @@ def _wanted(models: Sequence[str | Path], dataset: Dataset, epochs: int | None, 
         name = _name(given)
         if name in wanted:
             raise ConfigError(f"{wanted[name].source} and {given} are both called {name}: rename the file or folder of one.")
-        if _is_model(given):
+        if is_model(given):
             path = find(given)
             try:
                 class_labels(read_metadata(path).categories, dataset.categories)
@@ -135,14 +135,10 @@ def _wanted(models: Sequence[str | Path], dataset: Dataset, epochs: int | None, 
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             wanted[name] = Compared(name=name, source=given, digest=digest)
         else:
-            wanted[name] = Compared(name=name, source=given, recipe=_with_budget(_recipe(given), epochs, skip_broken))
+            wanted[name] = Compared(name=name, source=given, recipe=_with_budget(recipes.get(given), epochs, skip_broken))
     if not wanted:
         raise ConfigError("there is nothing to compare: name recipes or trained models.")
     return wanted
-
-
-def _is_model(given: str) -> bool:
-    return given.startswith("hub:") or given.endswith(".safetensors") or Path(given).is_dir()
 
 
 def _name(given: str) -> str:
@@ -150,17 +146,7 @@ def _name(given: str) -> str:
     path = Path(given)
     if path.suffix in (".json", ".safetensors"):
         return path.absolute().parent.name if path.stem in ("recipe", "best", "last") else path.stem
-    return path.absolute().name if _is_model(given) else given.lower().replace("_", "-")
-
-
-def _recipe(given: str) -> Recipe:
-    try:
-        return recipes.get(given)
-    except ConfigError as error:
-        if given.endswith(".json"):
-            raise
-        neither = f"{given} is neither a recipe nor a path of a model (a run folder or a .safetensors file)"
-        raise ConfigError(f"{neither}: {error}") from None
+    return path.absolute().name if is_model(given) else given.lower().replace("_", "-")
 
 
 def _with_budget(recipe: Recipe, epochs: int | None, skip_broken: bool) -> Recipe:

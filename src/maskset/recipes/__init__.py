@@ -47,7 +47,7 @@ def get(name: str | Path) -> Recipe:
     if key not in RECIPES:
         near = difflib.get_close_matches(key, RECIPES, n=3, cutoff=0.5)
         meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}, or give a recipe.json."
-        raise config.ConfigError(f"there is no recipe {str(name)!r}; {meant}")
+        raise config.ConfigError(f"there is no recipe, recipe.json or run folder {str(name)!r}; {meant}")
     return RECIPES[key]()
 
 
