@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from maskset import boxes as box_ops
 
@@ -66,7 +67,8 @@ def in_pieces(values: Piece, pieces: Sequence[Tensor], shared: Tensor) -> Float[
     """Return `values(i, pieces[i], shared)` of every piece, in the memory of one piece: for losses of many large masks.
 
     A piece's gradient is taken as soon as its values are known, and its graph is gone before the next piece starts; between
-    forward and backward only gradients of the size of `pieces` and `shared` are kept.
+    forward and backward only gradients of the size of `pieces` and `shared`, and what `values` itself refers to, are kept. Where
+    the values have not one weight in the total, backward computes all of them once more. Second derivatives are refused.
 
     Args:
         values: V losses of a piece.
@@ -87,13 +89,15 @@ class _InPieces(torch.autograd.Function):
         return every
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = outer
         count = len(ctx.saved_tensors) // 2
         inputs, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if bool((weights == weights.flatten()[0]).all()):  # the terms of a total: their gradients are there but for the scale
             return None, *(gradient * weights.flatten()[0] for gradient in gradients)
-        return None, *_walk(ctx.values, inputs[0], inputs[1:], weights)[1]
+        with torch.autocast(weights.device.type, enabled=False):  # which the caller of the loss had, or had not
+            return None, *_walk(ctx.values, inputs[0], inputs[1:], weights)[1]
 
 
 def _walk(

@@ -17,6 +17,7 @@ from maskset.config import ConfigError
 from maskset.data import DataError
 from maskset.structures import Category
 from maskset.training.config import Recipe, TrainConfig
+from maskset.training.optimizer import rate_factor
 from maskset.training.trial import Cost
 
 
@@ -49,7 +50,7 @@ def quick(monkeypatch, untrained):
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "try_out", lambda *_, **__: Cost(seconds=0.5, gigabytes=1.25))
+    monkeypatch.setattr(module, "try_out", lambda *_, **__: Cost(seconds=0.5, steps_per_epoch=5, gigabytes=1.25))
     monkeypatch.setattr(module, "draw_figure", lambda *_: None)
     monkeypatch.setattr(module.gc, "collect", lambda: 0)  # half a second
     return trained
@@ -105,7 +106,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(quick, monkeypatch, tmp_
     with pytest.raises(KeyboardInterrupt, match="the same command continues the comparison in .*out"):
         maskset.compare(models, data(), tmp_path / "out")
     monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "try_out", lambda recipe, *_, **__: Cost(0.5, 2.5))
+    monkeypatch.setattr(module, "try_out", lambda recipe, *_, **__: Cost(0.5, 5, 2.5))
     comparison = maskset.compare(models, data(), tmp_path / "out")
     assert quick == [("first", False), ("second", False), ("second", True), ("third", False)]
     assert [one.gigabytes for one in comparison.models] == [1.25, 1.25, 2.5]  # a trial is not repeated
@@ -125,13 +126,29 @@ def test_minutes_become_steps_by_the_trial_and_stay_those(quick, monkeypatch, tm
     assert "as many steps as 2 minutes hold" in (tmp_path / "out" / "comparison.md").read_text()
 
 
-def test_with_a_number_of_epochs_the_rates_drop_at_the_same_share_of_the_run(quick, tmp_path):
-    official = replace(recipe(), train=TrainConfig(epochs=50, drop_epochs=(40,), steps=9, log_every=50))
+def test_with_a_number_of_epochs_the_whole_schedule_is_shrunk(quick, tmp_path):
+    official = replace(recipe(), train=TrainConfig(epochs=50, drop_epochs=(40,), warmup_steps=100, log_every=50))
     config.write(official, tmp_path / "mine.json")
-    maskset.compare([tmp_path / "mine.json"], data(), tmp_path / "out", epochs=10, skip_broken=True)
+    for _ in range(2):  # the second call goes on with it
+        maskset.compare([tmp_path / "mine.json"], data(), tmp_path / "out", epochs=1, skip_broken=True)
     trained = config.read(Recipe, tmp_path / "out" / "mine" / "recipe.json")
-    assert trained.train == TrainConfig(epochs=10, drop_epochs=(8,), log_every=10)
+    assert trained.train == replace(official.train, steps=5, warmup_steps=2, log_every=10, evaluate_every=0)
+    assert [rate_factor(step, 5, trained.train) for step in range(5)] == pytest.approx([0.5, 1, 1, 1, 0.1])
     assert trained.data == replace(official.data, skip_broken=True)
+
+
+def test_a_recipe_that_stops_early_is_evaluated_in_between(quick, tmp_path):
+    maskset.compare([written(tmp_path, "mine", patience=2, evaluate_every=3)], data(), tmp_path / "out")
+    assert config.read(Recipe, tmp_path / "out" / "mine" / "recipe.json").train.evaluate_every == 3
+
+
+def test_a_model_that_was_moved_is_found_at_its_new_place(quick, untrained, tmp_path):
+    shutil.copy(untrained, tmp_path / "mine.safetensors")
+    maskset.compare([tmp_path / "mine.safetensors"], data(), tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(tmp_path / "mine.safetensors", tmp_path / "elsewhere")
+    (one,) = maskset.compare([moved], data(), tmp_path / "out").models
+    assert one.source == str(moved)
 
 
 def test_a_model_can_be_added_and_what_the_call_does_not_name_is_kept(quick, untrained, tmp_path):
@@ -200,6 +217,13 @@ def refused(error: type[Exception], message: str, models, folder: Path, where=No
 )
 def test_models_that_cannot_be_compared_are_refused(tmp_path, models, message):
     refused(ConfigError, message, models, tmp_path)
+
+
+def test_the_folder_above_is_called_by_its_name(quick, untrained, monkeypatch, tmp_path):
+    (tmp_path / "mine" / "samples").mkdir(parents=True)
+    shutil.copy(untrained, tmp_path / "mine" / "best.safetensors")
+    monkeypatch.chdir(tmp_path / "mine" / "samples")
+    assert [one.name for one in maskset.compare([".."], data(), tmp_path / "out").models] == ["mine"]
 
 
 def test_runs_and_their_files_are_called_as_the_folder(quick, untrained, tmp_path):

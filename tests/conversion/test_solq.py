@@ -9,7 +9,7 @@ from goldens import notes, weights
 
 import maskset
 from maskset.checkpoint import read_metadata
-from maskset.conversion import ConversionError, convert, convert_file, read
+from maskset.conversion import ConversionError, _select_classes, convert, convert_file, read
 from maskset.conversion.coco import NAMES, raw_categories
 from maskset.systems import build
 
@@ -127,6 +127,16 @@ def test_coco80_keeps_the_classes_that_coco_has(tmp_path):
     assert [c.coco_id for c in model.categories] == list(NAMES)
     assert model.categories[79].name == "toothbrush"
     assert torch.equal(model.state_dict()["class_heads.0.bias"], state["class_embed.0.bias"][list(NAMES)])
+
+
+def test_of_the_proposals_class_head_the_first_channels_are_kept():
+    heads = {
+        "class_heads.0.bias": torch.arange(5),
+        "proposal_class_head.bias": torch.arange(5),
+        "box_heads.0.bias": torch.arange(4),
+    }
+    kept = {name: value.tolist() for name, value in _select_classes(heads, [1, 4]).items()}
+    assert kept == {"class_heads.0.bias": [1, 4], "proposal_class_head.bias": [0, 1], "box_heads.0.bias": [0, 1, 2, 3]}
 
 
 class Bomb:

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from fakes import Listed
 from tiny import TINY, batch, shapes
 
-from maskset import codecs
+from maskset import codecs, losses
 from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
 from maskset.masks.resample import by_corners, by_factor, paint, resample, stretched
 from maskset.masks.soft import central_means
+from maskset.matching import MatchingError
 from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput
 from maskset.systems import CONFIGS, System, build
 from maskset.systems.isda import Isda
@@ -85,6 +86,31 @@ def test_a_batch_without_any_object_trains(name):
     assert total(terms).isfinite()
     missing = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
     assert not missing
+
+
+@every_system
+def test_the_masks_of_a_loss_are_drawn_once_for_values_and_gradients(name, monkeypatch):
+    walks, walk = [], losses._walk
+    monkeypatch.setattr(losses, "_walk", lambda *inputs: walks.append(1) or walk(*inputs))
+    model = tiny(name).train()
+    images, objects = batch(shapes(2), model.config)
+    total(model.loss(model(images), images, objects)).backward()
+    assert len(walks) <= 1
+
+
+@every_system
+def test_masks_that_are_not_finite_do_not_crash_the_loss(name):
+    model = awake(tiny(name)).train()
+    images, objects = batch(shapes(2), model.config)
+    output = model(images)
+    if output.mask_features is not None:  # else masks are matched by nothing but their numbers
+        output = dataclasses.replace(output, mask_features=output.mask_features * torch.nan)
+    else:
+        output.layers[-1] = dataclasses.replace(output.layers[-1], mask_params=output.layers[-1].mask_params * torch.nan)
+    try:
+        assert not total(model.loss(output, images, objects)).isfinite()
+    except MatchingError as error:
+        assert "training has diverged" in str(error)
 
 
 @every_system

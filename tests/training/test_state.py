@@ -102,6 +102,8 @@ def test_the_settings_that_a_resumed_run_may_change_are_all_there_and_do_not_cou
     )
     assert differences(old, new) == []
     assert differences(old, replace(old, train=replace(old.train, seed=1))) == ["train.seed was 42, is 1"]
+    short = replace(old, train=replace(old.train, steps=9))
+    assert differences(short, replace(short, train=replace(short.train, epochs=99))) == ["train.epochs was 2, is 99"]
     from maskset.training.state import MAY_CHANGE
 
     names = {f"train.{name}" for name in asdict(old.train)} | {f"data.{name}" for name in asdict(old.data)}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from tiny import TINY
 
@@ -60,7 +61,7 @@ def test_as_many_classes_of_other_names_are_not_taken_for_the_same():
 def test_more_queries_extend_the_old_ones():
     old, new = model(named("a"), seed=0), model(named("a"), seed=1, num_queries=20)
     done, after, given, before = copied(new, old)
-    assert done.by_slot == {"query_position": (12, 20), "query_content": (12, 20)}
+    assert done.by_row == {"query_position": (12, 20), "query_content": (12, 20)}
     assert torch.equal(after["query_content"][:12], given["query_content"])
     assert torch.equal(after["query_content"][12:], before["query_content"][12:])
 
@@ -78,10 +79,19 @@ def test_what_has_another_shape_starts_anew_and_is_named():
     assert torch.equal(after["mask_head.layers.0.weight"], before["mask_head.layers.0.weight"])
 
 
+@pytest.mark.parametrize("name", ["solq", "soit"])
+def test_the_proposals_keep_telling_any_object_from_background(name):
+    config = replace(TINY[name], backbone="test_resnet", **({"two_stage": True} if name == "solq" else {}))
+    old, new = (build(replace(config, num_classes=len(names)), named(*names)) for names in (("a", "b", "c"), ("c", "d")))
+    done, after, given, _ = copied(new, old)
+    assert done.by_row["proposal_class_head.weight"] == (3, 2)
+    assert torch.equal(after["proposal_class_head.weight"][0], given["proposal_class_head.weight"][0])
+
+
 def test_only_a_tensor_of_queries_is_taken_in_part():
     old, new = (model(named("a"), two_stage=True, hidden_dim=width) for width in (32, 48))
     done, after, _, before = copied(new, old)
-    assert not done.by_slot
+    assert not done.by_row
     assert torch.equal(after["proposals.query_norm.bias"], before["proposals.query_norm.bias"])
     assert done.fresh["proposals.query_norm.bias"] == "[64] there, [96] here"
 
@@ -100,7 +110,7 @@ def test_the_report_says_all_of_it():
         "taken whole: ",
         "classes taken: dog",
         "classes that start anew: fox",
-        "extended: query_content, 12 -> 20 slots",
+        "extended: query_content, 12 -> 20 rows",
     ):
         assert line in report
     assert "starts anew: encoder.layers.1." in report

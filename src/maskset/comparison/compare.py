@@ -28,6 +28,7 @@ from maskset.inference.predict import ready
 from maskset.training import state
 from maskset.training.config import Recipe
 from maskset.training.log import counted
+from maskset.training.optimizer import step_count
 from maskset.training.train import train
 from maskset.training.trial import try_out
 
@@ -78,7 +79,7 @@ def compare(
     """
     _check_call(epochs, minutes, max_detections)
     out, dataset = Path(out), open_data(data, split, images, skip_broken)
-    wanted = _wanted([models] if isinstance(models, (str, Path)) else models, dataset, epochs, skip_broken)
+    wanted = _wanted([models] if isinstance(models, (str, Path)) else models, dataset, skip_broken)
     terms = Terms(
         data="shapes" if str(data) == "shapes" else str(Path(data).absolute()),
         images=None if images is None else str(Path(images).absolute()),
@@ -93,6 +94,7 @@ def compare(
     known = _known(out, terms)
     entries = {name: _continued(known.get(name), new, out, terms) for name, new in wanted.items()}
     out.mkdir(parents=True, exist_ok=True)
+    Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
     try:
         for name in entries:
             for entry in _advanced(entries[name], terms, dataset, out):
@@ -118,7 +120,7 @@ def _check_call(epochs: int | None, minutes: float | None, max_detections: int) 
         raise ConfigError("a comparison is one process: train with several by maskset train, and compare the run folders.")
 
 
-def _wanted(models: Sequence[str | Path], dataset: Dataset, epochs: int | None, skip_broken: bool) -> dict[str, Compared]:
+def _wanted(models: Sequence[str | Path], dataset: Dataset, skip_broken: bool) -> dict[str, Compared]:
     """Return what is to be compared, nothing of it done, by name."""
     wanted: dict[str, Compared] = {}
     for given in map(str, models):
@@ -135,7 +137,7 @@ def _wanted(models: Sequence[str | Path], dataset: Dataset, epochs: int | None, 
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             wanted[name] = Compared(name=name, source=given, digest=digest)
         else:
-            wanted[name] = Compared(name=name, source=given, recipe=_with_budget(recipes.get(given), epochs, skip_broken))
+            wanted[name] = Compared(name=name, source=given, recipe=_quiet(recipes.get(given), skip_broken))
     if not wanted:
         raise ConfigError("there is nothing to compare: name recipes or trained models.")
     return wanted
@@ -143,18 +145,16 @@ def _wanted(models: Sequence[str | Path], dataset: Dataset, epochs: int | None, 
 
 def _name(given: str) -> str:
     """Return what a recipe or model is called: a run's checkpoints and recipe are called as its folder."""
-    path = Path(given)
+    path = Path(os.path.abspath(given))  # so that ".." has a name
     if path.suffix in (".json", ".safetensors"):
-        return path.absolute().parent.name if path.stem in ("recipe", "best", "last") else path.stem
-    return path.absolute().name if is_model(given) else given.lower().replace("_", "-")
+        return path.parent.name if path.stem in ("recipe", "best", "last") else path.stem
+    return path.name if is_model(given) else given.lower().replace("_", "-")
 
 
-def _with_budget(recipe: Recipe, epochs: int | None, skip_broken: bool) -> Recipe:
-    """Return the recipe with so many epochs, the learning rates dropped at the same share of them."""
-    config = replace(recipe.train, log_every=min(recipe.train.log_every, _LOG_EVERY))
-    if epochs is not None:
-        drops = tuple(round(epoch * epochs / config.epochs) for epoch in config.drop_epochs)
-        config = replace(config, epochs=epochs, drop_epochs=drops, steps=None)
+def _quiet(recipe: Recipe, skip_broken: bool) -> Recipe:
+    """Return the recipe with the evaluations left out that change nothing, and with enough lines of log to take times from."""
+    every = recipe.train.evaluate_every if recipe.train.patience else 0
+    config = replace(recipe.train, log_every=min(recipe.train.log_every, _LOG_EVERY), evaluate_every=every)
     return replace(recipe, train=config, data=replace(recipe.data, skip_broken=skip_broken or recipe.data.skip_broken))
 
 
@@ -194,16 +194,20 @@ def _continued(earlier: Compared | None, new: Compared, out: Path, terms: Terms)
         was, is_now = ("a model", "a recipe") if earlier.recipe is None else ("a recipe", "a model")
         raise ConfigError(f"{new.name} was {was} in {out} and is {is_now} now: rename one, or choose a new folder with --out.")
     if new.recipe is None or earlier.recipe is None:
-        return earlier if earlier.digest == new.digest else new
+        return replace(earlier, source=new.source) if earlier.digest == new.digest else new  # it may have been moved
     if not (out / new.name / state.RECIPE).is_file():
         return new
-    steps = earlier.recipe.train.steps if terms.minutes else new.recipe.train.steps  # which the trial has found
-    changed = _changes(earlier.recipe, replace(new.recipe, train=replace(new.recipe.train, steps=steps)))
+    found = {name: getattr(earlier.recipe.train, name) for name in ("steps", "warmup_steps")} if _has_budget(terms) else {}
+    changed = _changes(earlier.recipe, replace(new.recipe, train=replace(new.recipe.train, **found)))
     if changed:
         raise ConfigError(
             f"{out / new.name} was trained with another recipe: {changed}. Name the new one otherwise, or choose a new folder."
         )
-    return earlier
+    return replace(earlier, source=new.source)
+
+
+def _has_budget(terms: Terms) -> bool:
+    return bool(terms.epochs or terms.minutes)
 
 
 def _advanced(entry: Compared, terms: Terms, dataset: Dataset, out: Path) -> Iterator[Compared]:
@@ -231,12 +235,14 @@ def _advanced(entry: Compared, terms: Terms, dataset: Dataset, out: Path) -> Ite
 
 
 def _tried(entry: Compared, recipe: Recipe, terms: Terms) -> Compared:
-    """Return the entry with what a step costs, and with the number of steps where the budget is a time."""
+    """Return the entry with what a step costs, and with the schedule brought to the steps that the budget is worth."""
     print(f"\n{entry.name}: a trial of a few steps", flush=True)
     cost = try_out(recipe, terms.data, images=terms.images, seconds=_TRIAL * 60 * (terms.minutes or 0))
-    if terms.minutes:
-        steps = max(1, round(60 * terms.minutes / cost.seconds))
-        recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    if _has_budget(terms):
+        steps = round(60 * terms.minutes / cost.seconds) if terms.minutes else (terms.epochs or 0) * cost.steps_per_epoch
+        share = min(1.0, steps / step_count(cost.steps_per_epoch, recipe.train))
+        changed = replace(recipe.train, steps=max(1, steps), warmup_steps=round(share * recipe.train.warmup_steps))
+        recipe = replace(recipe, train=changed)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     return replace(entry, recipe=recipe, gigabytes=cost.gigabytes, device=device)
 

@@ -58,7 +58,7 @@ def convert_file(
     if coco80:
         if config.num_classes != 91:
             raise ConversionError(f"coco80 needs the 91 class channels of COCO's raw ids, the file has {config.num_classes}.")
-        state = _converter(system).select_classes(state, list(NAMES))
+        state = _select_classes(state, list(NAMES))
         config = dataclasses.replace(config, num_classes=len(NAMES))
         categories = used_categories()
     model = build(config, categories)
@@ -66,8 +66,8 @@ def convert_file(
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ConversionError(f"{source} does not fit the model that its shapes describe: {error}") from None
-    known = [make() for make in recipes.RECIPES.values()]
-    fitting = [recipe for recipe in known if (recipe.model.system, recipe.model.backbone) == (config.system, config.backbone)]
+    known = [recipe for make in recipes.RECIPES.values() if (recipe := make()).model.system == config.system]
+    fitting = [recipe for recipe in known if recipe.model.backbone == config.backbone]
     recipe = dataclasses.replace((fitting or known)[0], model=config)
     save(model, recipe, out, source=f"official {system} checkpoint {_named(source)}", licence=licence)
     return out
@@ -122,6 +122,13 @@ def read(source: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConversionError(f"{source} holds no state dict (a dict of tensors, or one under 'model' or 'state_dict').")
     return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[str, Tensor]:
+    """Return our state dict with only the given class channels; the proposals' one channel that counts is the first."""
+    rows = {"class_head": channels, "proposal_class_head": list(range(len(channels)))}
+    kept = {name: rows.get(name.split(".")[0].removesuffix("s")) for name in state}
+    return {name: value if (index := kept[name]) is None else value[index] for name, value in state.items()}
 
 
 def _named(source: Path) -> str:

@@ -60,6 +60,12 @@ def need(state: Mapping[str, Tensor], name: str) -> Tensor:
     return state[name]
 
 
+def proposal_class_head(state: Mapping[str, Tensor], decoder_layers: int) -> dict[str, Tensor]:
+    """Return our state dict with the class head that comes after those of the decoder layers under its name."""
+    last = f"class_heads.{decoder_layers}."
+    return {name.replace(last, "proposal_class_head.") if name.startswith(last) else name: state[name] for name in state}
+
+
 def count(state: Mapping[str, Tensor], pattern: str) -> int:
     """Return how many different numbers the group of a pattern matches among the names: the number of layers, say."""
     return len({found.group(1) for name in state if (found := re.match(pattern, name))})

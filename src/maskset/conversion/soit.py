@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from maskset.conversion.coco import used_categories
-from maskset.conversion.keys import ConversionError, Rule, need, rename
+from maskset.conversion.keys import ConversionError, Rule, need, proposal_class_head, rename
 from maskset.conversion.mmdet import RULES as MMDET_RULES
 from maskset.conversion.mmdet import encoder_layer, transformer_settings
 from maskset.masks.instance_transformer import parameter_count
@@ -46,7 +45,7 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SoitC
         mask_heads=_mask_heads(numbers, channels),
         mask_loss_layers=settings["decoder_layers"],
     )
-    return config, ours
+    return config, proposal_class_head(ours, config.decoder_layers)
 
 
 def _mask_heads(numbers: int, channels: int) -> int:
@@ -55,9 +54,3 @@ def _mask_heads(numbers: int, channels: int) -> int:
         if parameter_count(channels, heads, points=4) == numbers:
             return heads
     raise ConversionError(f"{numbers} mask weights fit no number of heads with {channels} channels and 4 points.")
-
-
-def select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[str, Tensor]:
-    """Return our state dict with only the given class channels."""
-    index = torch.tensor(channels)
-    return {name: value[index] if name.startswith("class_heads.") else value for name, value in state.items()}

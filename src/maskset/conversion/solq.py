@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from maskset.conversion.coco import raw_categories
-from maskset.conversion.keys import ConversionError, Rule, count, need, rename
+from maskset.conversion.keys import ConversionError, Rule, count, need, proposal_class_head, rename
 from maskset.layers.swin import SWIN_RULES
 from maskset.systems.base import InputConfig
 from maskset.systems.solq import SolqConfig
@@ -67,11 +66,11 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SolqC
     """
     ours = rename(state, RULES, last_wins)
     config = _config(ours)
-    if not config.two_stage:
-        position, content = need(ours, "query").chunk(2, dim=1)
-        del ours["query"]
-        ours |= {"query_position": position.contiguous(), "query_content": content.contiguous()}
-    return config, ours
+    if config.two_stage:
+        return config, proposal_class_head(ours, config.decoder_layers)
+    position, content = need(ours, "query").chunk(2, dim=1)
+    del ours["query"]
+    return config, ours | {"query_position": position.contiguous(), "query_content": content.contiguous()}
 
 
 def _config(state: Mapping[str, Tensor]) -> SolqConfig:
@@ -115,9 +114,3 @@ def _backbone(state: Mapping[str, Tensor]) -> tuple[str, InputConfig]:
     if blocks in resnets:
         return resnets[blocks], InputConfig()
     raise ConversionError(f"the backbone is none of {', '.join([*resnets.values(), *swins.values()])}.")
-
-
-def select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[str, Tensor]:
-    """Return our state dict with only the given class channels."""
-    index = torch.tensor(channels)
-    return {name: value[index] if name.startswith("class_heads.") else value for name, value in state.items()}

@@ -36,7 +36,8 @@ def soit_swin_l() -> Recipe:
     """SOIT with Swin-L on COCO.
 
     Command: accelerate launch -m maskset train soit-swin-l --data COCO --out RUN
-    Official: neither settings nor weights are published; these are soit-r50's with SOLQ's way of training Swin-L.
+    Official: neither settings nor weights are published; these are soit-r50's with SOLQ's drop path and
+    nothing frozen.
     Expect: mask / box AP 49.2 / 56.9 on test-dev (paper, table 1), if the unpublished settings were like these.
     Status: the backbone is tested against another system's official code; not trained on COCO here.
     """

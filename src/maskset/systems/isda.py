@@ -36,6 +36,7 @@ _AT_LEAST_ONE = (
     "num_heads",
     "num_points",
     "feedforward_dim",
+    "encoder_layers",
     "decoder_layers",
     "num_queries",
     "mask_hidden_dim",
@@ -80,7 +81,7 @@ class IsdaConfig:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("encoder_layers", "mask_weight", "class_weight"):
+        for name in ("mask_weight", "class_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:

@@ -6,6 +6,7 @@ two-stage Deformable DETR with box refinement. From top to bottom this file foll
 encoder, decoder with its three heads, instance-aware transformer, then loss and results.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -37,6 +38,7 @@ _AT_LEAST_ONE = (
     "num_levels",
     "num_points",
     "feedforward_dim",
+    "encoder_layers",
     "decoder_layers",
     "num_queries",
     "mask_channels",
@@ -86,7 +88,7 @@ class SoitConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
         weights = ("class_weight", "l1_weight", "giou_weight", "dice_weight", "bce_weight")
-        for name in ("encoder_layers", "mask_encoder_layers", *weights):
+        for name in ("mask_encoder_layers", *weights):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
@@ -124,7 +126,8 @@ class Soit(System):
         # Decoder and its heads: class and box for each layer and for the proposals, one mask head for all layers
         self.proposals = Proposals(width)
         self.decoder = nn.ModuleList(DecoderLayer(width, *deformable, *rest) for _ in range(config.decoder_layers))
-        self.class_heads = copies(nn.Linear(width, config.num_classes), config.decoder_layers + 1)
+        self.class_heads = copies(nn.Linear(width, config.num_classes), config.decoder_layers)
+        self.proposal_class_head = copy.deepcopy(self.class_heads[0])  # channel 0 tells any object from background
         self.box_heads = copies(Mlp(width, width, width, 4), config.decoder_layers + 1)
         numbers = parameter_count(config.mask_channels, config.mask_heads, config.mask_points)
         self.mask_head = Mlp(width, width, width, numbers)
@@ -133,7 +136,7 @@ class Soit(System):
     def _reset_parameters(self) -> None:
         """Set the official start (the backbone's and the projection's are theirs)."""
         reset_transformer(self.encoder, self.mask_encoder, self.mask_projection, self.proposals, self.decoder)
-        for class_head, box_head in zip(self.class_heads, self.box_heads, strict=True):
+        for class_head, box_head in zip([*self.class_heads, self.proposal_class_head], self.box_heads, strict=True):
             assert isinstance(class_head, nn.Linear)
             assert isinstance(box_head, Mlp)
             nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
@@ -150,7 +153,7 @@ class Soit(System):
         paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
         memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))
         mask_features = self._mask_features(memory)
-        proposals, best = self.proposals(memory, self.class_heads[-1], self.box_heads[-1], self.config.num_queries)
+        proposals, best = self.proposals(memory, self.proposal_class_head, self.box_heads[-1], self.config.num_queries)
         position, content = self.proposals.queries(best)
         reference, layers = best.sigmoid(), []
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads, strict=False):
@@ -214,15 +217,16 @@ class Soit(System):
             image, which = pieces[i].image, pieces[i].objects
             logits = self._draw(features[image], targets.padding[image], weights, pieces[i].centres)
             rows, columns = (by_factor(cells, _UPSAMPLING) for cells in features.shape[2:])
-            masks, wanted = resample(logits, rows, columns).sigmoid(), targets.masks[image][which]
-            entropy = F.binary_cross_entropy(masks, wanted, reduction="sum") / targets.pixels[image]
-            return torch.stack([squared_dice_loss(masks, wanted, 1e-5).sum(), entropy])
+            logits, wanted = resample(logits, rows, columns), targets.masks[image][which]
+            dice = squared_dice_loss(logits.sigmoid(), wanted, 1e-5).sum()
+            entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / targets.pixels[image]
+            return torch.stack([settings.dice_weight * dice, settings.bce_weight * entropy])  # as in the total: see in_pieces
 
         sums = in_pieces(draw_and_compare, [piece.weights for piece in pieces], features)  # [P 2]
         layer = torch.tensor([piece.layer for piece in pieces], device=sums.device)
         dice, entropy = sums.new_zeros(len(output.layers), 2).index_add(0, layer, sums)[-settings.mask_loss_layers :].unbind(1)
         count = distributed.divisor(len(pairs) / len(output.layers), like=sums)
-        return {"mask_dice": settings.dice_weight * dice / count, "mask_bce": settings.bce_weight * entropy / count}
+        return {"mask_dice": dice / count, "mask_bce": entropy / count}
 
     def _pieces(self, output: ModelOutput, pairs: Matches) -> Iterator["_Piece"]:
         """Yield the matched queries of the layers with mask losses, as many at once as memory allows; at least one piece."""

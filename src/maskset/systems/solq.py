@@ -5,6 +5,7 @@ mask, seen inside the box on 128 x 128 pixels. Built on Deformable DETR. From to
 feature extraction, decoder, unified query representation, then targets, loss and results.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -38,6 +39,7 @@ _AT_LEAST_ONE = (
     "num_levels",
     "num_points",
     "feedforward_dim",
+    "encoder_layers",
     "decoder_layers",
     "num_queries",
     "mask_hidden_dim",
@@ -83,7 +85,7 @@ class SolqConfig:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("encoder_layers", "mask_weight", "class_weight", "l1_weight", "giou_weight"):
+        for name in ("mask_weight", "class_weight", "l1_weight", "giou_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
@@ -130,9 +132,11 @@ class Solq(System):
             DecoderLayer(width, *deformable, config.feedforward_dim, config.dropout) for _ in range(config.decoder_layers)
         )
         # Unified query representation (figure 2): class, box and mask vector from the same hidden state
-        heads = config.decoder_layers + config.two_stage if config.box_refinement else 1
+        heads = config.decoder_layers if config.box_refinement else 1
         self.class_heads = copies(nn.Linear(width, config.num_classes), heads)
-        self.box_heads = copies(Mlp(width, width, width, 4), heads)
+        self.box_heads = copies(Mlp(width, width, width, 4), heads + config.two_stage)
+        if config.two_stage:
+            self.proposal_class_head = copy.deepcopy(self.class_heads[0])  # channel 0 tells any object from background
         self.mask_head = Mlp(width, config.mask_hidden_dim, config.mask_hidden_dim, config.code_length)
         self.codec = _codec(config)
         self._reset_parameters()
@@ -142,10 +146,11 @@ class Solq(System):
         reset_transformer(self.encoder, self.decoder, self.proposals if self.config.two_stage else self.reference_points)
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
-        for i, (class_head, box_head) in enumerate(zip(self.class_heads, self.box_heads, strict=True)):
+        for class_head in (*self.class_heads, *([self.proposal_class_head] if self.config.two_stage else [])):
             assert isinstance(class_head, nn.Linear)
-            assert isinstance(box_head, Mlp)
             nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
+        for i, box_head in enumerate(self.box_heads):
+            assert isinstance(box_head, Mlp)
             nn.init.zeros_(box_head.last.weight)
             nn.init.zeros_(box_head.last.bias)
             if i == 0 and not self.config.two_stage:  # proposals have a size of their own
@@ -176,7 +181,7 @@ class Solq(System):
         layers = []
         for i, layer in enumerate(self.decoder):
             content = layer(content, position, reference, memory)  # [B N C]
-            class_head, box_head = (heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads))
+            class_head, box_head = (heads[min(i, len(self.class_heads) - 1)] for heads in (self.class_heads, self.box_heads))
             boxes = refine(box_head(content).float(), reference)
             layers.append(SlotPredictions(class_head(content), self.mask_head(content), boxes))
             if self.config.box_refinement:
@@ -193,7 +198,7 @@ class Solq(System):
 
     def _proposed_queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, SlotPredictions]:
         """Two stages (used for no published number): the cells that score best in class channel 0 become queries."""
-        proposals, best = self.proposals(memory, self.class_heads[-1], self.box_heads[-1], self.config.num_queries)
+        proposals, best = self.proposals(memory, self.proposal_class_head, self.box_heads[-1], self.config.num_queries)
         position, content = self.proposals.queries(best)
         return position, content, best.sigmoid(), proposals
 

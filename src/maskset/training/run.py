@@ -104,10 +104,11 @@ class Run:
     def write(self, log: Log) -> None:
         """Write state and last checkpoint. Each replaces its file whole; to resume, the state alone is needed."""
         self.progress.log_bytes = log.bytes
-        if self.accelerator.is_main_process:
-            state.save_state(self.folder, self.trained, self.progress, _facts(self.training))
-            save(self.kept, self.recipe, self.folder / state.LAST)
-        self.accelerator.wait_for_everyone()
+        with log.paused():
+            if self.accelerator.is_main_process:
+                state.save_state(self.folder, self.trained, self.progress, _facts(self.training))
+                save(self.kept, self.recipe, self.folder / state.LAST)
+            self.accelerator.wait_for_everyone()
 
 
 def open_run(

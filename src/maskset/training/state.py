@@ -158,7 +158,8 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Return one text for each setting that differs and that a resumed run may not change."""
     before, after = flat(config.to_dict(old)), flat(config.to_dict(new))
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name) and name not in MAY_CHANGE]
+    free = MAY_CHANGE - {"train.epochs"} if new.train.steps else MAY_CHANGE  # with steps, epochs only say where drops are
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name) and name not in free]
     return [f"{name} was {before.get(name)}, is {after.get(name)}" for name in names]
 
 

@@ -1,7 +1,8 @@
 """Fine-tuning: take from other weights what fits, class by class and query by query, and say what was taken.
 
-Two beginnings of a parameter's name have a meaning here: in a tensor called "class_head..." each row stands for a class, in one
-called "query_..." each row stands for a slot.
+Three beginnings of a parameter's name have a meaning here: in a tensor called "class_head..." each row stands for a class, in one
+called "query_..." each row stands for a slot, and in "proposal_class_head..." the first row stands for any object, the others for
+nothing.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ class Transfer:
         by_class: names of tensors of which the rows of `classes` were taken.
         classes: names of the classes that both have.
         fresh_classes: names of the classes that start anew.
-        by_slot: names of tensors of which the first rows were taken, with how many rows there were and are.
+        by_row: names of tensors of which the first rows were taken, with how many rows there were and are.
         fresh: names of tensors that start anew, and why.
         unused: names of given tensors that the model has no use for.
     """
@@ -31,7 +32,7 @@ class Transfer:
     by_class: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     fresh_classes: list[str] = field(default_factory=list)
-    by_slot: dict[str, tuple[int, int]] = field(default_factory=dict)
+    by_row: dict[str, tuple[int, int]] = field(default_factory=dict)
     fresh: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
@@ -42,8 +43,8 @@ class Transfer:
             lines.append(f"  classes taken: {_listed(self.classes)}")
             lines.append(f"  classes that start anew: {_listed(self.fresh_classes)}")
         lines += [
-            f"{'extended' if now > before else 'shortened'}: {name}, {before} -> {now} slots"
-            for name, (before, now) in self.by_slot.items()
+            f"{'extended' if now > before else 'shortened'}: {name}, {before} -> {now} rows"
+            for name, (before, now) in self.by_row.items()
         ]
         if self.fresh:
             lines.append(f"starts anew: {_listed([f'{name} ({why})' for name, why in self.fresh.items()])}")
@@ -81,10 +82,10 @@ def transfer(
         elif given.shape == tensor.shape:
             tensor.copy_(given)
             done.taken.append(name)
-        elif name.startswith("query_") and given.shape[1:] == tensor.shape[1:]:
+        elif name.startswith(("query_", "proposal_class_head")) and given.shape[1:] == tensor.shape[1:]:
             count = min(len(given), len(tensor))
             tensor[:count] = given[:count].to(tensor)
-            done.by_slot[name] = (len(given), len(tensor))
+            done.by_row[name] = (len(given), len(tensor))
         else:
             done.fresh[name] = f"{list(given.shape)} there, {list(tensor.shape)} here"
     done.unused = [name for name in state if name not in own]

@@ -16,7 +16,7 @@ from maskset.training.config import Recipe
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_run
 from maskset.training.state import seed_everything
-from maskset.training.step import Batch, update
+from maskset.training.step import Batch, NotFinite, update
 from maskset.training.train import grouped
 
 _WARM_UP, _TIMED, _WEIGHED = 3, 10, 2  # optimiser steps: until all memory is there; timed at least; whose memory is measured
@@ -28,11 +28,13 @@ class Cost:
 
     Attributes:
         seconds: mean time of a step with the reading of its images.
+        steps_per_epoch: how many make an epoch.
         gigabytes: greatest memory that tensors take in a step (10^9 bytes): weights, gradients, the optimiser's moments and what
             the network keeps to compute gradients.
     """
 
     seconds: float
+    steps_per_epoch: int
     gigabytes: float
 
 
@@ -49,7 +51,7 @@ def try_out(recipe: Recipe, data: str | Path, *, images: str | Path | None = Non
         seconds: how long to measure the time, at least.
 
     Raises:
-        ValueError: the run cannot be started, see `maskset.train`.
+        ValueError: the run cannot be started, see `maskset.train`, or a loss is not finite.
     """
     gc.collect()  # what an earlier model has left
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +65,7 @@ def try_out(recipe: Recipe, data: str | Path, *, images: str | Path | None = Non
         _do(run, next(batches))
         steps += 1
     mean = (time.perf_counter() - start) / steps
-    return Cost(mean, _peak(run, [next(batches) for _ in range(_WEIGHED)]) / 1e9)
+    return Cost(mean, run.steps, _peak(run, [next(batches) for _ in range(_WEIGHED)]) / 1e9)
 
 
 def _endless(run: Run) -> Iterator[list[Batch]]:
@@ -80,7 +82,10 @@ def _do(run: Run, batches: Sequence[Batch]) -> None:
     config, progress, trained = run.recipe.train, run.progress, run.trained
     seed_everything(config.seed, progress.step, 0)
     set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
-    update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
+    try:
+        update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
+    except NotFinite as problem:
+        raise ValueError(f"training diverged in step {progress.step}: {problem.why} Try a lower train.learning_rate.") from None
     progress.step += 1
 
 
