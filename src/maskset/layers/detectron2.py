@@ -12,7 +12,7 @@ from torch import Tensor
 
 _EPS = 1e-5  # of the batch norms
 _NORM = r"(weight|bias|running_mean|running_var)"
-RESNET_RULES: list[tuple[str, str | None]] = [  # from detectron2's names to timm's
+RESNET_RULES = [  # from detectron2's names to timm's
     (r"stem\.conv1\.weight", r"conv1.weight"),
     (rf"stem\.conv1\.norm\.{_NORM}", r"bn1.\1"),
     *[
@@ -99,8 +99,8 @@ class _Arrays(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def _rename(name: str, rules: list[tuple[str, str | None]] | list[tuple[str, str]]) -> str:
+def _rename(name: str, rules: list[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
-        if replacement is not None and (match := re.fullmatch(pattern, name)):
+        if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
     return name
