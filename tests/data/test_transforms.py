@@ -154,6 +154,15 @@ def test_a_crop_range_beyond_the_image_is_cut_to_it() -> None:
         assert abs(pixels.shape[2] / pixels.shape[1] - 4 / 3) < 0.06  # rounded thrice
 
 
+def test_a_crop_may_be_a_share_of_the_image() -> None:
+    config = replace(DETR, augmentation="mmdet", crop_short_sides=(30,), crop_share=0.7, short_sides=(60,))
+    heights = set()
+    for seed in range(9):
+        _, objects = augment(*square((30, 40), (18, 13, 22, 17)), config, np.random.default_rng(seed))
+        heights.add(round(float(objects.boxes[0, 3] - objects.boxes[0, 1]), 3))
+    assert heights == {round(4 * 60 / 30, 3), round(4 * 60 / 21, 3)}  # the whole image, and 0.7 of it
+
+
 def test_large_scale_jitter_keeps_to_its_canvas_and_scales() -> None:
     config = replace(DETR, augmentation="lsj", jitter_size=64, jitter_scale=(0.1, 2.0))
     sizes = [augment(*square((60, 90), (0, 0, 90, 60)), config, np.random.default_rng(s))[0].shape[1:] for s in range(200)]

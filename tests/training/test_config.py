@@ -48,6 +48,7 @@ def test_the_meaning_of_every_augmentation_is_in_its_help():
         ({"jitter_size": 0}, "at least 1"),
         ({"jitter_scale": (2.0, 0.1)}, "jitter_scale must rise"),
         ({"crop_range": (600, 384)}, "crop_range must rise"),
+        ({"crop_share": 1.5}, r"crop_share must be in \[0, 1\]"),
         ({"short_sides": ()}, "short_sides needs one or more"),
     ],
 )

@@ -85,6 +85,15 @@ def test_weight_decay_is_for_all_parameters():
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}
 
 
+def test_sgd_has_momentum_and_leaves_norms_undecayed():
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.GroupNorm(1, 3))
+    optimizer = build_optimizer(model, replace(OFFICIAL, optimizer="sgd", momentum=0.5, weight_decay=0.25))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+    decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert [decay[parameter] for parameter in model.parameters()] == [0.25, 0.25, 0.0, 0.0, 0.0, 0.0]
+
+
 def test_setting_the_rates_twice_does_not_add_up():
     optimizer = build_optimizer(nn.Linear(2, 2), replace(OFFICIAL, learning_rate=1.0))
     set_learning_rates(optimizer, 0.5)

@@ -71,5 +71,18 @@ def count(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({found.group(1) for name in state if (found := re.match(pattern, name))})
 
 
+def resnet_name(state: Mapping[str, Tensor]) -> str:
+    """Return which ResNet our state dict holds, by the number of blocks in its third stage.
+
+    Raises:
+        ConversionError: neither ResNet-50 nor ResNet-101.
+    """
+    blocks = count(state, r"backbone\.body\.layer3\.(\d+)\.")
+    resnets = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}
+    if blocks not in resnets:
+        raise ConversionError(f"the backbone is none of {', '.join(resnets.values())}: its third stage has {blocks} blocks.")
+    return resnets[blocks]
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

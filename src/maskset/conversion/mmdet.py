@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from maskset.conversion.keys import ConversionError, Rule, count, need
+from maskset.conversion.keys import Rule, count, need, resnet_name
 
 _HEADS = 8  # the number of attention heads cannot be read off the shapes; all official models have 8
 _ATTENTION = {
@@ -65,12 +65,8 @@ def transformer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     levels, width = need(state, "level_embedding").shape
     samples = need(state, "encoder.layers.0.attention.attention_weights.weight").shape[0]
-    blocks = count(state, r"backbone\.body\.layer3\.(\d+)\.")
-    resnets = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}
-    if blocks not in resnets:
-        raise ConversionError(f"the backbone is none of {', '.join(resnets.values())}: its third stage has {blocks} blocks.")
     return {
-        "backbone": resnets[blocks],
+        "backbone": resnet_name(state),
         "hidden_dim": width,
         "num_heads": _HEADS,
         "num_levels": levels,

@@ -30,6 +30,8 @@ class Augmentation(Protocol):
     @property
     def crop_range(self) -> tuple[int, int]: ...
     @property
+    def crop_share(self) -> float: ...
+    @property
     def jitter_size(self) -> int: ...
     @property
     def jitter_scale(self) -> tuple[float, float]: ...
@@ -57,8 +59,7 @@ def augment(
         return pixels, objects
     if rng.random() < 0.5:
         pixels, objects = resize(pixels, objects, int(rng.choice(config.crop_short_sides)))
-        least, greatest = config.crop_range
-        height, width = (int(rng.integers(min(least, side), min(greatest, side) + 1)) for side in pixels.shape[1:])
+        height, width = (_crop_side(side, config, rng) for side in pixels.shape[1:])
         pixels, objects = _random_crop(pixels, objects, (height, width), rng)
     return resize(pixels, objects, int(rng.choice(config.short_sides)), config.long_side)
 
@@ -114,6 +115,13 @@ def _jitter(pixels: Tensor, objects: Instances, config: Augmentation, rng: np.ra
     pixels, objects = _scale(pixels, objects, (max(1, round(height * scale)), max(1, round(width * scale))))
     side = config.jitter_size
     return _random_crop(pixels, objects, (min(side, pixels.shape[1]), min(side, pixels.shape[2])), rng)
+
+
+def _crop_side(side: int, config: Augmentation, rng: np.random.Generator) -> int:
+    if config.crop_share:
+        return max(1, int(side * config.crop_share + 0.5))
+    least, greatest = config.crop_range
+    return int(rng.integers(min(least, side), min(greatest, side) + 1))
 
 
 def _random_crop(pixels: Tensor, objects: Instances, size: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Instances]:

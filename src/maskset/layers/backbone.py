@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskset.config import ConfigError
+from maskset.layers import detectron2
 from maskset.layers.swin import SWIN_SIZES, SwinTransformer, rename_swin
 
 STRIDES = [4, 8, 16, 32]
@@ -34,12 +35,14 @@ class Backbone(nn.Module):
 
     Attributes:
         strides: pixels per cell of each map.
+        on_hub: whether timm's hub has weights for it.
     """
 
     def __init__(self, name: str, body: nn.Module, channels: list[int], channels_last: bool = False) -> None:
         super().__init__()
         self.name, self.body = name, body
         self.channels, self.strides = channels, STRIDES[-len(channels) :]
+        self.on_hub = True
         self._channels_last = channels_last
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
@@ -159,13 +162,22 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
 
     Args:
         backbone: made by `build_backbone`.
-        weights: a .safetensors or .pth file in the layout of timm, torchvision or the authors of Swin; None asks timm's hub.
+        weights: a .safetensors, .pth or .pkl file in the layout of timm, torchvision, detectron2 or the authors of Swin; None
+            asks timm's hub.
 
     Raises:
         ConfigError: the weights cannot be had, or are not those of this backbone; the backbone is unchanged.
     """
+    if weights is None and not backbone.on_hub:
+        raise ConfigError(
+            f"timm's hub has no weights for the backbone {backbone.name} with strides in the first convolutions of its blocks: "
+            "give a file, such as detectron2's ImageNetPretrained/MSRA/R-50.pkl, with --model.backbone-weights FILE, or do "
+            "without with --model.pretrained false."
+        )
     source = weights or "timm's hub"
     state = _fetch(backbone.name, len(backbone.strides)) if weights is None else _read(Path(weights))
+    if detectron2.is_detectron2(state):
+        state = detectron2.rename_resnet(state)
     state = rename_swin(state) if backbone.name in SWIN_SIZES else _flatten_stages(state, backbone.body)
     modules, own = dict(backbone.body.named_modules()), backbone.body.state_dict()
     norms = {path for path, module in modules.items() if isinstance(module, (FrozenBatchNorm, GroupNorm))}
@@ -252,6 +264,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     problem = "it holds something else"
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles that are refused anyhow
+            if path.suffix == ".pkl":
+                return detectron2.read_pickle(path)
             state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise almost anything at a file that is damaged or is not theirs
         state, problem = None, type(error).__name__
@@ -260,8 +274,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(
-            f"{path} cannot be read as weights ({problem}): --model.backbone-weights takes a .safetensors file, or a .pth file "
-            "of nothing but tensors."
+            f"{path} cannot be read as weights ({problem}): --model.backbone-weights takes a .safetensors file, a .pth file of "
+            "nothing but tensors, or a .pkl file of nothing but arrays."
         )
     return state
 

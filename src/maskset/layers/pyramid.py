@@ -1,8 +1,9 @@
-"""From the backbone's maps to the levels that a transformer reads."""
+"""From the backbone's maps to the levels that a system reads."""
 
 import math
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -45,3 +46,32 @@ class LevelProjection(nn.Module):
                 source = sources[-1] if i == len(sources) else levels[-1]
             levels.append(norm(convolution(source)))
         return levels
+
+
+class FeaturePyramid(nn.Module):
+    """Brings every map to one width and adds to each what the coarser ones saw (FPN; Lin et al., CVPR 2017, figure 3).
+
+    Detectron2's: convolutions with a bias and without a norm, the coarser map is doubled by nearest neighbour and added.
+
+    Args:
+        channels: widths of the backbone's maps, of which each has half the cells of the one before along each side.
+        width: C, of every level.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.output = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
+        for convolution in (*self.lateral, *self.output):
+            assert isinstance(convolution, nn.Conv2d)
+            assert convolution.bias is not None
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Float[Tensor, "B C h w"]]:
+        """Return one level for each map, finest first. The canvas must be a multiple of the last map's stride."""
+        sums: list[Tensor] = []
+        for source, lateral in zip(reversed(maps), reversed(self.lateral), strict=True):
+            level = lateral(source)
+            sums.append(level + F.interpolate(sums[-1], scale_factor=2, mode="nearest") if sums else level)
+        return [output(level) for level, output in zip(reversed(sums), self.output, strict=True)]

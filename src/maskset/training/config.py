@@ -26,6 +26,7 @@ class DataConfig:
     long_side: int = 1333  # detr, mmdet, flip: the longer side is at most this, pixels
     crop_short_sides: tuple[int, ...] = (400, 500, 600)  # detr, mmdet: half of the images get one of these, then a crop, pixels
     crop_range: tuple[int, int] = (384, 600)  # detr, mmdet: least and greatest side of that crop, pixels
+    crop_share: float = 0.0  # detr, mmdet: above 0, each side of that crop is this share of the image's instead
     jitter_size: int = 1024  # lsj: side of the square canvas, pixels
     jitter_scale: tuple[float, float] = (0.1, 2.0)  # lsj: least and greatest scale relative to the canvas
     group_by_aspect: bool = True  # batches hold only wide or only tall images, which saves padding
@@ -44,6 +45,8 @@ class DataConfig:
             raise ConfigError(f"data.jitter_scale must rise from above 0, got {self.jitter_scale}.")
         if self.crop_range[0] > self.crop_range[1] or self.crop_range[0] < 1:
             raise ConfigError(f"data.crop_range must rise from at least 1, got {self.crop_range}.")
+        if not 0 <= self.crop_share <= 1:
+            raise ConfigError(f"data.crop_share must be in [0, 1], got {self.crop_share}.")
         if self.workers < 0:
             raise ConfigError(f"data.workers must not be negative, got {self.workers}.")
 
@@ -61,7 +64,9 @@ class TrainConfig:
     offset_learning_rate: float = 2e-5  # of sampling offsets and reference points
     reference_batch_size: int = 32  # the batch size that the learning rates were chosen for
     scale_learning_rate: bool = False  # multiply the learning rates by batch_size / reference_batch_size
-    weight_decay: float = 1e-4  # AdamW's, on every parameter
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # adamw: AdamW; sgd: with momentum, and no decay of norms
+    momentum: float = 0.9  # sgd: share of the last step that is done again
+    weight_decay: float = 1e-4  # share of a weight that is taken away in a step, times the learning rate
     schedule: Literal["step", "cosine"] = "step"  # step: divided at drop_epochs; cosine: to zero at the end
     drop_epochs: tuple[int, ...] = (40,)  # step: epochs after which the learning rates are multiplied by drop_factor
     drop_factor: float = 0.1  # step: the factor
@@ -90,8 +95,9 @@ class TrainConfig:
             raise ConfigError(f"train.steps must be at least 1, got {self.steps}.")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.batch_size ({self.batch_size}) must be a multiple of train.accumulate ({self.accumulate}).")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}.")
+        for name in ("ema_decay", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be in [0, 1), got {getattr(self, name)}.")
         if self.learning_rate <= 0:
             raise ConfigError(f"train.learning_rate must be positive, got {self.learning_rate}.")
 

@@ -3,25 +3,28 @@
 import math
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from maskset.training.config import TrainConfig
 
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 _FUSED = {"cpu", "cuda", "xpu", "mps"}  # devices on which one kernel steps all parameters
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """Return AdamW over what is trained, in the groups of `parameter_groups`. The model must be on its device already."""
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Return the optimiser of what is trained, in the groups of `parameter_groups`. The model must be on its device already."""
     groups = parameter_groups(model, config)
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return AdamW(groups, weight_decay=config.weight_decay, fused=devices <= _FUSED)
+    fused = {parameter.device.type for group in groups for parameter in group["params"]} <= _FUSED
+    if config.optimizer == "sgd":
+        return SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+    return AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Return the papers' groups: the backbone, sampling offsets and reference points, and the rest.
 
-    Each has a `name`, and its learning rate at full height as `rate`. Weight decay is for everything, norms and biases too,
-    as in the official code.
+    Each has a `name`, and its learning rate at full height as `rate`. AdamW's weight decay is for everything, norms and biases
+    too, as in the official code; with SGD, as in detectron2, norms are in groups without.
     """
     scale = learning_rate_scale(config)
     rates = {
@@ -29,11 +32,20 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
         "backbone": config.backbone_learning_rate * scale,
         "offsets": config.offset_learning_rate * scale,
     }
-    members = {name: [] for name in rates}
+    members, undecayed = {name: [] for name in rates}, {name: [] for name in rates}
+    spared = _norms(model) if config.optimizer == "sgd" else set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[_group_of(name)].append(parameter)
-    return [{"params": members[name], "name": name, "rate": rate, "lr": rate} for name, rate in rates.items() if members[name]]
+            (undecayed if parameter in spared else members)[_group_of(name)].append(parameter)
+    groups = [{"params": members[name], "name": name, "rate": rate, "lr": rate} for name, rate in rates.items()]
+    groups += [
+        {"params": undecayed[name], "name": name, "rate": rate, "lr": rate, "weight_decay": 0.0} for name, rate in rates.items()
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _norms(model: nn.Module) -> set[nn.Parameter]:
+    return {parameter for module in model.modules() if isinstance(module, _NORMS) for parameter in module.parameters()}
 
 
 def _group_of(name: str) -> str:
