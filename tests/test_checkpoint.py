@@ -152,7 +152,7 @@ class Trap:
 def test_a_pickle_is_never_loaded_whatever_it_is_called(tmp_path, name, write):
     with (tmp_path / name).open("wb") as file:
         write({"model": Trap()}, file)
-    with pytest.raises(CheckpointError, match="could run code and is never loaded.*maskset convert solq"):
+    with pytest.raises(CheckpointError, match="could run code and is never loaded.*maskset convert SYSTEM"):
         load(tmp_path / name)
 
 

@@ -189,7 +189,7 @@ def _why_unreadable(path: Path, reason: str) -> str:
     if start[:2] == b"PK" or start[:1] == b"\x80":  # torch.save's zip archive, and a bare pickle
         return (
             f"{path} is a PyTorch pickle, which could run code and is never loaded. "
-            f"An official .pth checkpoint becomes one of ours with: maskset convert solq {path} OUT.safetensors"
+            f"An official .pth checkpoint becomes one of ours with: maskset convert SYSTEM {path} OUT.safetensors"
         )
     return f"{path} is no safetensors file, or is damaged or cut short ({reason})."
 

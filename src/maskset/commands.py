@@ -247,7 +247,7 @@ def _show(given: Namespace) -> None:
     """Print every setting of a recipe, or of a model with its classes, its source and its licence."""
     from maskset import checkpoint, config, flags, recipes
 
-    if checkpoint.is_model(given.what):
+    if checkpoint.is_model(given.what) and not recipes.known(given.what):
         metadata = checkpoint.read_metadata(checkpoint.find(given.what))
         recipe, names = metadata.recipe, ", ".join(category.name for category in metadata.categories)
         about = f"classes: {names}\nsource: {metadata.source or 'trained here'}\nlicence: {metadata.licence}\n\n"

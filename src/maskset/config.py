@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -19,6 +20,22 @@ def config(cls: type[Settings]) -> type[Settings]:
     """Return the class as a frozen, keyword-only dataclass that refuses unknown settings when read from a file."""
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # without it pydantic drops typos in silence
     return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def check_finite(settings: Any, part: str) -> None:
+    """Refuse NaN, which no comparison finds, and infinity.
+
+    Args:
+        settings: a dataclass.
+        part: what its settings' names begin with, for the message.
+
+    Raises:
+        ConfigError: a number is not finite.
+    """
+    for name, value in vars(settings).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{part}.{name} must be a finite number, got {number}.")
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -137,9 +137,20 @@ def test_with_a_number_of_epochs_the_whole_schedule_is_shrunk(quick, tmp_path):
     assert trained.data == replace(official.data, skip_broken=True)
 
 
-def test_a_recipe_that_stops_early_is_evaluated_in_between(quick, tmp_path):
+def test_a_recipe_that_stops_early_does_not_in_a_comparison(quick, tmp_path):
     maskset.compare([written(tmp_path, "mine", patience=2, evaluate_every=3)], data(), tmp_path / "out")
-    assert config.read(Recipe, tmp_path / "out" / "mine" / "recipe.json").train.evaluate_every == 3
+    trained = config.read(Recipe, tmp_path / "out" / "mine" / "recipe.json").train
+    assert (trained.patience, trained.evaluate_every) == (0, 0)
+
+
+def test_the_name_of_a_recipe_means_the_recipe_whatever_folders_there_are(quick, untrained, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "solq-tiny").mkdir()
+    shutil.copy(untrained, tmp_path / "solq-tiny" / "best.safetensors")
+    maskset.compare(["solq-tiny"], data(), "out")
+    assert quick == [("solq-tiny", False)]
+    maskset.compare(["./solq-tiny"], data(), "other")
+    assert quick == [("solq-tiny", False)]
 
 
 def test_a_model_that_was_moved_is_found_at_its_new_place(quick, untrained, tmp_path):
@@ -154,7 +165,7 @@ def test_a_model_that_was_moved_is_found_at_its_new_place(quick, untrained, tmp_
 def test_a_model_can_be_added_and_what_the_call_does_not_name_is_kept(quick, untrained, tmp_path):
     first = written(tmp_path, "first")
     maskset.compare([first], data(), tmp_path / "out")
-    assert [one.name for one in maskset.compare([untrained], data(), tmp_path / "out").models] == ["tiny"]
+    assert [one.name for one in maskset.compare([untrained], data(), tmp_path / "out").models] == ["first", "tiny"]
     maskset.compare([untrained, first], data(), tmp_path / "out")
     assert quick == [("first", False)]
 
@@ -233,6 +244,15 @@ def test_runs_and_their_files_are_called_as_the_folder(quick, untrained, tmp_pat
     files = [tmp_path / "a", tmp_path / "b" / "best.safetensors"]
     assert [one.name for one in maskset.compare(files, data(), tmp_path / "out").models] == ["a", "b"]
     refused(ConfigError, "a and .*best.safetensors are both called a", [files[0], files[0] / "best.safetensors"], tmp_path)
+
+
+def test_a_name_that_would_hide_a_file_of_the_comparison_is_refused(tmp_path):
+    refused(ConfigError, "would be called comparison.png", [written(tmp_path, "comparison.png")], tmp_path)
+
+
+def test_a_name_does_not_break_the_table(quick, tmp_path):
+    table = str(maskset.compare([written(tmp_path, "one|two")], data(), tmp_path / "out"))
+    assert r"| one\|two " in table
 
 
 @pytest.mark.parametrize(

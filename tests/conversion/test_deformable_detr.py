@@ -80,6 +80,12 @@ def test_of_a_layer_that_does_not_fit_nothing_is_taken():
     assert "encoder.layers.0.feed_forward.up.bias" in made.new  # which has the same shape
 
 
+def test_another_number_of_queries_costs_the_queries_only():
+    made = start(IsdaConfig(num_queries=100), official())
+    assert {"query_position", "query_content"} <= set(made.new)
+    assert "level_embedding" in made.taken
+
+
 def test_a_model_of_which_nothing_fits_is_refused():
     config = SolqConfig(backbone="convnext_atto", frozen_stages=0)
     with pytest.raises(ConversionError, match="nothing of the Deformable DETR fits solq with backbone convnext_atto"):
@@ -89,7 +95,7 @@ def test_a_model_of_which_nothing_fits_is_refused():
 def test_another_file_is_refused():
     with pytest.raises(ConversionError, match="not known here: fc"):
         start(IsdaConfig(), {"fc": torch.zeros(1)})
-    with pytest.raises(ConversionError, match="there is no entry for query"):
+    with pytest.raises(ConversionError, match="there is no entry for our query"):
         start(IsdaConfig(), {name: value for name, value in official().items() if "query" not in name})
 
 

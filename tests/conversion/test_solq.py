@@ -139,6 +139,27 @@ def test_of_the_proposals_class_head_the_first_channels_are_kept():
     assert kept == {"class_heads.0.bias": [1, 4], "proposal_class_head.bias": [0, 1], "box_heads.0.bias": [0, 1, 2, 3]}
 
 
+def test_a_file_that_is_there_and_another_ending_are_refused(tmp_path):
+    source = tmp_path / "official.pth"
+    torch.save(small(), source)
+    before = source.read_bytes()
+    with pytest.raises(ConversionError, match="must end in .safetensors"):
+        convert_file("solq", source, source)
+    (tmp_path / "mine.safetensors").write_text("mine")
+    with pytest.raises(ConversionError, match="already exists: choose another name"):
+        convert_file("solq", source, tmp_path / "mine.safetensors")
+    assert source.read_bytes() == before
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
+def test_an_entry_of_other_dimensions_and_names_that_are_no_text_are_told(tmp_path):
+    with pytest.raises(ConversionError, match=r"our query has the shape \[20\], expected 2 dimensions"):
+        convert("solq", small() | {"query_embed.weight": torch.zeros(20)})
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pth")
+    with pytest.raises(ConversionError, match="not known here: 1"):
+        convert("solq", read(tmp_path / "numbers.pth"))
+
+
 class Bomb:
     """What a hostile pickle does when it is read."""
 

@@ -11,6 +11,7 @@ from fakes import Listed
 from tiny import TINY, batch, shapes
 
 from maskset import codecs, losses
+from maskset.config import ConfigError
 from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
 from maskset.masks.resample import by_corners, by_factor, paint, resample, stretched
@@ -208,6 +209,23 @@ def test_bfloat16_runs_and_its_loss_is_in_float32(name):
         assert found.masks == expected.masks
     total(terms).backward()
     assert total(terms).item() == pytest.approx(exact.item(), rel=0.2)
+
+
+@every_system
+def test_settings_that_are_not_finite_are_refused(name):
+    with pytest.raises(ConfigError, match=r"model\.class_weight must be a finite number, got nan"):
+        dataclasses.replace(TINY[name], class_weight=float("nan"))
+    with pytest.raises(ConfigError, match=r"model\.input\.std must be a finite number, got inf"):
+        dataclasses.replace(TINY[name].input, std=(0.2, float("inf"), 0.2))
+
+
+@every_system
+def test_an_image_of_one_pixel_works(name):
+    model = tiny(name).train()
+    images, _ = batch([(torch.zeros(3, 1, 1, dtype=torch.uint8), shapes(1)[0][1][[]])], model.config)
+    output = model(images)
+    assert total(model.loss(output, images, [Instances.empty((1, 1))])).isfinite()
+    assert model.postprocess(output, images, [(1, 1)])[0].masks.size == (1, 1)
 
 
 @every_system

@@ -17,7 +17,7 @@ def test_a_negative_number_is_refused(name):
 
 
 def test_a_run_of_no_steps_is_refused():
-    with pytest.raises(ConfigError, match="train.steps must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="train.steps must be at least 1 and below .*, got 0"):
         TrainConfig(steps=0)
 
 
@@ -55,6 +55,12 @@ def test_the_meaning_of_every_augmentation_is_in_its_help():
 def test_sizes_that_no_image_can_have_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["patience", "evaluate_every", "checkpoint_every"])
+def test_negative_counts_are_refused(name):
+    with pytest.raises(ConfigError, match=f"train.{name} must not be negative, got -1"):
+        TrainConfig(**{name: -1})
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def compare(
             for entry in _advanced(entries[name], terms, dataset, out):
                 entries[name] = entry
                 Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
-        comparison = Comparison(terms=terms, models=tuple(entries.values()))
+        others = {name: one for name, one in known.items() if one.state == "done"}  # of earlier calls
+        comparison = Comparison(terms=terms, models=tuple((others | entries).values()))
         _show(comparison, dataset, out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command continues the comparison in {out}.") from None
@@ -125,9 +126,11 @@ def _wanted(models: Sequence[str | Path], dataset: Dataset, skip_broken: bool) -
     wanted: dict[str, Compared] = {}
     for given in map(str, models):
         name = _name(given)
+        if name in (JSON, TABLE, FIGURE):
+            raise ConfigError(f"{given} would be called {name}, as a file of the comparison is: rename it.")
         if name in wanted:
             raise ConfigError(f"{wanted[name].source} and {given} are both called {name}: rename the file or folder of one.")
-        if is_model(given):
+        if _is_model(given):
             path = find(given)
             try:
                 class_labels(read_metadata(path).categories, dataset.categories)
@@ -143,18 +146,21 @@ def _wanted(models: Sequence[str | Path], dataset: Dataset, skip_broken: bool) -
     return wanted
 
 
+def _is_model(given: str) -> bool:
+    return is_model(given) and not recipes.known(given)  # a folder that is called as a recipe is written ./solq-tiny
+
+
 def _name(given: str) -> str:
     """Return what a recipe or model is called: a run's checkpoints and recipe are called as its folder."""
     path = Path(os.path.abspath(given))  # so that ".." has a name
     if path.suffix in (".json", ".safetensors"):
         return path.parent.name if path.stem in ("recipe", "best", "last") else path.stem
-    return path.name if is_model(given) else given.lower().replace("_", "-")
+    return path.name if _is_model(given) else given.lower().replace("_", "-")
 
 
 def _quiet(recipe: Recipe, skip_broken: bool) -> Recipe:
-    """Return the recipe with the evaluations left out that change nothing, and with enough lines of log to take times from."""
-    every = recipe.train.evaluate_every if recipe.train.patience else 0
-    config = replace(recipe.train, log_every=min(recipe.train.log_every, _LOG_EVERY), evaluate_every=every)
+    """Return the recipe without evaluations in between, which might end it early, and with a log that times can be taken from."""
+    config = replace(recipe.train, log_every=min(recipe.train.log_every, _LOG_EVERY), evaluate_every=0, patience=0)
     return replace(recipe, train=config, data=replace(recipe.data, skip_broken=skip_broken or recipe.data.skip_broken))
 
 

@@ -74,7 +74,7 @@ class Compared:
         """Return its row of the table."""
         sizes = self.mask_ap_small, self.mask_ap_medium, self.mask_ap_large
         return [
-            self.name + (" (failed)" if self.state == "failed" else ""),
+            self.name.replace("|", "\\|") + (" (failed)" if self.state == "failed" else ""),
             *(shown(number, "{:.3f}") for number in (self.mask_ap, self.mask_ap50, self.mask_ap75, *sizes)),
             *(shown(number and number / 1e6, "{:.1f} M") for number in (self.parameters, self.trained_parameters)),
             shown(self.steps, "{:,}"),
@@ -141,7 +141,7 @@ class Comparison:
         trained = [f"Trained on {' and '.join(devices)}."] if devices else []
         problems = [f"{one.name} failed: {one.problem}" for one in self.failed]
         notes = [f"{one.name}: {note}" for one in self.models for note in one.notes]
-        return "\n".join([*lines, "", _notes(self.terms), *trained, *problems, *notes])
+        return "\n".join([*lines, "", _notes(self.terms, any(one.recipe for one in self.models)), *trained, *problems, *notes])
 
     def save(self, path: Path) -> None:
         """Write everything as a JSON file that `maskset.config.read` takes."""
@@ -149,8 +149,8 @@ class Comparison:
             settings.write(self, part)
 
 
-def _notes(terms: Terms) -> str:
-    budget = "Each recipe had its own number of epochs"
+def _notes(terms: Terms, any_recipe: bool) -> str:
+    budget = "Each recipe had its own schedule" if any_recipe else "No model was trained here"
     if terms.epochs:
         budget = f"Each recipe was trained for {counted(terms.epochs, 'epoch')}"
     if terms.minutes:

@@ -53,6 +53,7 @@ def convert_file(
     from maskset.checkpoint import save
     from maskset.systems import build
 
+    _check_out(out)
     config, state = convert(system, read(source), last_wins)
     categories = _converter(system).categories(config.num_classes)
     if coco80:
@@ -92,6 +93,7 @@ def start_file(
     from maskset.checkpoint import save
 
     _converter(system)
+    _check_out(out)
     recipe = recipes.get(f"{system}-r50")
     start = deformable_detr.start(recipe.model, read(source), last_wins)
     about = f"start of {len(start.taken)} tensors from the Deformable DETR checkpoint {_named(source)}"
@@ -106,7 +108,7 @@ def read(source: Path) -> dict[str, Tensor]:
         ConversionError: the file is missing, no PyTorch file, holds anything else, or holds no state dict.
     """
     if not source.is_file():
-        raise ConversionError(f"{source} does not exist.")
+        raise ConversionError(f"{source} is a folder: name the .pth file." if source.is_dir() else f"{source} does not exist.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content: Any = torch.load(source, map_location="cpu", weights_only=True)
@@ -121,7 +123,7 @@ def read(source: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConversionError(f"{source} holds no state dict (a dict of tensors, or one under 'model' or 'state_dict').")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
 def _select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[str, Tensor]:
@@ -129,6 +131,13 @@ def _select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[st
     rows = {"class_head": channels, "proposal_class_head": list(range(len(channels)))}
     kept = {name: rows.get(name.split(".")[0].removesuffix("s")) for name in state}
     return {name: value if (index := kept[name]) is None else value[index] for name, value in state.items()}
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ConversionError(f"{out} must end in .safetensors: that is how a checkpoint of maskset is known.")
+    if out.exists():
+        raise ConversionError(f"{out} already exists: choose another name, or remove it.")
 
 
 def _named(source: Path) -> str:

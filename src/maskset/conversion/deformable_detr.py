@@ -58,10 +58,10 @@ def start(config: Config, state: Mapping[str, Tensor], last_wins: bool = False) 
         ConversionError: an entry is unknown or missing, copies differ, or nothing fits.
     """
     given = rename(state, RULES, last_wins)
-    position, content = need(given, "query").chunk(2, dim=1)
+    position, content = need(given, "query", 2).chunk(2, dim=1)
     del given["query"]
     given |= {"query_position": position, "query_content": content}
-    classes = len(need(given, "class_head.bias"))
+    classes = len(need(given, "class_head.bias", 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build(dataclasses.replace(config, num_classes=classes), used_categories(classes))
@@ -85,7 +85,7 @@ def _source(name: str) -> str:
 
 
 def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
+    return name.rpartition(".")[0] or name
 
 
 def _grouped(names: Sequence[str]) -> str:

@@ -34,21 +34,21 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[IsdaC
         ConversionError: an entry is unknown or missing, or aliases differ and not `last_wins`.
     """
     ours = rename(state, RULES, last_wins)
-    position, content = need(ours, "query").chunk(2, dim=1)
+    position, content = need(ours, "query", 2).chunk(2, dim=1)
     del ours["query"]
     return _config(ours, len(position)), ours | {"query_position": position.contiguous(), "query_content": content.contiguous()}
 
 
 def _config(state: Mapping[str, Tensor], num_queries: int) -> IsdaConfig:
-    hidden, width = need(state, "mask_feature_head.branches.3.0.convolution.weight").shape[:2]
-    mask_dim = need(state, "mask_feature_head.output.convolution.weight").shape[0]
+    hidden, width = need(state, "mask_feature_head.branches.3.0.convolution.weight", 4).shape[:2]
+    mask_dim = need(state, "mask_feature_head.output.convolution.weight", 4).shape[0]
     settings = mmdet.transformer_settings(state)
     return IsdaConfig(
         **settings,
-        num_classes=need(state, "class_head.weight").shape[0],
+        num_classes=need(state, "class_head.weight", 2).shape[0],
         num_queries=num_queries,
         mask_hidden_dim=hidden,
         mask_dim=mask_dim,
         feature_coordinates=width > settings["hidden_dim"],
-        kernel_position=need(state, "kernel_head.layers.2.weight").shape[0] < mask_dim,
+        kernel_position=need(state, "kernel_head.layers.2.weight", 2).shape[0] < mask_dim,
     )

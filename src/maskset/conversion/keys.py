@@ -53,10 +53,12 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], last_wins: bool =
     return renamed
 
 
-def need(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return an entry, or raise a ConversionError that names it."""
+def need(state: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
+    """Return an entry of so many dimensions, or raise a ConversionError that names it."""
     if name not in state:
-        raise ConversionError(f"there is no entry for {name}. Is this a checkpoint of another system, or of a variant?")
+        raise ConversionError(f"there is no entry for our {name}. Is this a checkpoint of another system, or of a variant?")
+    if state[name].dim() != dims:
+        raise ConversionError(f"the entry for our {name} has the shape {list(state[name].shape)}, expected {dims} dimensions.")
     return state[name]
 
 

@@ -63,15 +63,15 @@ def transformer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         ConversionError: the backbone is not a ResNet-50 or ResNet-101, or an entry is missing.
     """
-    levels, width = need(state, "level_embedding").shape
-    samples = need(state, "encoder.layers.0.attention.attention_weights.weight").shape[0]
+    levels, width = need(state, "level_embedding", 2).shape
+    samples = need(state, "encoder.layers.0.attention.attention_weights.weight", 2).shape[0]
     return {
         "backbone": resnet_name(state),
         "hidden_dim": width,
         "num_heads": _HEADS,
         "num_levels": levels,
         "num_points": samples // (_HEADS * levels),
-        "feedforward_dim": need(state, "encoder.layers.0.feed_forward.up.weight").shape[0],
+        "feedforward_dim": need(state, "encoder.layers.0.feed_forward.up.weight", 2).shape[0],
         "encoder_layers": count(state, r"encoder\.layers\.(\d+)\."),
         "decoder_layers": count(state, r"decoder\.(\d+)\."),
     }

@@ -35,11 +35,11 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SoitC
     """
     ours = rename(state, RULES, last_wins)
     settings = transformer_settings(ours)
-    numbers, channels = need(ours, "mask_head.layers.2.weight").shape[0], need(ours, "mask_projection.weight").shape[0]
+    numbers, channels = need(ours, "mask_head.layers.2.weight", 2).shape[0], need(ours, "mask_projection.weight", 2).shape[0]
     layers = {name.split(".")[2] for name in ours if name.startswith("mask_encoder.layers.")}
     config = SoitConfig(
         **settings,
-        num_classes=need(ours, "class_heads.0.weight").shape[0],
+        num_classes=need(ours, "class_heads.0.weight", 2).shape[0],
         mask_encoder_layers=len(layers),
         mask_channels=channels,
         mask_heads=_mask_heads(numbers, channels),

@@ -68,16 +68,16 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SolqC
     config = _config(ours)
     if config.two_stage:
         return config, proposal_class_head(ours, config.decoder_layers)
-    position, content = need(ours, "query").chunk(2, dim=1)
+    position, content = need(ours, "query", 2).chunk(2, dim=1)
     del ours["query"]
     return config, ours | {"query_position": position.contiguous(), "query_content": content.contiguous()}
 
 
 def _config(state: Mapping[str, Tensor]) -> SolqConfig:
-    levels, width = need(state, "level_embedding").shape
-    samples = need(state, "encoder.layers.0.attention.attention_weights.weight").shape[0]
+    levels, width = need(state, "level_embedding", 2).shape
+    samples = need(state, "encoder.layers.0.attention.attention_weights.weight", 2).shape[0]
     decoder_layers = count(state, r"decoder\.(\d+)\.")
-    classes = need(state, "class_heads.0.weight").shape[0]
+    classes = need(state, "class_heads.0.weight", 2).shape[0]
     two_stage = "proposals.output.weight" in state
     backbone, input = _backbone(state)
     return SolqConfig(
@@ -89,14 +89,14 @@ def _config(state: Mapping[str, Tensor]) -> SolqConfig:
         num_heads=_HEADS,
         num_levels=levels,
         num_points=samples // (_HEADS * levels),
-        feedforward_dim=need(state, "encoder.layers.0.feed_forward.up.weight").shape[0],
+        feedforward_dim=need(state, "encoder.layers.0.feed_forward.up.weight", 2).shape[0],
         encoder_layers=count(state, r"encoder\.layers\.(\d+)\."),
         decoder_layers=decoder_layers,
-        num_queries=300 if two_stage else need(state, "query").shape[0],  # proposals have no embedding to count
+        num_queries=300 if two_stage else need(state, "query", 2).shape[0],  # proposals have no embedding to count
         box_refinement=count(state, r"box_heads\.(\d+)\.") > 1,
         two_stage=two_stage,
-        code_length=need(state, "mask_head.layers.2.weight").shape[0],
-        mask_hidden_dim=need(state, "mask_head.layers.0.weight").shape[0],
+        code_length=need(state, "mask_head.layers.2.weight", 2).shape[0],
+        mask_hidden_dim=need(state, "mask_head.layers.0.weight", 2).shape[0],
         mask_loss_layers=decoder_layers,
     )
 

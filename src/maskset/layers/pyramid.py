@@ -8,6 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def group_count(width: int) -> int:
+    """Return 32 groups, or as many as divide the channels, each of two channels at least: a single one on 1 x 1 is no group."""
+    groups = math.gcd(32, width)
+    return groups // 2 if 1 < groups == width else groups
+
+
 class LevelProjection(nn.Module):
     """Brings every map to one width: a 1x1 convolution and group norm each (Deformable DETR, appendix A.2).
 
@@ -33,7 +39,7 @@ class LevelProjection(nn.Module):
             if convolution.bias is not None:
                 nn.init.zeros_(convolution.bias)
         self.convolutions = nn.ModuleList(convolutions)
-        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(32, width), width) for _ in convolutions)
+        self.norms = nn.ModuleList(nn.GroupNorm(group_count(width), width) for _ in convolutions)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Float[Tensor, "B C h w"]]:
         """Return the levels, finest first."""

@@ -1,12 +1,13 @@
 """The one map that all masks of an image are drawn on, made of several feature levels (SOLOv2, section 3.2 and figure 3)."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from maskset.layers.pyramid import group_count
 
 
 class MaskFeatureHead(nn.Module):
@@ -55,7 +56,7 @@ class ConvBlock(nn.Module):
     def __init__(self, channels: int, width: int, size: int) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(channels, width, size, padding=size // 2, bias=False)
-        self.norm = nn.GroupNorm(math.gcd(32, width), width)
+        self.norm = nn.GroupNorm(group_count(width), width)
         nn.init.normal_(self.convolution.weight, std=0.01)
 
     def forward(self, x: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C h w"]:

@@ -41,14 +41,23 @@ def get(name: str | Path) -> Recipe:
         maskset.config.ConfigError: there is none of that name, or the file is not usable.
     """
     path = Path(name)
-    if path.suffix == ".json" or (path / "recipe.json").is_file():
+    if not known(name) and (path.suffix == ".json" or (path / "recipe.json").is_file()):
         return config.read(Recipe, path if path.suffix == ".json" else path / "recipe.json")
-    key = str(name).lower().replace("_", "-")
+    key = _key(name)
     if key not in RECIPES:
         near = difflib.get_close_matches(key, RECIPES, n=3, cutoff=0.5)
         meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}, or give a recipe.json."
         raise config.ConfigError(f"there is no recipe, recipe.json or run folder {str(name)!r}; {meant}")
     return RECIPES[key]()
+
+
+def known(name: str | Path) -> bool:
+    """Return whether it is the name of a recipe, whatever files there are."""
+    return _key(name) in RECIPES
+
+
+def _key(name: str | Path) -> str:
+    return str(name).lower().replace("_", "-")
 
 
 __all__ = [
@@ -57,6 +66,7 @@ __all__ = [
     "isda_r50",
     "isda_small",
     "isda_tiny",
+    "known",
     "soit_r50",
     "soit_r101",
     "soit_small",

@@ -20,8 +20,8 @@ def isda_r50() -> Recipe:
     Schedule: dropped after epochs 27, 33, 35, 36 and 37; the last epochs change almost nothing.
     Expect: mask AP 38.7 on test-dev (paper); no checkpoint was published, nor what schedule and batch gave it.
     Status: the network, its losses and gradients are tested against the official code; not trained on COCO here. Where a crop
-    leaves no object, the official code draws another image, and it leaves images without annotations out; here they are learnt from
-    as background.
+    leaves no object, the official code draws another image, and it leaves images without annotations out; here both count as
+    background.
     """
     return Recipe(
         model=IsdaConfig(),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from maskset.config import ConfigError, config
+from maskset.config import ConfigError, check_finite, config
 from maskset.structures import Category, ImageBatch, Instances, ModelOutput
 
 
@@ -22,6 +22,7 @@ class InputConfig:
     long_side: int = 1333  # ... unless the longer side would exceed this, pixels
 
     def __post_init__(self) -> None:
+        check_finite(self, "model.input")
         if min(self.divisor, self.short_side, self.long_side) < 1:
             raise ConfigError("input.divisor, input.short_side and input.long_side must be at least 1.")
         if min(self.std) <= 0:

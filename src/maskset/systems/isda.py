@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from maskset import distributed
-from maskset.config import ConfigError, config
+from maskset.config import ConfigError, check_finite, config
 from maskset.detection import best_detections
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp
@@ -78,6 +78,7 @@ class IsdaConfig:
     class_weight: float = 2.0  # weight of the focal loss, and in the matching
 
     def __post_init__(self) -> None:
+        check_finite(self, "model")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")

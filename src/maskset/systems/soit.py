@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import ConfigError, config
+from maskset.config import ConfigError, check_finite, config
 from maskset.detection import best_detections, class_and_box_terms
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp, copies
@@ -84,6 +84,7 @@ class SoitConfig:
     bce_weight: float = 2.0  # weight of the masks' binary cross-entropy
 
     def __post_init__(self) -> None:
+        check_finite(self, "model")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import ConfigError, config
+from maskset.config import ConfigError, check_finite, config
 from maskset.detection import best_detections, class_and_box_terms
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp, copies
@@ -82,6 +82,7 @@ class SolqConfig:
     giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
 
     def __post_init__(self) -> None:
+        check_finite(self, "model")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")

@@ -1,20 +1,11 @@
 """All there is to know of a run: the model, the data, the training. Written beside every checkpoint as `recipe.json`."""
 
-import math
-from typing import Any, Literal
+from typing import Literal
 
-from maskset.config import ConfigError, config
+from maskset.config import ConfigError, check_finite, config
 from maskset.systems import Config
 
 Augmentation = Literal["detr", "mmdet", "flip", "lsj", "none"]
-
-
-def _check_finite(settings: Any, part: str) -> None:
-    """Refuse NaN, which no comparison finds, and infinity."""
-    for name, value in vars(settings).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{part}.{name} must be a finite number, got {number}.")
 
 
 @config
@@ -34,7 +25,7 @@ class DataConfig:
     skip_broken: bool = False  # leave out (and count) broken images and annotations instead of stopping
 
     def __post_init__(self) -> None:
-        _check_finite(self, "data")
+        check_finite(self, "data")
         if not self.short_sides or min(self.short_sides) < 1:
             raise ConfigError(f"data.short_sides needs one or more positive sizes, got {self.short_sides}.")
         if self.augmentation in ("detr", "mmdet") and not self.crop_short_sides:
@@ -83,16 +74,17 @@ class TrainConfig:
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where to send the metrics as well
 
     def __post_init__(self) -> None:
-        _check_finite(self, "train")
+        check_finite(self, "train")
         for name in ("epochs", "batch_size", "accumulate", "reference_batch_size", "log_every", "max_detections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
         rates = "backbone_learning_rate", "offset_learning_rate", "weight_decay", "drop_factor"
-        for name in (*rates, "warmup_steps", "clip_norm", "seed"):
+        counts = "warmup_steps", "clip_norm", "seed", "evaluate_every", "checkpoint_every", "patience"
+        for name in (*rates, *counts):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}.")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"train.steps must be at least 1, got {self.steps}.")
+        if self.steps is not None and not 1 <= self.steps < 2**31:
+            raise ConfigError(f"train.steps must be at least 1 and below 2^31, got {self.steps}.")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.batch_size ({self.batch_size}) must be a multiple of train.accumulate ({self.accumulate}).")
         for name in ("ema_decay", "momentum"):

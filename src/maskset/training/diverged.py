@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskset.checkpoint import write_tensors
+from maskset.training.state import LAST
 from maskset.training.step import NotFinite
 
 
@@ -47,8 +48,9 @@ def diverged(
     (kept / "batch.json").write_text(json.dumps(facts, indent=2) + "\n")
     shown = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    start = f", which may start from this one's last checkpoint with --init {folder}" if (folder / LAST).is_file() else ""
     return TrainingDiverged(
         f"training diverged in step {step}: {problem.why} Learning rates: {shown}. Images: {listed}. The batch is in {kept}. "
         "Try a lower --train.learning-rate, a longer --train.warmup-steps, a smaller --train.clip-norm, or another "
-        f"--train.precision than fp16: in a new run, which may start from this one's last checkpoint with --init {folder}."
+        f"--train.precision than fp16, in a new run{start}."
     )
