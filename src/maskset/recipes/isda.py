@@ -63,8 +63,6 @@ def isda_tiny() -> Recipe:
             num_queries=30,
             mask_hidden_dim=64,
             mask_dim=64,
-            class_weight=5.0,  # masks are learnt sooner than classes: with the published weights classes are far behind
-            mask_weight=2.0,
         ),
         data=tiny.data,
         train=tiny.train,
