@@ -42,8 +42,9 @@ def isda_tiny() -> Recipe:
     """A very small ISDA from scratch for generated shapes.
 
     Command: maskset train isda-tiny --data shapes --out RUN
-    Expect: about 8 minutes on two CPU cores.
-    Status: the data and the schedule of solq-tiny.
+    Expect: mask AP 0.26, AP50 0.34 on the 200 images of shapes' val, after 19 minutes of a CPU that had other work.
+    Status: trained to the end on a CPU. Nearly all masks are found, their classes are still being guessed: without proposals and
+    from scratch, ISDA takes longer to tell classes apart than solq-tiny and soit-tiny, whose data and schedule it has.
     """
     tiny = solq_tiny()
     return Recipe(
