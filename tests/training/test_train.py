@@ -424,7 +424,7 @@ def test_fine_tuning_takes_what_fits_and_says_so(whole, tmp_path, capsys):
     train(longer, data(), tmp_path / "run", init=whole[0])
     said = capsys.readouterr().out
     assert f"start from {whole[0] / 'best.safetensors'}" in said
-    assert "extended: query_content, 12 -> 20 slots" in said
+    assert "extended: query_content, 12 -> 20 rows" in said
     assert "classes taken: ellipse, rectangle, triangle" in said
 
 
