@@ -102,6 +102,20 @@ def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], least: float, thr
     return Masks(counts, size)
 
 
+def paint_probabilities(maps: Float[Tensor, "n h w"], stride: int, shown: Sequence[int], size: tuple[int, int]) -> Masks:
+    """Return where maps of probabilities, drawn on a whole canvas, exceed one half: ISDA's and SOTR's masks of an image.
+
+    Args:
+        maps: one for each object.
+        stride: pixels of the canvas per cell, to which the maps are resized first.
+        shown: height and width of what the image covers of the canvas, which is cut out then, pixels.
+        size: height and width of the image, to which that is resized.
+    """
+    rows, columns = (by_centres(cells, cells * stride)[:pixels] for cells, pixels in zip(maps.shape[1:], shown, strict=True))
+    steps = [(rows, columns), (by_centres(len(rows), size[0]), by_centres(len(columns), size[1]))]
+    return paint(maps, steps, least=0.5, threshold=0.5)
+
+
 @dataclass(frozen=True)
 class _Window:
     """What a resize needs along one axis to make the part of its result that matters.

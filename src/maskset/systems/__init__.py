@@ -11,10 +11,13 @@ from maskset.systems.base import InputConfig, System
 from maskset.systems.isda import Isda, IsdaConfig
 from maskset.systems.soit import Soit, SoitConfig
 from maskset.systems.solq import Solq, SolqConfig
+from maskset.systems.sotr import Sotr, SotrConfig
 
-CONFIGS: dict[str, type] = {"solq": SolqConfig, "soit": SoitConfig, "isda": IsdaConfig}
-_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq, SoitConfig: Soit, IsdaConfig: Isda}
-Config = Annotated[SolqConfig | SoitConfig | IsdaConfig, Discriminator("system")]  # which one a file means, its `system` says
+CONFIGS: dict[str, type] = {"solq": SolqConfig, "soit": SoitConfig, "isda": IsdaConfig, "sotr": SotrConfig}
+_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq, SoitConfig: Soit, IsdaConfig: Isda, SotrConfig: Sotr}
+Config = Annotated[  # which one a file means, its `system` says
+    SolqConfig | SoitConfig | IsdaConfig | SotrConfig, Discriminator("system")
+]
 
 
 def build(config: Config, categories: Sequence[Category] | None = None) -> System:

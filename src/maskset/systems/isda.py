@@ -24,7 +24,7 @@ from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, in
 from maskset.losses import focal_loss, in_pieces, name_by_layer, squared_dice_loss
 from maskset.masks.dynamic_conv import dynamic_conv
 from maskset.masks.features import MaskFeatureHead, with_coordinates
-from maskset.masks.resample import by_centres, paint
+from maskset.masks.resample import paint_probabilities
 from maskset.masks.soft import central_means
 from maskset.matching import Matches, class_targets, focal_cost, match, pad, soft_iou_cost
 from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
@@ -44,7 +44,7 @@ _AT_LEAST_ONE = (
 _CANVAS = 32  # pixels; on multiples of it the levels, doubled, meet
 _CANDIDATES = 100  # best pairs of query and class, by class alone, that are scored with their masks
 _CELLS = 2**22  # of masks that are drawn at a time for the matching
-_MASK_THRESHOLD = 0.5  # probability above which a cell or pixel belongs to a mask
+_MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
 
 
 @config
@@ -232,10 +232,7 @@ class Isda(System):
 
     def _paint(self, drawn: Float[Tensor, "n h w"], shown: Sequence[int], size: tuple[int, int]) -> Masks:
         """Return mask probabilities as masks of the image: up to the canvas, cut to what the image `shown` covers, resized."""
-        stride = self.config.mask_stride
-        rows, columns = (by_centres(cells, cells * stride)[:pixels] for cells, pixels in zip(drawn.shape[1:], shown, strict=True))
-        steps = [(rows, columns), (by_centres(len(rows), size[0]), by_centres(len(columns), size[1]))]
-        return paint(drawn, steps, least=_MASK_THRESHOLD, threshold=_MASK_THRESHOLD)
+        return paint_probabilities(drawn, self.config.mask_stride, shown, size)
 
 
 def _mask_cost(

@@ -1,0 +1,348 @@
+"""SOTR: Segmenting Objects with Transformers (Guo, Niu, Qu, Li, ICCV 2021, arXiv:2108.06747).
+
+Every cell of five grids says two things about the object whose centre falls into it: its class, and a kernel of 256 numbers. All
+masks of an image are drawn on one map of mask features, each by the 1x1 convolution with its kernel. There are no queries, no
+boxes and no matching: an object belongs to the cells around its centre, on the grids for its size, and what is found twice is
+thinned out by Matrix NMS. SOTR is SOLOv2 with one transformer in the place of its towers of convolutions. From top to bottom
+this file follows figure 2: backbone, transformer, functional heads, multi-level upsampling, then targets, loss and results.
+
+The paper and its code differ in the transformer. The published weights belong to the code's, which is `transformer="released"`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from maskset import distributed
+from maskset.config import ConfigError, config
+from maskset.layers.backbone import build_backbone, check_start
+from maskset.layers.pyramid import FeaturePyramid
+from maskset.layers.resnet import deform, stride_in_first
+from maskset.layers.twin import PaperTransformer, ReleasedTransformer
+from maskset.losses import focal_loss, in_pieces, squared_dice_loss
+from maskset.masks.dynamic_conv import dynamic_conv
+from maskset.masks.features import MaskFeatureHead
+from maskset.masks.moments import centres_of_mass
+from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
+from maskset.masks.quarter import quarter_masks
+from maskset.masks.resample import paint_probabilities
+from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.systems.base import InputConfig, System, check_canvas
+
+_LEVELS = 5
+_CANVAS = 32  # pixels; on multiples of it the levels, doubled, meet
+_STRIDE = 4  # pixels per cell of the mask features
+_LEAST_AREAS = (8, 8, 16, 32, 32)  # cells of the mask features that a mask of each grid must exceed: the strides of its levels
+_CELLS = 2**22  # of masks that are drawn at a time
+_MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
+_GREEDY_IOU = 0.5  # above which greedy NMS drops a mask
+_BGR_MEAN, _BGR_STD = (103.53 / 255, 116.28 / 255, 123.675 / 255), (1 / 255, 1 / 255, 1 / 255)  # what MSRA's weights expect
+
+
+@config
+class SotrConfig:
+    """Settings of SOTR; the defaults are those of the official ResNet-50 model."""
+
+    system: Literal["sotr"] = "sotr"  # which system these settings are of
+    num_classes: int = 80  # class channels; training sets it from the data
+    input: InputConfig = InputConfig(mean=_BGR_MEAN, std=_BGR_STD, channel_order="bgr", divisor=_CANVAS, short_side=1000)  # images
+    backbone: str = "resnet50.tv_in1k"  # a timm model that gives maps at strides 4, 8, 16 and 32
+    backbone_norm: Literal["frozen", "group"] = "frozen"  # frozen batch norm, or group norm for training from scratch
+    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
+    stride_in_first: bool = True  # ResNets as MSRA's weights have them; false: as timm's hub, with model.input to match
+    deformable_stages: int = 0  # ResNets: in how many of the last stages the 3x3 convolutions are deformable
+    pretrained: bool = True  # training starts from ImageNet weights
+    backbone_weights: str | None = None  # a file with those weights, such as detectron2's R-50.pkl; None asks timm's hub
+    hidden_dim: int = 256  # width C of pyramid and transformer
+    num_heads: int = 8  # attention heads
+    transformer: Literal["released", "pure-twin", "hybrid-twin", "full"] = "released"  # as in the code, or table 2 of the paper
+    depth: int = 12  # layers of the transformer (table 3)
+    substituted: Literal["none", "p5", "p4+p5"] = "p5"  # what of the mask features' levels the transformer makes (table 4)
+    grids: tuple[int, ...] = (40, 36, 24, 16, 12)  # cells along each side of the five grids
+    scale_from: tuple[int, ...] = (1, 48, 96, 192, 384)  # root of the box area from which an object is on each grid, pixels ...
+    scale_to: tuple[int, ...] = (96, 192, 384, 768, 2048)  # ... and up to which, pixels
+    centre_share: float = 0.2  # of the box's sides: the region around the centre of mass whose cells are the object's
+    mask_hidden_dim: int = 128  # width inside the multi-level upsampling
+    mask_dim: int = 256  # D, width of the mask features and length of a kernel
+    mask_weight: float = 3.0  # weight of the dice loss
+    class_weight: float = 1.0  # weight of the focal loss
+    score_threshold: float = 0.1  # probability that a class must exceed for its mask to be drawn
+    nms: Literal["gaussian", "linear", "greedy"] = "gaussian"  # Matrix NMS with this decay, or greedy suppression of masks
+    nms_candidates: int = 500  # best masks that are compared with each other
+    kept_threshold: float = 0.05  # least score after Matrix NMS
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "hidden_dim", "num_heads", "mask_hidden_dim", "mask_dim", "nms_candidates"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("depth", "mask_weight", "class_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("centre_share", "score_threshold", "kept_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"model.{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.hidden_dim % self.num_heads:
+            raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
+        for name in ("grids", "scale_from", "scale_to"):
+            if len(getattr(self, name)) != _LEVELS or min(getattr(self, name)) < 1:
+                raise ConfigError(f"model.{name} must be {_LEVELS} numbers of at least 1, got {getattr(self, name)}.")
+        if any(low > high for low, high in zip(self.scale_from, self.scale_to, strict=True)):
+            raise ConfigError(f"model.scale_from must not exceed scale_to ({self.scale_to}), got {self.scale_from}.")
+        if not 0 <= self.deformable_stages <= 4:
+            raise ConfigError(f"model.deformable_stages must be in 0 ... 4, got {self.deformable_stages}.")
+        if self.input.divisor % _CANVAS:
+            raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for SOTR, got {self.input.divisor}.")
+        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+
+
+class Sotr(System):
+    """The network of figure 2. See `SotrConfig` for its parts."""
+
+    def __init__(self, config: SotrConfig, categories: tuple[Category, ...]) -> None:
+        super().__init__()
+        self.config, self.categories, self.input = config, categories, config.input
+        width = config.hidden_dim
+        # Backbone: C2 ... C5 become P2 ... P5
+        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, drop_path=0.0, finest=4)
+        if config.stride_in_first:
+            stride_in_first(self.backbone)
+        if config.deformable_stages:
+            deform(self.backbone, config.deformable_stages)
+        self.pyramid = FeaturePyramid(self.backbone.channels, width)
+        # Transformer and functional heads: the same for all grids
+        if config.transformer == "released":
+            self.transformer = ReleasedTransformer(width, config.num_heads, config.depth)
+        else:
+            self.transformer = PaperTransformer(config.transformer, width, config.num_heads, config.depth, config.grids[0])
+        self.class_head = nn.Linear(width, config.num_classes)
+        self.kernel_head = nn.Linear(width, config.mask_dim)
+        # Multi-level upsampling, of P2 ... P5
+        self.mask_feature_head = MaskFeatureHead([width] * 4, [0, 1, 2, 3], config.mask_hidden_dim, config.mask_dim)
+        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
+
+    def prepare(self, objects: Iterable[Instances]) -> None:
+        """Do nothing: no part of SOTR is fitted to the data before training."""
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        """Return class logits [B N K] and kernels [B N D] of all cells, grid by grid and row by row, and mask features [B D h w]."""
+        check_canvas(images, self.input.divisor)
+        levels = self.pyramid(self.backbone(images.pixels))  # P2 ... P5, strides 4, 8, 16, 32; each [B C h w]
+        cells = []
+        for level, side in zip(self._levels(levels), self.config.grids, strict=True):
+            grid = F.interpolate(level, size=(side, side), mode="bilinear")  # the aspect ratio is not kept
+            cells.append(self.transformer(grid).flatten(2))
+        slots = torch.cat(cells, 2).transpose(1, 2)  # [B N C]
+        predictions = SlotPredictions(self.class_head(slots), self.kernel_head(slots))
+        return ModelOutput([predictions], mask_features=self._mask_features(levels))
+
+    def _levels(self, levels: Sequence[Float[Tensor, "B C _ _"]]) -> list[Float[Tensor, "B C _ _"]]:
+        """Return what the five grids are made of: P2 at half its size, P3, P4, P5, and P6 at the size of P5."""
+        p2, p3, p4, p5 = levels
+        p6 = F.max_pool2d(p5, 1, stride=2)
+        shrunk = F.interpolate(p2, scale_factor=0.5, mode="bilinear")
+        return [shrunk, p3, p4, p5, F.interpolate(p6, size=(p5.shape[2], p5.shape[3]), mode="bilinear")]
+
+    def _mask_features(self, levels: Sequence[Float[Tensor, "B C _ _"]]) -> Float[Tensor, "B D h w"]:
+        """Return the unified map of P2 ... P5 at stride 4, the coarser of them from the transformer; none is negative.
+
+        The paper upsamples it to the image's size; in the code only masks are.
+        """
+        untouched = {"none": 4, "p5": 3, "p4+p5": 2}[self.config.substituted]
+        return self.mask_feature_head([*levels[:untouched], *(self.transformer(level) for level in levels[untouched:])])
+
+    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return two terms: class (focal, divided by the number of the objects' cells + 1) and mask (dice, the mean over pairs).
+
+        Only masks of pairs of cell and object are drawn, few at a time, on the whole canvas with its padding. Without any pair
+        the mask term is 0, where the official code stops. Computed in float32.
+        """
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self._terms(output, objects)
+
+    def _terms(self, output: ModelOutput, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        (layer,) = output.layers
+        assert layer.mask_params is not None
+        assert output.mask_features is not None
+        logits, kernels, features = layer.class_logits.float(), layer.mask_params.float(), output.mask_features.float()
+        size = (features.shape[2], features.shape[3])
+        targets, mask_loss, pairs, positive = torch.zeros_like(logits), logits.new_zeros(()), 0, 0
+        for i, found in enumerate(objects):
+            assigned = assign(found, size, self.config)
+            shown = assigned.classified(logits.shape[1])
+            cells = (shown >= 0).nonzero()[:, 0]
+            targets[i, cells, found.labels.cpu()[shown[cells]]] = 1
+            mask_loss = mask_loss + _mask_loss(kernels[i], features[i], assigned, found)
+            pairs, positive = pairs + len(assigned.cells), positive + len(cells)
+        return {
+            "class": self.config.class_weight
+            * focal_loss(logits, targets).sum()
+            / distributed.divisor(positive + 1 / distributed.world_size(), like=logits),  # (all processes' cells + 1) / processes
+            "mask": self.config.mask_weight * mask_loss / distributed.divisor(pairs, like=logits),
+        }
+
+    @torch.no_grad()
+    def postprocess(
+        self,
+        output: ModelOutput,
+        images: ImageBatch,
+        sizes: Sequence[tuple[int, int]],
+        limit: int = 100,
+        threshold: float = 0.0,
+    ) -> list[Instances]:
+        """Return the best masks of each image after Matrix NMS; a cell may appear with several classes.
+
+        Boxes are those around the masks; the official code leaves them zero.
+        """
+        (layer,) = output.layers
+        assert layer.mask_params is not None
+        assert output.mask_features is not None
+        found = []
+        with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
+            scores = point_nms(layer.class_logits.float().sigmoid(), self.config.grids)
+            parts = zip(scores, layer.mask_params.float(), output.mask_features.float(), images.sizes.tolist(), sizes, strict=True)
+            for own, kernels, features, shown, size in parts:
+                best = self._suppressed(self._candidates(own, kernels, features, max(limit, self.config.nms_candidates)))
+                best = best.chosen(best.scores >= threshold).chosen(slice(limit))
+                once, again = best.cells.unique(return_inverse=True)  # paint a cell's mask once, however many classes it has
+                drawn = dynamic_conv(features, kernels[once]).sigmoid()
+                masks = paint_probabilities(drawn, _STRIDE, shown, size)[again.tolist()]
+                found.append(Instances(best.labels.cpu(), masks.boxes(), masks, best.scores.cpu(), self.categories))
+        return found
+
+    def _candidates(
+        self, scores: Float[Tensor, "N K"], kernels: Float[Tensor, "N D"], features: Float[Tensor, "D h w"], count: int
+    ) -> "Candidates":
+        """Return the `count` best pairs of cell and class, by probability times the mean probability inside of the mask.
+
+        A cell's mask is drawn once, a few masks at a time, those of the best classes first. The mean being at most 1, no mask that
+        is left can come in once `count` pairs are better than the best class that is left: the drawing stops there.
+        """
+        scores = scores * (scores > self.config.score_threshold)
+        by_class, cells = scores.amax(1).sort(descending=True, stable=True)
+        cells = cells[by_class > 0]
+        least = scores.new_tensor([area for side, area in zip(self.config.grids, _LEAST_AREAS, strict=True) for _ in range(side**2)])
+        scored, inside = torch.zeros_like(scores), [torch.zeros_like(features[:0], dtype=torch.bool)]
+        for some in cells.split(max(1, _CELLS // features[0].numel())):
+            if len(some) == 0 or int((scored > scores[some[0]].max()).sum()) >= count:
+                break
+            drawn = dynamic_conv(features, kernels[some]).sigmoid()
+            inside.append(drawn > _MASK_THRESHOLD)
+            areas = inside[-1].sum((1, 2))
+            confidence = (drawn * inside[-1]).sum((1, 2)) / areas.clamp(min=1) * (areas > least[some])
+            scored[some] = scores[some] * confidence[:, None]
+        pairs = scored.flatten().sort(descending=True, stable=True).indices[: min(count, int((scored > 0).sum()))]
+        place = torch.zeros_like(scores[:, 0], dtype=torch.int64).index_copy(0, cells, torch.arange(len(cells), device=cells.device))
+        best, labels = pairs // scores.shape[1], pairs % scores.shape[1]
+        return Candidates(best, labels, scored.flatten()[pairs], torch.cat(inside)[place[best]])
+
+    def _suppressed(self, found: "Candidates") -> "Candidates":
+        """Return what is left after NMS, best first."""
+        iou = mask_iou(found.masks)
+        if self.config.nms == "greedy":
+            return found.chosen(greedy_nms(iou, found.labels, _GREEDY_IOU))
+        scores = found.scores * matrix_nms(iou, found.labels, self.config.nms)
+        order = scores.argsort(descending=True, stable=True)
+        order = order[scores[order] >= self.config.kept_threshold]
+        return replace(found, scores=scores).chosen(order)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs of cell and class of one image, and their masks at the size of the mask features."""
+
+    cells: Int[Tensor, "n"]
+    labels: Int[Tensor, "n"]
+    scores: Float[Tensor, "n"]
+    masks: Bool[Tensor, "n h w"]
+
+    def chosen(self, index: Int[Tensor, "_"] | Bool[Tensor, "_"] | slice) -> "Candidates":
+        """Return some of them."""
+        return Candidates(self.cells[index], self.labels[index], self.scores[index], self.masks[index])
+
+
+def point_nms(scores: Float[Tensor, "B N K"], grids: Sequence[int]) -> Float[Tensor, "B N K"]:
+    """Return the scores of cells that are no worse than those above, to the left and to the upper left, and 0 for others."""
+    kept = []
+    for grid, side in zip(scores.split([side**2 for side in grids], 1), grids, strict=True):
+        square = grid.transpose(1, 2).unflatten(2, (side, side))
+        best = F.max_pool2d(square, 2, stride=1, padding=1)[:, :, :-1, :-1]
+        kept.append((square * (square == best)).flatten(2).transpose(1, 2))
+    return torch.cat(kept, 1)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which cells shall show which objects of one image, grid by grid, object by object; a cell may be paired several times."""
+
+    cells: Int[Tensor, "P"]
+    objects: Int[Tensor, "P"]
+
+    def classified(self, slots: int) -> Int[Tensor, "N"]:
+        """Return for each slot the object whose class is its own, the last one of its pairs; -1 where it has none."""
+        return torch.full((slots,), -1).scatter_reduce(0, self.cells, self.objects, "amax")
+
+
+def assign(found: Instances, size: tuple[int, int], settings: SotrConfig) -> Pairs:
+    """Return the pairs of one image, on the CPU.
+
+    An object is on every grid for its size. There its cells are those in the region around its centre of mass, `centre_share`
+    of the box's sides long, but no further than the neighbours of the centre's own cell: at the most 3 x 3.
+
+    Args:
+        found: boxes in pixels; an object whose mask is empty has no cell.
+        size: of the mask features; the grids span the whole canvas.
+        settings: grids, their scales, and the region.
+    """
+    boxes = found.boxes.cpu()
+    areas, centres = centres_of_mass(found.masks)  # y, x; all in float32, since a centre may lie on the border of two cells
+    sides = (boxes[:, 2:] - boxes[:, :2]).flip(1)  # height, width
+    scales = sides.prod(1).sqrt()
+    cells, objects, before = [], [], 0
+    for side, low, high in zip(settings.grids, settings.scale_from, settings.scale_to, strict=True):
+        chosen = ((scales >= low) & (scales <= high) & (areas > 0)).nonzero()[:, 0]
+        (rows, in_rows), (columns, in_columns) = (
+            _neighbours(centres[chosen, axis], 0.5 * sides[chosen, axis] * settings.centre_share, _STRIDE * size[axis], side)
+            for axis in (0, 1)
+        )
+        inside = in_rows[:, :, None] & in_columns[:, None]
+        cells.append((before + side * rows[:, :, None] + columns[:, None])[inside])
+        objects.append(chosen[:, None, None].expand(inside.shape)[inside])
+        before += side**2
+    return Pairs(torch.cat(cells), torch.cat(objects))
+
+
+def _neighbours(
+    centres: Float[Tensor, "n"], reach: Float[Tensor, "n"], length: int, side: int
+) -> tuple[Int[Tensor, "n 3"], Bool[Tensor, "n 3"]]:
+    """Return, along one axis, up to three indices of cells for each object, and which of them there are."""
+
+    def cell(position: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
+        return (position / length // (1 / side)).long()
+
+    own = cell(centres)
+    first = torch.maximum(cell(centres - reach).clamp(min=0), own - 1)
+    last = torch.minimum(cell(centres + reach).clamp(max=side - 1), own + 1)
+    index = first[:, None] + torch.arange(3)
+    return index, index <= last[:, None]
+
+
+def _mask_loss(
+    kernels: Float[Tensor, "N D"], features: Float[Tensor, "D h w"], pairs: Pairs, found: Instances
+) -> Float[Tensor, ""]:
+    """Return the dice losses of one image's pairs, summed, drawing a few masks at a time."""
+    used, mask_of = pairs.objects.unique(return_inverse=True)
+    masks = quarter_masks(found.masks[used], (features.shape[1], features.shape[2])).to(features.device)
+    few = max(1, _CELLS // features[0].numel())
+    wanted = mask_of.to(features.device).split(few)
+
+    def values(piece: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "D h w"]) -> Float[Tensor, "1"]:
+        drawn = dynamic_conv(features, kernels).sigmoid()
+        return squared_dice_loss(drawn, masks[wanted[piece]].float(), least=0.002).sum()[None]
+
+    return in_pieces(values, kernels[pairs.cells.to(kernels.device)].split(few), features).sum()
