@@ -18,7 +18,7 @@ from maskset.masks.nms import mask_iou, matrix_nms
 from maskset.masks.quarter import quarter_masks
 from maskset.structures import ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
 from maskset.systems import build
-from maskset.systems.sotr import Sotr, assign, point_nms
+from maskset.systems.sotr import Candidates, Sotr, assign, point_nms
 
 SETS = ["a", "bc"]
 INPUTS = {"a": [("sotr-a", 256, 320)], "bc": [("sotr-b", 224, 320), ("sotr-c", 256, 192)]}
@@ -259,21 +259,39 @@ def test_point_nms_leaves_as_many_cells_as_officially(name):
             assert abs(int((part[i] > 0.1).sum()) - int(golden("sotr", f"{name}.point_nms.{level}.above")[i])) <= 1
 
 
+def with_official_pixels(found: Candidates, areas: torch.Tensor, image: int, name: str) -> Candidates:
+    """Return the candidates with the one pixel set otherwise in masks whose area is not the official one.
+
+    Such a pixel is as near to one half as float32 can tell, so it depends on the order of a sum.
+    """
+    output, scores, masks = run(name)[0], found.scores.clone(), found.masks.clone()
+    for i in (masks.sum((1, 2)) != areas).nonzero()[:, 0].tolist():
+        kernel = output.layers[0].mask_params[image, found.cells[i]][None]
+        drawn = dynamic_conv(output.mask_features[image], kernel).sigmoid()[0]
+        pixel = (drawn - 0.5).abs().argmin()
+        assert (drawn.flatten()[pixel] - 0.5).abs() < 1e-5
+        masks[i].view(-1)[pixel] ^= True
+        scores[i] *= drawn[masks[i]].mean() / drawn[found.masks[i]].mean()
+    return Candidates(found.cells, found.labels, scores, masks)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_matrix_nms_is_the_official_one(name):
     output = run(name)[0]
     for i, own in enumerate(scores(name)):
         found = model()._candidates(own, output.layers[0].mask_params[i], output.mask_features[i], 500)
-        decayed = found.scores * matrix_nms(mask_iou(found.masks), found.labels, "gaussian")
         expected = {key: golden("sotr", f"{name}.nms.{i}.{key}") for key in ("labels", "sum_masks", "scores_in", "scores_out")}
-        close(found.scores, expected["scores_in"], rel=3e-5)
-        assert torch.equal(found.labels.sort().values, expected["labels"].sort().values)
-        # Neighbours may swap where their scores nearly agree; then everything else swaps with them.
-        near = (found.scores.diff().abs() < 2e-5) | (expected["scores_in"].diff().abs() < 2e-5)
+        near = expected["scores_in"].diff().abs() < 2e-5  # such neighbours may swap, and all that is theirs with them
         clear = ~(F.pad(near, (1, 0)) | F.pad(near, (0, 1)))
         assert clear.sum() > 150
+        areas = torch.where(clear, expected["sum_masks"], found.masks.sum((1, 2)))
+        assert (found.masks.sum((1, 2)) - areas).abs().max() <= 1
+        found = with_official_pixels(found, areas, i, name)
+        close(found.scores[clear], expected["scores_in"][clear], rel=1e-5)
+        close(found.scores.sort().values, expected["scores_in"].sort().values, rel=3e-5)
         assert torch.equal(found.labels[clear], expected["labels"][clear])
-        assert (found.masks.sum((1, 2)) - expected["sum_masks"])[clear].abs().max() <= 1
+        assert torch.equal(found.labels.sort().values, expected["labels"].sort().values)
+        decayed = found.scores * matrix_nms(mask_iou(found.masks), found.labels, "gaussian")
         close(decayed[clear], expected["scores_out"][clear], rel=6e-5)
         close(decayed.sort().values, expected["scores_out"].sort().values, rel=6e-5)
 
@@ -284,7 +302,7 @@ def test_results_are_the_official_ones(name):
     sizes = [tuple(size) for size in golden("sotr", f"{name}.output_sizes").tolist()]
     for i, found in enumerate(model().postprocess(output, batch(name), sizes)):
         key = f"{name}.result.{i}"
-        close(found.scores, golden("sotr", f"{key}.scores"), rel=1e-5)
+        close(found.scores, golden("sotr", f"{key}.scores"))
         assert torch.equal(found.labels, golden("sotr", f"{key}.labels"))
         assert (found.masks.areas() - golden("sotr", f"{key}.mask_areas")).abs().max() <= 2
         assert torch.equal(found[:10].masks.dense(), golden("sotr", f"{key}.masks").bool())
