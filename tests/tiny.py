@@ -8,6 +8,7 @@ from maskset.systems import Config, InputConfig
 from maskset.systems.isda import IsdaConfig
 from maskset.systems.soit import SoitConfig
 from maskset.systems.solq import SolqConfig
+from maskset.systems.sotr import SotrConfig
 
 SMALL = {"backbone": "resnet10t", "backbone_norm": "group"}
 SCRATCH = {"pretrained": False, "frozen_stages": 0, "dropout": 0.0}
@@ -23,6 +24,11 @@ TINY: dict[str, Config] = {
     ),
     "soit": SoitConfig(
         **SMALL, **SCRATCH, **NARROW, num_classes=3, mask_loss_layers=2, input=InputConfig(short_side=64, long_side=96)
+    ),
+    "sotr": SotrConfig(
+        **SMALL, pretrained=False, frozen_stages=0, stride_in_first=False, num_classes=3, hidden_dim=32, num_heads=4, depth=2,
+        grids=(10, 8, 6, 4, 3), scale_from=(1, 8, 16, 24, 32), scale_to=(16, 24, 32, 48, 96), mask_hidden_dim=16, mask_dim=24,
+        score_threshold=0.0, kept_threshold=0.0, input=InputConfig(short_side=64, long_side=96, divisor=32),
     ),
 }  # fmt: skip
 
