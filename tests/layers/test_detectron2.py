@@ -120,6 +120,24 @@ def test_a_deformable_convolution_without_offsets_is_half_of_the_plain_one():
         torch.testing.assert_close(other(x), 0.5 * convolution(x), atol=1e-5, rtol=1e-5)
 
 
+def test_plain_weights_fill_a_resnet_with_deformable_convolutions(tmp_path):
+    plain, deformable = resnet50(), resnet50()
+    deform(deformable, stages=3)
+    weights = filled(plain)
+    torch.save(weights, tmp_path / "resnet50.pth")
+    said = load_pretrained(deformable, str(tmp_path / "resnet50.pth"))
+    assert said.endswith("took 265 of 291 tensors from " + str(tmp_path / "resnet50.pth") + "; the 26 others belong to sampling offsets, which start anew.")
+    own = deformable.body.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in weights.items())
+    assert not own["layer4.0.conv2.offset.weight"].any()
+
+
+@pytest.mark.parametrize("change", [stride_in_first, deform])
+def test_a_resnet_without_bottlenecks_is_refused(change):
+    with pytest.raises(ConfigError, match="the backbone 'resnet10t' has no bottlenecks"):
+        change(build_backbone("resnet10t", "group", 0, 0.0, finest=4))
+
+
 def test_the_offsets_of_a_deformable_convolution_move_its_samples():
     convolution = torch.nn.Conv2d(2, 3, 3, padding=1, bias=False)
     deformable = DeformableConvolution(convolution)

@@ -56,15 +56,15 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SotrC
         path = f"transformer.layers.{layer}"
         gates = [f"{path}.gate.{i}" for i in range(4)]
         for part in (f"{path}.columns", f"{path}.rows"):
-            ours[f"{part}.key.weight"], ours[f"{part}.value.weight"] = need(ours, f"{part}.key_value.weight").chunk(2)
+            ours[f"{part}.key.weight"], ours[f"{part}.value.weight"] = need(ours, f"{part}.key_value.weight", 2).chunk(2)
             del ours[f"{part}.key_value.weight"]
-        ours[f"{path}.gates"] = torch.stack([need(ours, gate) for gate in gates])
+        ours[f"{path}.gates"] = torch.stack([need(ours, gate, 0) for gate in gates])
         ours = {name: value for name, value in ours.items() if name not in gates}
     return _config(ours, depth), {name: value.contiguous() for name, value in ours.items()}
 
 
 def _config(state: Mapping[str, Tensor], depth: int) -> SotrConfig:
-    classes, width = need(state, "class_head.weight").shape
+    classes, width = need(state, "class_head.weight", 2).shape
     name, deformable = resnet_name(state), _deformable_stages(state)
     # Base and R101 are tested at a short side of 800 pixels, R50 and R101-DCN at 1000.
     short_side = 800 if name.startswith("resnet101") and not deformable else 1000
@@ -75,8 +75,8 @@ def _config(state: Mapping[str, Tensor], depth: int) -> SotrConfig:
         deformable_stages=deformable,
         hidden_dim=width,
         depth=depth,
-        mask_hidden_dim=need(state, "mask_feature_head.branches.0.0.convolution.weight").shape[0],
-        mask_dim=need(state, "mask_feature_head.output.convolution.weight").shape[0],
+        mask_hidden_dim=need(state, "mask_feature_head.branches.0.0.convolution.weight", 4).shape[0],
+        mask_dim=need(state, "mask_feature_head.output.convolution.weight", 4).shape[0],
     )
 
 

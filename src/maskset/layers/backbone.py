@@ -158,7 +158,7 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
     """Fill the backbone with ImageNet weights and return one line that says what was taken from where.
 
     Group norms keep their initial values (no weights for them are published), and so do the output norms of a Swin that
-    was trained as a classifier.
+    was trained as a classifier, and what moves the samples of deformable convolutions.
 
     Args:
         backbone: made by `build_backbone`.
@@ -182,7 +182,7 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
     modules, own = dict(backbone.body.named_modules()), backbone.body.state_dict()
     norms = {path for path, module in modules.items() if isinstance(module, (FrozenBatchNorm, GroupNorm))}
     fresh = {key for key in own if isinstance(modules[key.rpartition(".")[0]], GroupNorm)}
-    fresh |= {key for key in own if "output_norm" in key and key not in state}
+    fresh |= {key for key in own if ("output_norm" in key or ".offset." in key) and key not in state}
     wanted = {key: value for key, value in own.items() if key not in fresh}
 
     wrong = [f"{key} is missing" for key in wanted if key not in state]
@@ -196,7 +196,8 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {'; '.join(wrong[:3])}{more}.")
     backbone.body.load_state_dict({key: state[key] for key in wanted}, strict=False)
-    rest = f"; the {len(fresh)} others belong to norms, which start anew" if fresh else ""
+    of = "sampling offsets" if any(".offset." in key for key in fresh) else "norms"
+    rest = f"; the {len(fresh)} others belong to {of}, which start anew" if fresh else ""
     return f"backbone {backbone.name}: took {len(wanted)} of {len(own)} tensors from {source}{rest}."
 
 

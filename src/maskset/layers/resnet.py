@@ -1,11 +1,13 @@
 """What some papers change in a ResNet: where a bottleneck has its stride, and deformable convolutions."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
-from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from maskset.config import ConfigError
 from maskset.layers.backbone import Backbone
 
 
@@ -13,18 +15,33 @@ def stride_in_first(backbone: Backbone) -> None:
     """Move the stride of every bottleneck from its 3x3 to its first 1x1 convolution, as the first ResNets (Caffe's) have it.
 
     Weights that were trained with the other place do not fit, though their shapes do; timm's hub has none for this one.
+
+    Raises:
+        ConfigError: the backbone is no ResNet of bottlenecks.
     """
-    for block in backbone.body.modules():
-        if isinstance(block, Bottleneck):
-            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    for _, block in _bottlenecks(backbone, "stride_in_first false"):
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
     backbone.on_hub = False
 
 
 def deform(backbone: Backbone, stages: int = 3) -> None:
-    """Make the 3x3 convolutions of the bottlenecks in the last `stages` stages deformable (DCN v2, Zhu et al., CVPR 2019)."""
-    for path, block in backbone.body.named_modules():
-        if isinstance(block, Bottleneck) and int(path[len("layer")]) > 4 - stages:
-            block.conv2 = DeformableConvolution(block.conv2)  # type: ignore[assignment]
+    """Make the 3x3 convolutions of the bottlenecks in the last `stages` stages deformable (DCN v2, Zhu et al., CVPR 2019).
+
+    Raises:
+        ConfigError: the backbone is no ResNet of bottlenecks.
+    """
+    for path, block in _bottlenecks(backbone, "deformable_stages 0"):
+        if int(path[len("layer")]) > 4 - stages:
+            block.conv2 = DeformableConvolution(block.conv2)
+
+
+def _bottlenecks(backbone: Backbone, without: str) -> list[tuple[str, Any]]:
+    from timm.models.resnet import Bottleneck  # slow to import
+
+    found = [(path, block) for path, block in backbone.body.named_modules() if isinstance(block, Bottleneck)]
+    if not found:
+        raise ConfigError(f"the backbone {backbone.name!r} has no bottlenecks: use a ResNet-50 or deeper, or model.{without}.")
+    return found
 
 
 class DeformableConvolution(nn.Module):

@@ -11,6 +11,7 @@ from maskset import config
 from maskset.recipes.isda import isda_r50, isda_small, isda_tiny
 from maskset.recipes.soit import soit_r50, soit_r101, soit_small, soit_swin_l, soit_tiny
 from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
+from maskset.recipes.sotr import sotr_r50, sotr_r101, sotr_r101_dcn, sotr_rt, sotr_small, sotr_tiny
 from maskset.training.config import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -28,6 +29,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "isda-r50": isda_r50,
     "isda-small": isda_small,
     "isda-tiny": isda_tiny,
+    "sotr-r50": sotr_r50,
+    "sotr-r101": sotr_r101,
+    "sotr-r101-dcn": sotr_r101_dcn,
+    "sotr-rt": sotr_rt,
+    "sotr-small": sotr_small,
+    "sotr-tiny": sotr_tiny,
 }
 
 
@@ -78,4 +85,10 @@ __all__ = [
     "solq_swin_l",
     "solq_swin_t",
     "solq_tiny",
+    "sotr_r50",
+    "sotr_r101",
+    "sotr_r101_dcn",
+    "sotr_rt",
+    "sotr_small",
+    "sotr_tiny",
 ]

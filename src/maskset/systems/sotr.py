@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from maskset import distributed
-from maskset.config import ConfigError, config
+from maskset.config import ConfigError, check_finite, config
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.resnet import deform, stride_in_first
@@ -78,6 +78,7 @@ class SotrConfig:
     kept_threshold: float = 0.05  # least score after Matrix NMS
 
     def __post_init__(self) -> None:
+        check_finite(self, "model")
         for name in ("num_classes", "hidden_dim", "num_heads", "mask_hidden_dim", "mask_dim", "nms_candidates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
@@ -170,20 +171,19 @@ class Sotr(System):
         assert layer.mask_params is not None
         assert output.mask_features is not None
         logits, kernels, features = layer.class_logits.float(), layer.mask_params.float(), output.mask_features.float()
-        size = (features.shape[2], features.shape[3])
-        targets, mask_loss, pairs, positive = torch.zeros_like(logits), logits.new_zeros(()), 0, 0
-        for i, found in enumerate(objects):
-            assigned = assign(found, size, self.config)
-            shown = assigned.classified(logits.shape[1])
+        pairs = [assign(found, (features.shape[2], features.shape[3]), self.config) for found in objects]
+        targets, positive = torch.zeros_like(logits), 0
+        for target, own, found in zip(targets, pairs, objects, strict=True):
+            shown = own.classified(len(target))
             cells = (shown >= 0).nonzero()[:, 0]
-            targets[i, cells, found.labels.cpu()[shown[cells]]] = 1
-            mask_loss = mask_loss + _mask_loss(kernels[i], features[i], assigned, found)
-            pairs, positive = pairs + len(assigned.cells), positive + len(cells)
+            target[cells, found.labels.cpu()[shown[cells]]] = 1
+            positive += len(cells)
+        # (cells of all processes + 1) / processes, and likewise the pairs
+        cell_count = distributed.divisor(positive + 1 / distributed.world_size(), like=logits)
+        pair_count = distributed.divisor(sum(len(own.cells) for own in pairs), like=logits)
         return {
-            "class": self.config.class_weight
-            * focal_loss(logits, targets).sum()
-            / distributed.divisor(positive + 1 / distributed.world_size(), like=logits),  # (all processes' cells + 1) / processes
-            "mask": self.config.mask_weight * mask_loss / distributed.divisor(pairs, like=logits),
+            "class": self.config.class_weight * focal_loss(logits, targets).sum() / cell_count,
+            "mask": self.config.mask_weight * _mask_loss(kernels, features, pairs, objects) / pair_count,
         }
 
     @torch.no_grad()
@@ -333,16 +333,20 @@ def _neighbours(
 
 
 def _mask_loss(
-    kernels: Float[Tensor, "N D"], features: Float[Tensor, "D h w"], pairs: Pairs, found: Instances
+    kernels: Float[Tensor, "B N D"], features: Float[Tensor, "B D h w"], pairs: Sequence[Pairs], objects: Sequence[Instances]
 ) -> Float[Tensor, ""]:
-    """Return the dice losses of one image's pairs, summed, drawing a few masks at a time."""
-    used, mask_of = pairs.objects.unique(return_inverse=True)
-    masks = quarter_masks(found.masks[used], (features.shape[1], features.shape[2])).to(features.device)
-    few = max(1, _CELLS // features[0].numel())
-    wanted = mask_of.to(features.device).split(few)
+    """Return the dice losses of all pairs, summed, in the memory of a few masks."""
+    few, device = max(1, _CELLS // features[0, 0].numel()), features.device
+    pieces, wanted = [], []
+    for i, (own, found) in enumerate(zip(pairs, objects, strict=True)):
+        shown, mask_of = own.objects.unique(return_inverse=True)
+        masks = quarter_masks(found.masks[shown], (features.shape[2], features.shape[3])).to(device)
+        pieces += kernels[i, own.cells.to(device)].split(few)
+        wanted += [(i, masks, some) for some in mask_of.to(device).split(few)]
 
-    def values(piece: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "D h w"]) -> Float[Tensor, "1"]:
-        drawn = dynamic_conv(features, kernels).sigmoid()
-        return squared_dice_loss(drawn, masks[wanted[piece]].float(), least=0.002).sum()[None]
+    def values(piece: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
+        image, masks, some = wanted[piece]
+        drawn = dynamic_conv(features[image], kernels).sigmoid()
+        return squared_dice_loss(drawn, masks[some].float(), least=0.002).sum()[None]
 
-    return in_pieces(values, kernels[pairs.cells.to(kernels.device)].split(few), features).sum()
+    return in_pieces(values, pieces, features).sum()
