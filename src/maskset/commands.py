@@ -208,7 +208,7 @@ def _codecs_compare(given: Namespace) -> None:
 
 
 def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is, or shall start from it: solq, soit, isda")
+    parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is, or shall start from it: solq, soit, isda, sotr")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
     parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep the 80 classes of COCO only, not all 91 channels")

@@ -14,6 +14,7 @@ from maskset.conversion.coco import NAMES
 from maskset.conversion.deformable_detr import start
 from maskset.systems.isda import IsdaConfig
 from maskset.systems.solq import SolqConfig
+from maskset.systems.sotr import SotrConfig
 
 ADDED = ("neck.first_conv", "mask_feat_head", "bbox_head.kernel_branches")  # by ISDA
 BOX_BRANCH = {"0": (256, 256), "2": (256, 256), "4": (4, 256)}
@@ -90,6 +91,11 @@ def test_a_model_of_which_nothing_fits_is_refused():
     config = SolqConfig(backbone="convnext_atto", frozen_stages=0)
     with pytest.raises(ConversionError, match="nothing of the Deformable DETR fits solq with backbone convnext_atto"):
         start(config, official())
+
+
+def test_a_resnet_with_strides_elsewhere_is_refused_though_the_shapes_fit():
+    with pytest.raises(ConversionError, match="sotr cannot start from a Deformable DETR: its ResNet has strides elsewhere"):
+        start(SotrConfig(), official())
 
 
 def test_another_file_is_refused():

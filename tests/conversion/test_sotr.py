@@ -20,7 +20,9 @@ def deformable(state: dict[str, torch.Tensor], blocks: dict[int, int]) -> dict[s
     """Return the state with offsets in the first `blocks[stage]` blocks of each stage, in detectron2's names."""
     paths = [f"backbone.bottom_up.res{stage}.{i}" for stage, count in blocks.items() for i in range(count)]
     return state | {
-        f"{path}.conv2_offset.{kind}": torch.zeros(27, *((state[f"{path}.conv2.weight"].shape[1], 3, 3) if kind == "weight" else ()))
+        f"{path}.conv2_offset.{kind}": torch.zeros(
+            27, *((state[f"{path}.conv2.weight"].shape[1], 3, 3) if kind == "weight" else ())
+        )
         for path in paths
         for kind in ("weight", "bias")
     }

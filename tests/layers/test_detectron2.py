@@ -126,7 +126,11 @@ def test_plain_weights_fill_a_resnet_with_deformable_convolutions(tmp_path):
     weights = filled(plain)
     torch.save(weights, tmp_path / "resnet50.pth")
     said = load_pretrained(deformable, str(tmp_path / "resnet50.pth"))
-    assert said.endswith("took 265 of 291 tensors from " + str(tmp_path / "resnet50.pth") + "; the 26 others belong to sampling offsets, which start anew.")
+    assert said.endswith(
+        "took 265 of 291 tensors from "
+        + str(tmp_path / "resnet50.pth")
+        + "; the 26 others belong to sampling offsets, which start anew."
+    )
     own = deformable.body.state_dict()
     assert all(torch.equal(own[name], value) for name, value in weights.items())
     assert not own["layer4.0.conv2.offset.weight"].any()

@@ -25,7 +25,9 @@ def awake(transformer: ReleasedTransformer) -> ReleasedTransformer:
 
 def plain_attention(attention: Attention, tokens: torch.Tensor) -> torch.Tensor:
     """Return the output for sequences [n tokens C], head by head."""
-    query, key, value = (linear(tokens).chunk(attention.heads, -1) for linear in (attention.query, attention.key, attention.value))
+    query, key, value = (
+        linear(tokens).chunk(attention.heads, -1) for linear in (attention.query, attention.key, attention.value)
+    )
     heads = []
     for q, k, v in zip(query, key, value, strict=True):
         heads.append((q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1) @ v)

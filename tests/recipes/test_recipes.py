@@ -6,7 +6,7 @@ import pytest
 
 from maskset import config, recipes
 from maskset.recipes import RECIPES
-from maskset.training.optimizer import learning_rate_scale
+from maskset.training.optimizer import learning_rate_scale, rate_factor
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -42,6 +42,23 @@ def test_isda_has_the_official_schedule():
     assert (recipe.train.clip_norm, recipe.train.weight_decay, recipe.train.warmup_steps) == (0.1, 1e-4, 0)
 
 
+def test_sotr_has_the_official_schedule():
+    train = recipes.sotr_r50().train
+    assert (train.optimizer, train.momentum, train.learning_rate, train.backbone_learning_rate) == ("sgd", 0.9, 0.01, 0.01)
+    assert (train.batch_size, train.clip_norm, train.weight_decay) == (8, 0, 1e-4)
+    factors = [rate_factor(step, 14_786, train) for step in (0, 999, 209_999, 210_000, 249_999, 250_000, 299_999)]
+    assert factors == pytest.approx([0.001, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_sotrs_models_have_the_sizes_and_backbones_of_their_configurations():
+    r50, r101, dcn, rt = recipes.sotr_r50(), recipes.sotr_r101(), recipes.sotr_r101_dcn(), recipes.sotr_rt()
+    assert [recipe.model.input.short_side for recipe in (r50, r101, dcn, rt)] == [1000, 800, 1000, 736]
+    assert [recipe.data.long_side for recipe in (r50, r101, dcn, rt)] == [2048, 1333, 2048, 1333]
+    assert (1024 in r50.data.short_sides, 1024 in r101.data.short_sides) == (True, False)
+    assert [recipe.model.backbone[:9] for recipe in (r50, r101, dcn, rt)] == ["resnet50.", "resnet101", "resnet101", "resnet50."]
+    assert (dcn.model.deformable_stages, rt.model.depth) == (3, 2)
+
+
 def test_linear_scaling_of_isdas_learning_rate_gives_that_of_deformable_detr():
     train = replace(recipes.isda_r50().train, scale_learning_rate=True)
     assert train.learning_rate * learning_rate_scale(train) == pytest.approx(2e-4 * 8 / 32)
@@ -75,6 +92,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_recipes_that_learn_from_scratch_freeze_nothing():
-    for recipe in (recipes.solq_tiny(), recipes.solq_small(), recipes.isda_tiny(), recipes.isda_small()):
+    for recipe in (
+        recipes.solq_tiny(),
+        recipes.solq_small(),
+        recipes.isda_tiny(),
+        recipes.isda_small(),
+        recipes.sotr_tiny(),
+        recipes.sotr_small(),
+    ):
         assert (recipe.model.pretrained, recipe.model.frozen_stages, recipe.model.backbone_norm) == (False, 0, "group")
         assert replace(recipe.model, num_classes=1).num_classes == 1

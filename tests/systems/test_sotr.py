@@ -151,7 +151,7 @@ def test_objects_belong_to_the_cells_of_the_papers_code(seed, share):
     assigned = assign(found, (16, 24), settings)
     assert list(zip(assigned.cells.tolist(), assigned.objects.tolist(), strict=True)) == pairs
     assert assigned.classified(len(classes)).tolist() == classes
-    assert 40 < len(pairs)
+    assert len(pairs) > 40
     assert len({cell for cell, _ in pairs}) < len(pairs) or share == 0
 
 
@@ -182,9 +182,7 @@ def random_output(count: int = 2) -> tuple[ModelOutput, ImageBatch, list[Instanc
     """Return an output of random numbers that ask for gradients."""
     torch.manual_seed(1)
     images, objects = batch(shapes(count), TINY["sotr"])
-    layer = SlotPredictions(
-        torch.randn(count, CELLS, 3, requires_grad=True), torch.randn(count, CELLS, 24, requires_grad=True)
-    )
+    layer = SlotPredictions(torch.randn(count, CELLS, 3, requires_grad=True), torch.randn(count, CELLS, 24, requires_grad=True))
     return ModelOutput([layer], mask_features=torch.randn(count, 24, 16, 24, requires_grad=True)), images, objects
 
 
@@ -245,9 +243,7 @@ def test_an_image_without_objects_beside_one_with_some():
     output, images, objects = random_output()
     terms = tiny().loss(output, images, [objects[0][[]], objects[1]])
     (layer,) = output.layers
-    alone = ModelOutput(
-        [SlotPredictions(layer.class_logits[1:], layer.mask_params[1:])], mask_features=output.mask_features[1:]
-    )
+    alone = ModelOutput([SlotPredictions(layer.class_logits[1:], layer.mask_params[1:])], mask_features=output.mask_features[1:])
     single = tiny().loss(alone, ImageBatch(images.pixels[1:], images.sizes[1:]), objects[1:])
     torch.testing.assert_close(terms["mask"], single["mask"])
     assert terms["class"] > single["class"]

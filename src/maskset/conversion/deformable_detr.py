@@ -57,6 +57,10 @@ def start(config: Config, state: Mapping[str, Tensor], last_wins: bool = False) 
     Raises:
         ConversionError: an entry is unknown or missing, copies differ, or nothing fits.
     """
+    if getattr(config, "stride_in_first", False):
+        raise ConversionError(
+            f"{config.system} cannot start from a Deformable DETR: its ResNet has strides elsewhere, which shapes do not tell."
+        )
     given = rename(state, RULES, last_wins)
     position, content = need(given, "query", 2).chunk(2, dim=1)
     del given["query"]

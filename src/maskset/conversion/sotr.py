@@ -88,8 +88,8 @@ def _deformable_stages(state: Mapping[str, Tensor]) -> int:
         deformable = count(state, rf"backbone\.body\.layer{stage}\.(\d+)\.conv2\.offset\.")
         if deformable not in (0, blocks) or (deformable and stages != 4 - stage):
             raise ConversionError(
-                f"{deformable} of {blocks} blocks in stage {stage} of the backbone have deformable convolutions: what is built here "
-                "has them in all blocks of the last stages, as detectron2's build_resnet_fpn_backbone has."
+                f"{deformable} of {blocks} blocks in stage {stage} of the backbone have deformable convolutions: what is built "
+                "here has them in all blocks of the last stages, as detectron2's build_resnet_fpn_backbone has."
             )
         stages += deformable > 0
     return stages

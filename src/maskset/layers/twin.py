@@ -195,9 +195,7 @@ class PaperTransformer(nn.Module):
         cells: h and w that the embeddings are learnt for; for other sizes they are resized.
     """
 
-    def __init__(
-        self, kind: Literal["full", "pure-twin", "hybrid-twin"], width: int, heads: int, depth: int, cells: int
-    ) -> None:
+    def __init__(self, kind: Literal["full", "pure-twin", "hybrid-twin"], width: int, heads: int, depth: int, cells: int) -> None:
         super().__init__()
         self.row_embedding = nn.Parameter(0.02 * torch.randn(width, cells))
         self.column_embedding = nn.Parameter(0.02 * torch.randn(width, cells))

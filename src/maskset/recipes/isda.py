@@ -80,7 +80,7 @@ def isda_small() -> Recipe:
     """
     small = solq_small()
     return Recipe(
-        model=replace(isda_tiny().model, input=replace(small.model.input, divisor=32), num_queries=small.model.num_queries),
+        model=replace(isda_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300),
         data=small.data,
         train=small.train,
     )

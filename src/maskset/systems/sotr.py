@@ -42,7 +42,13 @@ _LEAST_AREAS = (8, 8, 16, 32, 32)  # cells of the mask features that a mask of e
 _CELLS = 2**22  # of masks that are drawn at a time
 _MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
 _GREEDY_IOU = 0.5  # above which greedy NMS drops a mask
-_BGR_MEAN, _BGR_STD = (103.53 / 255, 116.28 / 255, 123.675 / 255), (1 / 255, 1 / 255, 1 / 255)  # what MSRA's weights expect
+_INPUT = InputConfig(  # what MSRA's weights expect, and the size that the official models are tested at
+    mean=(103.53 / 255, 116.28 / 255, 123.675 / 255),
+    std=(1 / 255, 1 / 255, 1 / 255),
+    channel_order="bgr",
+    divisor=_CANVAS,
+    short_side=1000,
+)
 
 
 @config
@@ -51,7 +57,7 @@ class SotrConfig:
 
     system: Literal["sotr"] = "sotr"  # which system these settings are of
     num_classes: int = 80  # class channels; training sets it from the data
-    input: InputConfig = InputConfig(mean=_BGR_MEAN, std=_BGR_STD, channel_order="bgr", divisor=_CANVAS, short_side=1000)  # images
+    input: InputConfig = _INPUT  # how images become the network's input
     backbone: str = "resnet50.tv_in1k"  # a timm model that gives maps at strides 4, 8, 16 and 32
     backbone_norm: Literal["frozen", "group"] = "frozen"  # frozen batch norm, or group norm for training from scratch
     frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
@@ -131,7 +137,7 @@ class Sotr(System):
         """Do nothing: no part of SOTR is fitted to the data before training."""
 
     def forward(self, images: ImageBatch) -> ModelOutput:
-        """Return class logits [B N K] and kernels [B N D] of all cells, grid by grid and row by row, and mask features [B D h w]."""
+        """Return class logits [B N K] and kernels [B N D] of all cells, grid by grid, row by row, and mask features [B D h w]."""
         check_canvas(images, self.input.divisor)
         levels = self.pyramid(self.backbone(images.pixels))  # P2 ... P5, strides 4, 8, 16, 32; each [B C h w]
         cells = []
@@ -205,7 +211,9 @@ class Sotr(System):
         found = []
         with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
             scores = point_nms(layer.class_logits.float().sigmoid(), self.config.grids)
-            parts = zip(scores, layer.mask_params.float(), output.mask_features.float(), images.sizes.tolist(), sizes, strict=True)
+            parts = zip(
+                scores, layer.mask_params.float(), output.mask_features.float(), images.sizes.tolist(), sizes, strict=True
+            )
             for own, kernels, features, shown, size in parts:
                 best = self._suppressed(self._candidates(own, kernels, features, max(limit, self.config.nms_candidates)))
                 best = best.chosen(best.scores >= threshold).chosen(slice(limit))
@@ -220,15 +228,15 @@ class Sotr(System):
     ) -> "Candidates":
         """Return the `count` best pairs of cell and class, by probability times the mean probability inside of the mask.
 
-        A cell's mask is drawn once, a few masks at a time, those of the best classes first. The mean being at most 1, no mask that
-        is left can come in once `count` pairs are better than the best class that is left: the drawing stops there.
+        A cell's mask is drawn once, a few masks at a time, those of the best classes first. The mean is at most 1, so the drawing
+        stops when `count` pairs are better than the best class that is left: no mask that is left can be among them.
         """
         scores = scores * (scores > self.config.score_threshold)
         by_class, cells = scores.amax(1).sort(descending=True, stable=True)
-        cells = cells[by_class > 0]
-        least = scores.new_tensor([area for side, area in zip(self.config.grids, _LEAST_AREAS, strict=True) for _ in range(side**2)])
-        scored, inside = torch.zeros_like(scores), [torch.zeros_like(features[:0], dtype=torch.bool)]
-        for some in cells.split(max(1, _CELLS // features[0].numel())):
+        sides = torch.tensor(self.config.grids, device=scores.device)
+        least = torch.tensor(_LEAST_AREAS, device=scores.device).repeat_interleave(sides**2)
+        scored, inside = torch.zeros_like(scores), [features[:0] > 0]
+        for some in cells[by_class > 0].split(max(1, _CELLS // features[0].numel())):
             if len(some) == 0 or int((scored > scores[some[0]].max()).sum()) >= count:
                 break
             drawn = dynamic_conv(features, kernels[some]).sigmoid()
@@ -236,10 +244,10 @@ class Sotr(System):
             areas = inside[-1].sum((1, 2))
             confidence = (drawn * inside[-1]).sum((1, 2)) / areas.clamp(min=1) * (areas > least[some])
             scored[some] = scores[some] * confidence[:, None]
-        pairs = scored.flatten().sort(descending=True, stable=True).indices[: min(count, int((scored > 0).sum()))]
-        place = torch.zeros_like(scores[:, 0], dtype=torch.int64).index_copy(0, cells, torch.arange(len(cells), device=cells.device))
-        best, labels = pairs // scores.shape[1], pairs % scores.shape[1]
-        return Candidates(best, labels, scored.flatten()[pairs], torch.cat(inside)[place[best]])
+        best, pairs = scored.flatten().sort(descending=True, stable=True)
+        pairs = pairs[best > 0][:count]
+        found, labels = pairs // scores.shape[1], pairs % scores.shape[1]
+        return Candidates(found, labels, best[: len(pairs)], torch.cat(inside)[cells.argsort()[found]])
 
     def _suppressed(self, found: "Candidates") -> "Candidates":
         """Return what is left after NMS, best first."""
