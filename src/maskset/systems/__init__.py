@@ -9,12 +9,13 @@ from maskset.config import ConfigError
 from maskset.structures import Category
 from maskset.systems.base import InputConfig, System
 from maskset.systems.isda import Isda, IsdaConfig
+from maskset.systems.istr import Istr, IstrConfig
 from maskset.systems.soit import Soit, SoitConfig
 from maskset.systems.solq import Solq, SolqConfig
 
-CONFIGS: dict[str, type] = {"solq": SolqConfig, "soit": SoitConfig, "isda": IsdaConfig}
-_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq, SoitConfig: Soit, IsdaConfig: Isda}
-Config = Annotated[SolqConfig | SoitConfig | IsdaConfig, Discriminator("system")]  # which one a file means, its `system` says
+CONFIGS: dict[str, type] = {"solq": SolqConfig, "soit": SoitConfig, "isda": IsdaConfig, "istr": IstrConfig}
+_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq, SoitConfig: Soit, IsdaConfig: Isda, IstrConfig: Istr}
+Config = Annotated[SolqConfig | SoitConfig | IsdaConfig | IstrConfig, Discriminator("system")]  # which one a file means, its `system` says
 
 
 def build(config: Config, categories: Sequence[Category] | None = None) -> System:
