@@ -32,16 +32,16 @@ def pyramid_roi_align(
 
     A cell is the mean of 2 x 2 bilinear samples (RoIAlign; He et al., ICCV 2017; half-pixel convention) on the box's own level.
     Samples more than a cell outside of the padded map are zero, and so is all of a box that is not finite. No gradient goes to
-    the boxes. Computed in float32, the only type that all of torchvision's kernels take.
+    the boxes. Computed in the type of the boxes, float32 as a rule: torchvision's kernels take one type only, and none is lower.
 
     Args:
         levels: strides 4, 8, ..., finest first.
         boxes: x0 y0 x1 y1, pixels.
         size: cells along each side.
     """
-    flat = boxes.detach().float().flatten(0, 1).nan_to_num(0.0, 0.0, 0.0)
+    flat = boxes.detach().flatten(0, 1).nan_to_num(0.0, 0.0, 0.0)
     image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
-    regions = torch.cat([image[:, None].to(flat.dtype), flat], 1)
+    regions = torch.cat([image[:, None].to(flat.dtype), flat], 1)  # [n 5]
     of = levels_of(flat, len(levels))
     if boxes.is_meta or torch.compiler.is_compiling():
         return _of_every_level(levels, regions, of, size)
@@ -62,4 +62,4 @@ def _of_every_level(
 
 def _aligned(level: Float[Tensor, "B C _ _"], regions: Float[Tensor, "n 5"], index: int, size: int) -> Float[Tensor, "n C s s"]:
     with torch.autocast(level.device.type, enabled=False):
-        return roi_align(level.float(), regions, size, 1 / STRIDES[index], _SAMPLES, aligned=True)
+        return roi_align(level.to(regions.dtype), regions, size, 1 / STRIDES[index], _SAMPLES, aligned=True)

@@ -152,13 +152,13 @@ class Istr(System):
         check_canvas(images, self.input.divisor)
         levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
         objects = self._object_features(levels, images)  # [B N C]
-        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, torch.float32)  # width, height, width, height
+        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)  # width, height, width, height
         boxes = box_ops.to_corners(self.query_boxes) * pixels  # [B N 4], absolute
         layers = []
         for stage in self.stages:
             assert isinstance(stage, Stage)
             objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
-            moved = move(boxes, stage.box_head(objects).float())
+            moved = move(boxes, stage.box_head(objects).to(boxes.dtype))
             fractions = box_ops.to_centres(moved) / pixels
             layers.append(SlotPredictions(stage.class_head(objects), stage.mask_head(objects), fractions))
             boxes = moved.detach()  # object features keep their gradient
