@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "systems.soit": PARTS | {"systems.base"},
     "systems.solq": PARTS | {"systems.base"},
     "systems.isda": PARTS | {"systems.base"},
+    "systems.istr": PARTS | {"systems.base"},
     "recipes": GROUND | {"systems", "training.config", "recipes"},
     "data": GROUND | {"data"},
     "checkpoint": GROUND | {"systems", "training.config"},

@@ -21,9 +21,10 @@ from maskset.evaluation.average_precision import average_precision
 from maskset.files import check_file, written
 from maskset.inference.predict import shown
 from maskset.masks import MaskCodec, learnt
-from maskset.masks.boxed import binarise, crop, paste
+from maskset.masks.boxed import binarise, crop, paste, paste_soft
 from maskset.masks.dct import DctCodec
 from maskset.masks.flatten import FlattenCodec
+from maskset.masks.logit_pca import LogitPcaCodec
 from maskset.masks.pca import PcaCodec
 from maskset.masks.sparse import SparseCodec
 from maskset.structures import Instances, Masks
@@ -288,8 +289,10 @@ def _scores(name: str, data: Dataset, codes: Sequence[Code], codecs: Sequence[Ma
 
 def reconstructed(codec: MaskCodec, masks: Masks, boxes: Float[Tensor, "T 4"]) -> Masks:
     """Return what is left of the masks of an image after they were coded and decoded inside their boxes."""
-    codes = codec.encode(crop(masks, boxes, codec.size).float())
-    return paste(binarise(codec.decode(codes)), boxes, masks.size)
+    fields = codec.decode(codec.encode(crop(masks, boxes, codec.size).float()))
+    if isinstance(codec, LogitPcaCodec):  # ISTR pastes probabilities, SOLQ what is cut already
+        return paste_soft(fields, boxes, masks.size, 0.5)
+    return paste(binarise(fields), boxes, masks.size)
 
 
 def _overlaps(masks: Masks, others: Masks) -> Float[Tensor, "T"]:

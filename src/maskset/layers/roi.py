@@ -61,5 +61,4 @@ def _of_every_level(
 
 
 def _aligned(level: Float[Tensor, "B C _ _"], regions: Float[Tensor, "n 5"], index: int, size: int) -> Float[Tensor, "n C s s"]:
-    with torch.autocast(level.device.type, enabled=False):
-        return roi_align(level.to(regions.dtype), regions, size, 1 / STRIDES[index], _SAMPLES, aligned=True)
+    return roi_align(level.to(regions.dtype), regions, size, 1 / STRIDES[index], _SAMPLES, aligned=True)

@@ -1,5 +1,6 @@
-"""What the codes that are learnt from data (PCA, sparse) share: reading masks, refusing to work unlearnt, files."""
+"""What the codes that are learnt from data (PCA, sparse, and others) share: reading masks, refusing to work unlearnt, files."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -80,7 +81,7 @@ def load(codec: LearntCodec, path: str | Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    kind = type(codec).__name__.removesuffix("Codec").lower()
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(codec).__name__.removesuffix("Codec")).lower()  # LogitPca: logit-pca
     wanted = {"kind": kind, "size": str(codec.size), "length": str(codec.length)}
     try:
         with safe_open(path, framework="pt") as file:
