@@ -314,4 +314,9 @@ def drawn_at_stride_8(model: Soit, found: Instances) -> Masks:
     return paint(logits.detach(), [upsampled, torch.sigmoid, to_size], least=0.0)
 
 
-LEFT: dict[str, Callable] = {"solq": after_the_code, "soit": drawn_at_stride_8, "isda": after_the_quarter_map, "istr": after_the_code}
+LEFT: dict[str, Callable] = {
+    "solq": after_the_code,
+    "soit": drawn_at_stride_8,
+    "isda": after_the_quarter_map,
+    "istr": after_the_code,
+}

@@ -71,7 +71,9 @@ class RegionEncoder(nn.Module):
         attention: how an object looks at its region.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float, attention: DynamicAttention | RegionAttention) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float, attention: DynamicAttention | RegionAttention
+    ) -> None:
         super().__init__()
         self.self_attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
         self.self_norm = nn.LayerNorm(width)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskset.config import ConfigError
@@ -23,6 +23,10 @@ class LearntCodec(Protocol):
     length: int
     fitted: Bool[Tensor, ""]
 
+    def fit(self, masks: Tensor | Iterable[Tensor], most_masks: int = MOST_MASKS) -> None: ...
+    def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]: ...
+    def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state_dict: dict[str, Tensor], /) -> Any: ...
 
 

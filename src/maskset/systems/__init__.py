@@ -15,7 +15,9 @@ from maskset.systems.solq import Solq, SolqConfig
 
 CONFIGS: dict[str, type] = {"solq": SolqConfig, "soit": SoitConfig, "isda": IsdaConfig, "istr": IstrConfig}
 _SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq, SoitConfig: Soit, IsdaConfig: Isda, IstrConfig: Istr}
-Config = Annotated[SolqConfig | SoitConfig | IsdaConfig | IstrConfig, Discriminator("system")]  # which one a file means, its `system` says
+Config = Annotated[
+    SolqConfig | SoitConfig | IsdaConfig | IstrConfig, Discriminator("system")
+]  # which one a file means, its `system` says
 
 
 def build(config: Config, categories: Sequence[Category] | None = None) -> System:

@@ -152,7 +152,9 @@ class Istr(System):
         check_canvas(images, self.input.divisor)
         levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
         objects = self._object_features(levels, images)  # [B N C]
-        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)  # width, height, width, height
+        pixels = (
+            images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)
+        )  # width, height, width, height
         boxes = box_ops.to_corners(self.query_boxes) * pixels  # [B N 4], absolute
         layers = []
         for stage in self.stages:
@@ -185,9 +187,7 @@ class Istr(System):
         with torch.autocast(images.pixels.device.type, enabled=False):
             return self._terms(output.layers, images, objects)
 
-    def _terms(
-        self, layers: Sequence[SlotPredictions], images: ImageBatch, objects: Sequence[Instances]
-    ) -> dict[str, Tensor]:
+    def _terms(self, layers: Sequence[SlotPredictions], images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
         settings = self.config
         count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
         labels = [found.labels for found in objects]
@@ -250,4 +250,3 @@ class Istr(System):
                 masks = paste_soft(self.codec.decode(codes[once].float()), corners[once], size, _MASK_THRESHOLD)
             found.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
         return found
-
