@@ -67,8 +67,8 @@ def focal_cost(
     return positive - negative
 
 
-def l1_cost(boxes: Float[Tensor, "L B N 4"], targets: Float[Tensor, "B T 4"]) -> Float[Tensor, "L B N T"]:
-    """Return the sum of absolute differences of the four numbers of two boxes."""
+def l1_cost(boxes: Float[Tensor, "L B N D"], targets: Float[Tensor, "B T D"]) -> Float[Tensor, "L B N T"]:
+    """Return the sum of absolute differences of the four numbers of two boxes, or of those of two codes."""
     return torch.cdist(boxes, targets[None].expand(len(boxes), -1, -1, -1), p=1)
 
 

@@ -56,8 +56,8 @@ def test_the_image_feature_may_leave_out_padding():
 
 
 def test_only_the_class_bias_starts_low_even_where_other_tensors_are_as_long():
-    tower = Tower(16, 16)
-    reset_stage(tower, tower.last)
-    torch.testing.assert_close(tower.last.bias, torch.full((16,), -math.log(99)))
+    tower, class_head = Tower(16), torch.nn.Linear(16, 16)
+    reset_stage(tower, class_head)
+    torch.testing.assert_close(class_head.bias, torch.full((16,), -math.log(99)))
     assert (tower.norms[0].weight == 1).all()
     assert tower.layers[0].weight.abs().max() <= math.sqrt(6 / 32)

@@ -143,7 +143,7 @@ def test_one_class_and_very_many(name, classes):
     for result in model.postprocess(output, images, [(64, 80)] * 2, limit=50):
         assert len(result) <= 50
         assert result.categories == model.categories
-        assert result.labels.max() < classes
+        assert (result.labels < classes).all()  # of ISTR, all boxes may be outside
 
 
 @every_system

@@ -46,15 +46,15 @@ SHARED_RULES: list[Rule] = [  # with the checkpoints of 2022
             ("norm3", "norm"),
         ]
     ],
-    *tower("cls_module", "class_head"),
-    (rf"{_STAGE}\.class_logits\.(weight|bias)", r"stages.\1.class_head.last.\2"),
-    *tower("reg_module", "box_head"),
-    (rf"{_STAGE}\.bboxes_delta\.(weight|bias)", r"stages.\1.box_head.last.\2"),
+    *tower("cls_module", "class_tower"),
+    (rf"{_STAGE}\.class_logits\.(weight|bias)", r"class_heads.\1.\2"),
+    *tower("reg_module", "box_head.0"),
+    (rf"{_STAGE}\.bboxes_delta\.(weight|bias)", r"stages.\1.box_head.1.\2"),
 ]
 RULES: list[Rule] = [
     *SHARED_RULES,
-    *tower("mask_module", "mask_head"),
-    (rf"{_STAGE}\.mask_logits\.(weight|bias)", r"stages.\1.mask_head.last.\2"),
+    *tower("mask_module", "mask_head.0"),
+    (rf"{_STAGE}\.mask_logits\.(weight|bias)", r"stages.\1.mask_head.1.\2"),
 ]
 
 
@@ -77,7 +77,7 @@ def shared_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     queries, width = need(state, "query_position").shape
     return {
         "backbone": resnet_name(state),
-        "num_classes": need(state, "stages.0.class_head.last.weight").shape[0],
+        "num_classes": need(state, "class_heads.0.weight").shape[0],
         "hidden_dim": width,
         "num_queries": queries,
         "stages": count(state, r"stages\.(\d+)\."),

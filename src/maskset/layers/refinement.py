@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -94,24 +93,22 @@ class RegionEncoder(nn.Module):
 
 
 class Tower(nn.Module):
-    """Three linear layers without bias, each with layer norm and ELU, and a linear layer: one prediction head of a stage.
+    """Three linear layers without bias, each with layer norm and ELU: what comes before the last layer of a prediction head.
 
     Args:
         width: C, of the objects' features.
-        outputs: how many numbers to predict.
     """
 
-    def __init__(self, width: int, outputs: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise([width] * 4))
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(3))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in self.layers)
-        self.last = nn.Linear(width, outputs)
 
-    def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
-        """Return the predicted numbers."""
+    def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        """Return features of the same shape."""
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = F.elu(norm(layer(x)))
-        return self.last(x)
+        return x
 
 
 def reset_stage(stage: nn.Module, class_head: nn.Linear) -> None:
@@ -119,7 +116,7 @@ def reset_stage(stage: nn.Module, class_head: nn.Linear) -> None:
 
     The official code means the class bias, but sets every tensor whose last side is the number of classes.
     """
-    for parameter in stage.parameters():
+    for parameter in (*stage.parameters(), class_head.weight):
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
     nn.init.constant_(class_head.bias, -math.log(99))

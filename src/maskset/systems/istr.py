@@ -104,7 +104,7 @@ class IstrConfig:
 
 
 class Stage(nn.Module):
-    """One stage of figure 2: the transformer encoder, and the class, box and mask heads."""
+    """One stage of figure 2: the transformer encoder, and the class (but its last layer), box and mask heads."""
 
     def __init__(self, config: IstrConfig) -> None:
         super().__init__()
@@ -114,10 +114,9 @@ class Stage(nn.Module):
         else:
             attention = RegionAttention(width, config.num_heads)
         self.encoder = RegionEncoder(width, config.num_heads, config.feedforward_dim, config.dropout, attention)
-        self.class_head = Tower(width, config.num_classes)
-        self.box_head = Tower(width, 4)
-        self.mask_head = Tower(width, config.code_length)
-        reset_stage(self, self.class_head.last)
+        self.class_tower = Tower(width)
+        self.box_head = nn.Sequential(Tower(width), nn.Linear(width, 4))
+        self.mask_head = nn.Sequential(Tower(width), nn.Linear(width, config.code_length))
 
 
 class Istr(System):
@@ -133,8 +132,11 @@ class Istr(System):
         self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))
         if config.position_embedding:
             self.query_position = nn.Parameter(torch.randn(config.num_queries, config.hidden_dim))
-        # Stages, which start alike, and the fixed mask encoder and decoder
-        self.stages = copies(Stage(config), config.stages)
+        # Stages, which start alike; the class heads' last layers have a place that fine-tuning knows
+        stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
+        reset_stage(stage, class_head)
+        self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
+        # The fixed mask encoder and decoder
         pca = config.codec == "logit-pca"
         self.codec = LogitPcaCodec(config.mask_size, config.code_length) if pca else FlattenCodec(config.mask_size)
 
@@ -157,12 +159,13 @@ class Istr(System):
         )  # width, height, width, height
         boxes = box_ops.to_corners(self.query_boxes) * pixels  # [B N 4], absolute
         layers = []
-        for stage in self.stages:
+        for stage, class_head in zip(self.stages, self.class_heads, strict=True):
             assert isinstance(stage, Stage)
             objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
             moved = move(boxes, stage.box_head(objects).to(boxes.dtype))
             fractions = box_ops.to_centres(moved) / pixels
-            layers.append(SlotPredictions(stage.class_head(objects), stage.mask_head(objects), fractions))
+            logits = class_head(stage.class_tower(objects))
+            layers.append(SlotPredictions(logits, stage.mask_head(objects), fractions))
             boxes = moved.detach()  # object features keep their gradient
         return ModelOutput(layers)
 
