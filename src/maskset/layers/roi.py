@@ -45,11 +45,9 @@ def pyramid_roi_align(
     of = levels_of(flat, len(levels))
     if boxes.is_meta or torch.compiler.is_compiling():
         return _of_every_level(levels, regions, of, size)
-    features = flat.new_zeros(len(flat), levels[0].shape[1], size, size)
-    for i, level in enumerate(levels):
-        chosen = (of == i).nonzero()[:, 0]
-        features = features.index_copy(0, chosen, _aligned(level, regions[chosen], i, size))
-    return features
+    places = [(of == i).nonzero()[:, 0] for i in range(len(levels))]
+    parts = [_aligned(level, regions[place], i, size) for i, (level, place) in enumerate(zip(levels, places, strict=True))]
+    return torch.cat(parts).index_select(0, torch.cat(places).argsort())
 
 
 def _of_every_level(

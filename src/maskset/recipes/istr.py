@@ -66,7 +66,7 @@ def istr_tiny() -> Recipe:
             backbone_norm="group",
             frozen_stages=0,
             pretrained=False,
-            hidden_dim=128,
+            hidden_dim=80,
             masked_pooling=True,
             num_queries=30,
             stages=3,
