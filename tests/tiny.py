@@ -7,6 +7,7 @@ from maskset.structures import ImageBatch, Instances
 from maskset.systems import Config, InputConfig
 from maskset.systems.isda import IsdaConfig
 from maskset.systems.istr import IstrConfig
+from maskset.systems.istr_smt import IstrSmtConfig
 from maskset.systems.soit import SoitConfig
 from maskset.systems.solq import SolqConfig
 
@@ -28,6 +29,10 @@ TINY: dict[str, Config] = {
     "istr": IstrConfig(
         **SMALL, **SCRATCH, **REFINED, num_classes=3, mask_size=16, code_length=12, target_noise=False, l1_weight=1.0,
         input=InputConfig(short_side=64, long_side=96, divisor=32),
+    ),
+    "istr-smt": IstrSmtConfig(
+        **SMALL, **SCRATCH, **REFINED | {"feedforward_dim": 128, "roi_size": 7}, num_classes=3, mask_size=32, code_length=12,
+        averaged_stages=2, autoencoder_steps=3, l1_weight=1.0, input=InputConfig(short_side=64, long_side=96, divisor=32),
     ),
     "soit": SoitConfig(
         **SMALL, **SCRATCH, **NARROW, num_classes=3, mask_loss_layers=2, input=InputConfig(short_side=64, long_side=96)

@@ -99,3 +99,21 @@ def best_detections(
     scores, index = logits.float().sigmoid().flatten().topk(min(limit, logits.numel()))
     index, scores = index[scores >= threshold], scores[scores >= threshold]
     return index // logits.shape[1], index % logits.shape[1], scores
+
+
+def best_detections_inside(
+    logits: Float[Tensor, "N K"], boxes: Float[Tensor, "N 4"], size: tuple[int, int], limit: int, threshold: float
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "N 4"]]:
+    """Return the same, less those whose box is outside of the image, and all slots' boxes as corners cut to it.
+
+    Args:
+        logits: of one image.
+        boxes: cx cy w h in fractions of it.
+        size: its height and width, pixels.
+        limit: how many pairs may be looked at.
+        threshold: least score.
+    """
+    corners = box_ops.clip(box_ops.to_corners(boxes) * box_ops.scale_of(size, boxes), size)
+    slots, labels, scores = best_detections(logits, limit, threshold)
+    seen = box_ops.area(corners)[slots] > 0
+    return slots[seen], labels[seen], scores[seen], corners

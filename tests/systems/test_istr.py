@@ -50,7 +50,9 @@ def test_the_loss_of_the_truth_is_nearly_nothing_and_its_results_are_the_objects
     assert max(terms[name] for name in ("class", "box_l1", "box_giou", "mask_code")) < 1e-3
     (found,) = model.postprocess(output, images, [(64, 80)], limit=len(objects[0]))
     for one, label in zip(found, found.labels, strict=True):
-        overlaps = (one.masks.dense() & objects[0].masks.dense()).sum((1, 2)) / (one.masks.dense() | objects[0].masks.dense()).sum((1, 2))
+        overlaps = (one.masks.dense() & objects[0].masks.dense()).sum((1, 2)) / (
+            one.masks.dense() | objects[0].masks.dense()
+        ).sum((1, 2))
         assert overlaps.max() > 0.8
         assert objects[0].labels[overlaps.argmax()] == label
 
@@ -77,7 +79,9 @@ def test_mask_costs_are_those_of_a_plain_loop():
     assert not tiny(mask_cost="none")._mask_cost(codes, masks.float()).any()
 
 
-@pytest.mark.parametrize(("losses", "names"), [("both", {"mask_code", "mask_dice"}), ("code", {"mask_code"}), ("dice", {"mask_dice"})])
+@pytest.mark.parametrize(
+    ("losses", "names"), [("both", {"mask_code", "mask_dice"}), ("code", {"mask_code"}), ("dice", {"mask_dice"})]
+)
 def test_the_mask_losses_of_table_1c_are_one_or_both(losses, names):
     terms = step(tiny(mask_losses=losses))
     assert {name for name in terms if name.startswith("mask") and "/" not in name} == names

@@ -65,7 +65,7 @@ def test_sizes_that_no_image_can_have_are_refused(settings, message):
         ({"input": {"divisr": 32}}, "there is no setting 'model.input.divisr'; did you mean 'divisor'"),
         ({"num_queries": "many"}, "model.num_queries: Input should be a valid integer"),
         ({"num_queries": 0}, "model.num_queries must be at least 1, got 0"),
-        ({"system": "idsa"}, "model.system must be one of 'solq', 'soit', 'isda', 'istr', got 'idsa'"),
+        ({"system": "idsa"}, "model.system must be one of 'solq', 'soit', 'isda', 'istr', 'istr-smt', got 'idsa'"),
         ({"system": None}, "model.system must be one of"),
     ],
 )

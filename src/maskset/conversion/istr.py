@@ -13,15 +13,15 @@ from maskset.conversion.keys import ConversionError, Rule, count, need, rename, 
 from maskset.systems.istr import IstrConfig
 
 categories = used_categories  # what the class channels stand for
-_STAGE = r"head\.head_series\.(\d+)"
+STAGE = r"head\.head_series\.(\d+)"  # a stage of the official head
 
 
 def tower(official: str, ours: str) -> list[Rule]:
     """Return the rules for the three layers of a prediction head: each is three entries of a sequence there."""
     rules: list[Rule] = []
     for i in range(3):
-        rules.append((rf"{_STAGE}\.{official}\.{3 * i}\.weight", rf"stages.\1.{ours}.layers.{i}.weight"))
-        rules.append((rf"{_STAGE}\.{official}\.{3 * i + 1}\.(weight|bias)", rf"stages.\1.{ours}.norms.{i}.\2"))
+        rules.append((rf"{STAGE}\.{official}\.{3 * i}\.weight", rf"stages.\1.{ours}.layers.{i}.weight"))
+        rules.append((rf"{STAGE}\.{official}\.{3 * i + 1}\.(weight|bias)", rf"stages.\1.{ours}.norms.{i}.\2"))
     return rules
 
 
@@ -30,9 +30,9 @@ SHARED_RULES: list[Rule] = [  # with the checkpoints of 2022
     (r"pos_embeddings\.weight", r"query_position"),
     (r"init_proposal_boxes\.weight", r"query_boxes"),
     (r"mask_encoding\.(components|explained_variances|means)", r"codec.\1"),
-    (rf"{_STAGE}\.self_attn\.(.*)", r"stages.\1.encoder.self_attention.\2"),
+    (rf"{STAGE}\.self_attn\.(.*)", r"stages.\1.encoder.self_attention.\2"),
     *[
-        (rf"{_STAGE}\.{old}\.(weight|bias)", rf"stages.\1.encoder.{new}.\2")
+        (rf"{STAGE}\.{old}\.(weight|bias)", rf"stages.\1.encoder.{new}.\2")
         for old, new in [
             (r"inst_interact\.dynamic_layer", "region_attention.weights"),
             (r"inst_interact\.norm1", "region_attention.hidden_norm"),
@@ -47,14 +47,14 @@ SHARED_RULES: list[Rule] = [  # with the checkpoints of 2022
         ]
     ],
     *tower("cls_module", "class_tower"),
-    (rf"{_STAGE}\.class_logits\.(weight|bias)", r"class_heads.\1.\2"),
+    (rf"{STAGE}\.class_logits\.(weight|bias)", r"class_heads.\1.\2"),
     *tower("reg_module", "box_head.0"),
-    (rf"{_STAGE}\.bboxes_delta\.(weight|bias)", r"stages.\1.box_head.1.\2"),
+    (rf"{STAGE}\.bboxes_delta\.(weight|bias)", r"stages.\1.box_head.1.\2"),
 ]
 RULES: list[Rule] = [
     *SHARED_RULES,
     *tower("mask_module", "mask_head.0"),
-    (rf"{_STAGE}\.mask_logits\.(weight|bias)", r"stages.\1.mask_head.1.\2"),
+    (rf"{STAGE}\.mask_logits\.(weight|bias)", r"stages.\1.mask_head.1.\2"),
 ]
 
 

@@ -10,14 +10,27 @@ from maskset.structures import Category
 from maskset.systems.base import InputConfig, System
 from maskset.systems.isda import Isda, IsdaConfig
 from maskset.systems.istr import Istr, IstrConfig
+from maskset.systems.istr_smt import IstrSmt, IstrSmtConfig
 from maskset.systems.soit import Soit, SoitConfig
 from maskset.systems.solq import Solq, SolqConfig
 
-CONFIGS: dict[str, type] = {"solq": SolqConfig, "soit": SoitConfig, "isda": IsdaConfig, "istr": IstrConfig}
-_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq, SoitConfig: Soit, IsdaConfig: Isda, IstrConfig: Istr}
-Config = Annotated[
-    SolqConfig | SoitConfig | IsdaConfig | IstrConfig, Discriminator("system")
-]  # which one a file means, its `system` says
+CONFIGS: dict[str, type] = {
+    "solq": SolqConfig,
+    "soit": SoitConfig,
+    "isda": IsdaConfig,
+    "istr": IstrConfig,
+    "istr-smt": IstrSmtConfig,
+}
+_SYSTEMS: dict[type, type[System]] = {
+    SolqConfig: Solq,
+    SoitConfig: Soit,
+    IsdaConfig: Isda,
+    IstrConfig: Istr,
+    IstrSmtConfig: IstrSmt,
+}
+Config = Annotated[  # which one a file means, its `system` says
+    SolqConfig | SoitConfig | IsdaConfig | IstrConfig | IstrSmtConfig, Discriminator("system")
+]
 
 
 def build(config: Config, categories: Sequence[Category] | None = None) -> System:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maskset import boxes as box_ops
 from maskset import distributed
 from maskset.config import ConfigError, config
-from maskset.detection import best_detections, class_and_corner_terms
+from maskset.detection import best_detections_inside, class_and_corner_terms
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
@@ -244,10 +244,7 @@ class Istr(System):
         assert last.mask_params is not None
         found = []
         for logits, boxes, codes, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
-            corners = box_ops.clip(box_ops.to_corners(boxes) * box_ops.scale_of(size, boxes), size)
-            slots, labels, scores = best_detections(logits, limit, threshold)
-            seen = box_ops.area(corners)[slots] > 0
-            slots, labels, scores = slots[seen], labels[seen], scores[seen]
+            slots, labels, scores, corners = best_detections_inside(logits, boxes, size, limit, threshold)
             once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
             with torch.autocast(codes.device.type, enabled=False):  # rounding would move the masks' edges
                 masks = paste_soft(self.codec.decode(codes[once].float()), corners[once], size, _MASK_THRESHOLD)
