@@ -20,6 +20,7 @@ from maskset.data.dataset import Dataset
 from maskset.evaluation.average_precision import average_precision
 from maskset.files import check_file, written
 from maskset.masks import MaskCodec, learnt
+from maskset.masks.autoencoder import AutoencoderCodec
 from maskset.masks.boxed import binarise, crop, paste, paste_soft
 from maskset.masks.dct import DctCodec
 from maskset.masks.flatten import FlattenCodec
@@ -48,7 +49,7 @@ class Code:
         length: D, how many numbers describe one mask.
     """
 
-    kind: Literal["dct", "pca", "sparse", "flatten", "logit-pca"]
+    kind: Literal["dct", "pca", "sparse", "flatten", "logit-pca", "autoencoder"]
     size: int
     length: int
 
@@ -68,10 +69,11 @@ PAPER_CODES = (
     Code("logit-pca", 28, 60),
     Code("logit-pca", 28, 80),
 )
-_LEARNT: dict[str, tuple[Callable[..., LearntCodec], int]] = {  # with how many numbers there are if nothing is said
-    "pca": (PcaCodec, 60),
-    "sparse": (SparseCodec, 256),
-    "logit-pca": (LogitPcaCodec, 60),
+_LEARNT: dict[str, tuple[Callable[..., LearntCodec], int, int]] = {  # with size and length if nothing is said
+    "pca": (PcaCodec, 28, 60),
+    "sparse": (SparseCodec, 28, 256),
+    "logit-pca": (LogitPcaCodec, 28, 60),
+    "autoencoder": (AutoencoderCodec, 112, 256),
 }
 
 
@@ -154,7 +156,7 @@ def fit(
     data: str | Path,
     out: str | Path,
     *,
-    size: int = 28,
+    size: int | None = None,
     length: int | None = None,
     beta: float | None = None,
     split: str = "train",
@@ -165,11 +167,11 @@ def fit(
     """Return a code learnt from the masks of a data set, and write it as a file that `maskset.masks.learnt.load` reads.
 
     Args:
-        kind: pca, sparse or logit-pca.
+        kind: pca, sparse, logit-pca or autoencoder.
         data: what `maskset.data.open_data` takes.
         out: the .safetensors file.
-        size: side S of the box-local mask, pixels.
-        length: D, how many numbers describe one mask; None: 60, for sparse 256.
+        size: side S of the box-local mask, pixels; None: 28, for an autoencoder 112.
+        length: D, how many numbers describe one mask; None: 60, for sparse and autoencoder 256.
         beta: sparse: see `SparseCodec`.
         split: which part of the data.
         most_masks: how many masks count; where the data has more, images are taken at random.
@@ -184,14 +186,15 @@ def fit(
         raise ConfigError(f"a code of kind {kind!r} has nothing to learn; {', '.join(_LEARNT)} do.")
     if beta is not None and kind != "sparse":
         raise ConfigError("only a sparse code has a beta.")
-    make, usual = _LEARNT[kind]
-    codec = make(size, usual if length is None else length, *([] if beta is None else [beta]))
+    make, usual_size, usual_length = _LEARNT[kind]
+    numbers = (usual_size if size is None else size, usual_length if length is None else length)
+    codec = make(*numbers, *([] if beta is None else [beta]))
     out = Path(out)
     check_file(out)
-    masks = _crops(open_data(data, split, skip_broken=skip_broken), size, most_masks, f"reading {data} {split}", progress)
+    masks = _crops(open_data(data, split, skip_broken=skip_broken), codec.size, most_masks, f"reading {data} {split}", progress)
     codec.fit(masks, most_masks)
     source = f"{Path(data).absolute().name} {split}"
-    metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(size), "length": str(codec.length), "source": source}
+    metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(codec.size), "length": str(codec.length), "source": source}
     if isinstance(codec, SparseCodec):
         metadata["beta"] = f"{float(codec.beta):.6g}"
     write_tensors(codec.state_dict(), out, metadata)
@@ -298,7 +301,7 @@ def _scores(name: str, data: Dataset, codes: Sequence[Code], codecs: Sequence[Ma
 def reconstructed(codec: MaskCodec, masks: Masks, boxes: Float[Tensor, "T 4"]) -> Masks:
     """Return what is left of the masks of an image after they were coded and decoded inside their boxes."""
     fields = codec.decode(codec.encode(crop(masks, boxes, codec.size).float()))
-    if isinstance(codec, LogitPcaCodec):  # ISTR pastes probabilities, SOLQ what is cut already
+    if isinstance(codec, (LogitPcaCodec, AutoencoderCodec)):  # ISTR pastes probabilities, SOLQ what is cut already
         return paste_soft(fields, boxes, masks.size, 0.5)
     return paste(binarise(fields), boxes, masks.size)
 

@@ -40,8 +40,9 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[IstrS
         raise ConversionError("this is a checkpoint of the code of 2021, the paper's model: convert it as istr.")
     ours = rename(state, RULES, last_wins)
     length, _, size, _ = need(ours, "stages.0.mask_head.6.weight").shape
-    settings: dict[str, Any] = {"mask_size": 16 * size, "code_length": length, "codec": "dct"}
+    settings: dict[str, Any] = {**shared_settings(ours), "mask_size": 16 * size, "code_length": length, "codec": "dct"}
+    settings["averaged_stages"] = min(4, settings["stages"])
     for codec, entry in (("autoencoder", "codec.last.weight"), ("logit-pca", "codec.components")):
         if entry in ours:
             settings["codec"], ours["codec.fitted"] = codec, torch.tensor(True)
-    return IstrSmtConfig(**shared_settings(ours), **settings), ours
+    return IstrSmtConfig(**settings), ours

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from maskset import config
 from maskset.recipes.isda import isda_r50, isda_small, isda_tiny
-from maskset.recipes.istr import istr_r50, istr_r101, istr_small, istr_tiny
+from maskset.recipes.istr import istr_r50, istr_r101, istr_small, istr_smt_r50, istr_smt_r101, istr_tiny
 from maskset.recipes.soit import soit_r50, soit_r101, soit_small, soit_swin_l, soit_tiny
 from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
 from maskset.training.config import Recipe
@@ -33,6 +33,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "istr-r101": istr_r101,
     "istr-small": istr_small,
     "istr-tiny": istr_tiny,
+    "istr-smt-r50": istr_smt_r50,
+    "istr-smt-r101": istr_smt_r101,
 }
 
 
@@ -65,6 +67,8 @@ __all__ = [
     "istr_r101",
     "istr_r50",
     "istr_small",
+    "istr_smt_r101",
+    "istr_smt_r50",
     "istr_tiny",
     "soit_r50",
     "soit_r101",
