@@ -138,7 +138,7 @@ def test_a_file_of_another_code_is_refused(data, tmp_path):
 
 
 def test_mistakes_are_told_before_anything_is_read(data, tmp_path):
-    with pytest.raises(ConfigError, match="'dct' has nothing to learn; pca and sparse do"):
+    with pytest.raises(ConfigError, match="'dct' has nothing to learn; pca, sparse, logit-pca, autoencoder do"):
         fit("dct", data, tmp_path / "x")
     with pytest.raises(ConfigError, match="only a sparse code has a beta"):
         fit("pca", data, tmp_path / "x", beta=0.1)

@@ -6,6 +6,8 @@ from maskset.data.shapes import ShapesDataset
 from maskset.structures import ImageBatch, Instances
 from maskset.systems import Config, InputConfig
 from maskset.systems.isda import IsdaConfig
+from maskset.systems.istr import IstrConfig
+from maskset.systems.istr_smt import IstrSmtConfig
 from maskset.systems.soit import SoitConfig
 from maskset.systems.solq import SolqConfig
 from maskset.systems.sotr import SotrConfig
@@ -13,6 +15,9 @@ from maskset.systems.sotr import SotrConfig
 SMALL = {"backbone": "resnet10t", "backbone_norm": "group"}
 SCRATCH = {"pretrained": False, "frozen_stages": 0, "dropout": 0.0}
 NARROW = {"hidden_dim": 32, "num_heads": 4, "feedforward_dim": 64, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 12}
+REFINED = {
+    "hidden_dim": 32, "num_heads": 4, "feedforward_dim": 64, "dynamic_dim": 8, "roi_size": 5, "stages": 2, "num_queries": 12,
+}  # fmt: skip
 TINY: dict[str, Config] = {
     "solq": SolqConfig(
         **SMALL, **SCRATCH, **NARROW, num_classes=3, mask_size=32, code_length=48, mask_hidden_dim=64, mask_loss_layers=2,
@@ -21,6 +26,14 @@ TINY: dict[str, Config] = {
     "isda": IsdaConfig(
         **SMALL, **SCRATCH, **NARROW, num_classes=3, num_levels=3, mask_hidden_dim=16, mask_dim=24,
         input=InputConfig(short_side=64, long_side=96, divisor=32),
+    ),
+    "istr": IstrConfig(
+        **SMALL, **SCRATCH, **REFINED, num_classes=3, mask_size=16, code_length=12, target_noise=False, l1_weight=1.0,
+        input=InputConfig(short_side=64, long_side=96, divisor=32),
+    ),
+    "istr-smt": IstrSmtConfig(
+        **SMALL, **SCRATCH, **REFINED | {"feedforward_dim": 128, "roi_size": 7}, num_classes=3, mask_size=32, code_length=12,
+        averaged_stages=2, autoencoder_steps=3, l1_weight=1.0, input=InputConfig(short_side=64, long_side=96, divisor=32),
     ),
     "soit": SoitConfig(
         **SMALL, **SCRATCH, **NARROW, num_classes=3, mask_loss_layers=2, input=InputConfig(short_side=64, long_side=96)

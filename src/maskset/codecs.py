@@ -4,7 +4,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +19,23 @@ from maskset.data import open_data
 from maskset.data.dataset import Dataset
 from maskset.evaluation.average_precision import average_precision
 from maskset.files import check_file, written
-from maskset.inference.predict import shown
 from maskset.masks import MaskCodec, learnt
-from maskset.masks.boxed import binarise, crop, paste
+from maskset.masks.autoencoder import AutoencoderCodec
+from maskset.masks.boxed import binarise, crop, paste, paste_soft
 from maskset.masks.dct import DctCodec
 from maskset.masks.flatten import FlattenCodec
+from maskset.masks.learnt import LearntCodec
+from maskset.masks.logit_pca import LogitPcaCodec
 from maskset.masks.pca import PcaCodec
 from maskset.masks.sparse import SparseCodec
+from maskset.progress import shown
 from maskset.structures import Instances, Masks
 
 FOOTNOTE = """\
 Upper bounds: each annotated mask is cropped to its annotated box, coded, decoded and pasted back; the results have score 1,
 and none is cut off. PCA and sparse codes were learnt from {learnt_from}. Networks trained with these codes rank otherwise
-(SOLQ, Table 3a: DCT, PCA, flatten, sparse), since a short code is easier to predict. Took {seconds:.0f} s."""
+(SOLQ, Table 3a: DCT, PCA, flatten, sparse; ISTR, Table 1a, logit-pca: 60 numbers, 80, 40), since a short code is easier to
+predict. Took {seconds:.0f} s."""
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # areas of COCO's evaluation, pixels
 
 
@@ -45,7 +49,7 @@ class Code:
         length: D, how many numbers describe one mask.
     """
 
-    kind: Literal["dct", "pca", "sparse", "flatten"]
+    kind: Literal["dct", "pca", "sparse", "flatten", "logit-pca", "autoencoder"]
     size: int
     length: int
 
@@ -53,14 +57,24 @@ class Code:
         return f"{self.kind} {self.size} x {self.size}"
 
 
-# Table 3a of SOLQ. It gives the sizes of DCT and flatten, and 256 numbers; PCA with 60 at 28 x 28 is in the official code.
+# Table 3a of SOLQ: it gives the sizes of DCT and flatten, and 256 numbers; PCA with 60 at 28 x 28 is in the official code.
+# Table 1a of ISTR.
 PAPER_CODES = (
     Code("dct", 128, 256),
     Code("flatten", 28, 784),
     Code("pca", 28, 256),
     Code("pca", 28, 60),
     Code("sparse", 28, 256),
+    Code("logit-pca", 28, 40),
+    Code("logit-pca", 28, 60),
+    Code("logit-pca", 28, 80),
 )
+_LEARNT: dict[str, tuple[Callable[..., LearntCodec], int, int]] = {  # with size and length if nothing is said
+    "pca": (PcaCodec, 28, 60),
+    "sparse": (SparseCodec, 28, 256),
+    "logit-pca": (LogitPcaCodec, 28, 60),
+    "autoencoder": (AutoencoderCodec, 112, 256),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,22 +156,22 @@ def fit(
     data: str | Path,
     out: str | Path,
     *,
-    size: int = 28,
+    size: int | None = None,
     length: int | None = None,
     beta: float | None = None,
     split: str = "train",
     most_masks: int = learnt.MOST_MASKS,
     skip_broken: bool = False,
     progress: bool = True,
-) -> PcaCodec | SparseCodec:
+) -> LearntCodec:
     """Return a code learnt from the masks of a data set, and write it as a file that `maskset.masks.learnt.load` reads.
 
     Args:
-        kind: pca or sparse.
+        kind: pca, sparse, logit-pca or autoencoder.
         data: what `maskset.data.open_data` takes.
         out: the .safetensors file.
-        size: side S of the box-local mask, pixels.
-        length: D, how many numbers describe one mask; None: 60 for pca, 256 for sparse.
+        size: side S of the box-local mask, pixels; None: 28, for an autoencoder 112.
+        length: D, how many numbers describe one mask; None: 60, for sparse and autoencoder 256.
         beta: sparse: see `SparseCodec`.
         split: which part of the data.
         most_masks: how many masks count; where the data has more, images are taken at random.
@@ -168,22 +182,19 @@ def fit(
         ConfigError: `kind` cannot be learnt, or the data has too few masks.
         maskset.data.dataset.DataError: the data cannot be read.
     """
-    if kind == "pca" and beta is None:
-        codec = PcaCodec(size, 60 if length is None else length)
-    elif kind == "sparse":
-        codec = SparseCodec(size, 256 if length is None else length, beta)
-    else:
-        raise ConfigError(
-            "only a sparse code has a beta."
-            if kind == "pca"
-            else f"a code of kind {kind!r} has nothing to learn; pca and sparse do."
-        )
+    if kind not in _LEARNT:
+        raise ConfigError(f"a code of kind {kind!r} has nothing to learn; {', '.join(_LEARNT)} do.")
+    if beta is not None and kind != "sparse":
+        raise ConfigError("only a sparse code has a beta.")
+    make, usual_size, usual_length = _LEARNT[kind]
+    numbers = (usual_size if size is None else size, usual_length if length is None else length)
+    codec = make(*numbers, *([] if beta is None else [beta]))
     out = Path(out)
     check_file(out)
-    masks = _crops(open_data(data, split, skip_broken=skip_broken), size, most_masks, f"reading {data} {split}", progress)
+    masks = _crops(open_data(data, split, skip_broken=skip_broken), codec.size, most_masks, f"reading {data} {split}", progress)
     codec.fit(masks, most_masks)
     source = f"{Path(data).absolute().name} {split}"
-    metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(size), "length": str(codec.length), "source": source}
+    metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(codec.size), "length": str(codec.length), "source": source}
     if isinstance(codec, SparseCodec):
         metadata["beta"] = f"{float(codec.beta):.6g}"
     write_tensors(codec.state_dict(), out, metadata)
@@ -203,7 +214,8 @@ def compare(
     """Return how well codes reconstruct the annotated masks of data sets: an upper bound of what a network can reach with them.
 
     Masks go the way that they go in SOLQ: cropped to the annotated box (as a target), coded, decoded, set where they exceed
-    the middle of their range, pasted into the box (as a result).
+    the middle of their range, pasted into the box (as a result). Those of logit-pca go the way of ISTR: pasted as
+    probabilities, set where these reach 0.5.
 
     Args:
         data: each one something that `maskset.data.open_data` takes. A single JSON file has no parts: PCA and sparse codes
@@ -223,11 +235,11 @@ def compare(
     for one in data:
         measured = open_data(one, split, skip_broken=skip_broken)  # a mistake in the path is told at once
         codecs = {code: _codec(code) for code in codes}
-        for size in sorted({codec.size for codec in codecs.values() if isinstance(codec, (PcaCodec, SparseCodec))}):
+        for size in sorted({codec.size for codec in codecs.values() if isinstance(codec, LearntCodec)}):
             source = open_data(one, learn_from, skip_broken=skip_broken)
             masks = torch.cat(list(_crops(source, size, most_masks, f"reading {one} {learn_from}", progress)))
             for code, codec in list(codecs.items()):
-                if isinstance(codec, (PcaCodec, SparseCodec)) and codec.size == size:
+                if isinstance(codec, LearntCodec) and codec.size == size:
                     try:
                         codec.fit(masks, most_masks)
                     except ConfigError as error:  # too few masks
@@ -238,10 +250,10 @@ def compare(
     return Comparison(scores=tuple(scores), split=split, learnt_from=learn_from, left_out=tuple(left_out), seconds=seconds)
 
 
-def _codec(code: Code) -> DctCodec | PcaCodec | SparseCodec | FlattenCodec:
+def _codec(code: Code) -> MaskCodec:
     if code.kind == "flatten":
         return FlattenCodec(code.size)
-    return {"dct": DctCodec, "pca": PcaCodec, "sparse": SparseCodec}[code.kind](code.size, code.length)
+    return DctCodec(code.size, code.length) if code.kind == "dct" else _LEARNT[code.kind][0](code.size, code.length)
 
 
 def _crops(data: Dataset, size: int, most: int, what: str, progress: bool) -> Iterator[Bool[Tensor, "T S S"]]:
@@ -288,8 +300,10 @@ def _scores(name: str, data: Dataset, codes: Sequence[Code], codecs: Sequence[Ma
 
 def reconstructed(codec: MaskCodec, masks: Masks, boxes: Float[Tensor, "T 4"]) -> Masks:
     """Return what is left of the masks of an image after they were coded and decoded inside their boxes."""
-    codes = codec.encode(crop(masks, boxes, codec.size).float())
-    return paste(binarise(codec.decode(codes)), boxes, masks.size)
+    fields = codec.decode(codec.encode(crop(masks, boxes, codec.size).float()))
+    if isinstance(codec, (LogitPcaCodec, AutoencoderCodec)):  # ISTR pastes probabilities, SOLQ what is cut already
+        return paste_soft(fields, boxes, masks.size, 0.5)
+    return paste(binarise(fields), boxes, masks.size)
 
 
 def _overlaps(masks: Masks, others: Masks) -> Float[Tensor, "T"]:

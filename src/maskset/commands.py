@@ -159,11 +159,11 @@ def _compare(given: Namespace) -> None:
 
 
 def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("kind", metavar="KIND", help="pca or sparse; the other codes learn nothing")
+    parser.add_argument("kind", metavar="KIND", help="pca, sparse, logit-pca or autoencoder; the other codes learn nothing")
     parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or the word shapes")
     parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--size", type=int, default=28, help="side of the box-local mask, pixels (default: 28)")
-    parser.add_argument("--length", type=int, help="numbers per mask (default: 60 for pca, 256 for sparse)")
+    parser.add_argument("--size", type=int, help="side of the box-local mask, pixels (default: 28, for autoencoder 112)")
+    parser.add_argument("--length", type=int, help="numbers per mask (default: 60, for sparse and autoencoder 256)")
     parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: 0.3 * size / 28)")
     _add_masks(parser, "train")
 
@@ -208,7 +208,8 @@ def _codecs_compare(given: Namespace) -> None:
 
 
 def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("system", metavar="SYSTEM", help="whose checkpoint it is, or shall start from it: solq, soit, isda, sotr")
+    whose = "whose checkpoint it is, or shall start from it: solq, soit, isda, istr, istr-smt, sotr"
+    parser.add_argument("system", metavar="SYSTEM", help=whose)
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
     parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep the 80 classes of COCO only, not all 91 channels")

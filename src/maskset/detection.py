@@ -1,6 +1,6 @@
 """Class and box of a slot: matching and losses of DETR (eq. 1 and 2) with Deformable DETR's focal loss, and the best detections.
 
-SOLQ and SOIT use these as they are; what a mask adds is in their own files.
+SOLQ and SOIT use these as they are, ISTR and ISTR-SMT the form with corners; what a mask adds is in their own files.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskset import boxes as box_ops
 from maskset.losses import focal_loss, giou_loss, l1_loss, sum_by_layer
 from maskset.matching import Matches, class_targets, focal_cost, giou_cost, l1_cost, match, pad
 from maskset.structures import SlotPredictions
@@ -50,6 +51,47 @@ def class_and_box_terms(
     }
 
 
+def class_and_corner_terms(
+    layers: Sequence[SlotPredictions],
+    labels: Sequence[Int[Tensor, "_"]],
+    boxes: Sequence[Float[Tensor, "_ 4"]],
+    weights: tuple[float, float, float],
+    mask_cost: Float[Tensor, "L B N T"],
+) -> tuple[Matches, dict[str, Float[Tensor, "L"]]]:
+    """Return the same as `class_and_box_terms`, but masks cost too, and L1 is that of corners (Sparse R-CNN's).
+
+    Args:
+        layers: each with class logits, boxes and mask parameters.
+        labels: class of each object, for each image.
+        boxes: of each object, cx cy w h in fractions of the unpadded image, for each image.
+        weights: of class, L1 and generalised IoU, in the matching cost and in the losses.
+        mask_cost: what a slot's mask adds to its cost for an object, weighted.
+
+    Raises:
+        MatchingError: a prediction is NaN or infinite.
+    """
+    for_class, for_l1, for_giou = weights
+    logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
+    predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])  # [L B N 4]
+    codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None])  # [L B N D]
+    corners, padded_labels, padded_boxes = box_ops.to_corners(predicted), pad(labels), pad(boxes)
+    padded_corners = box_ops.to_corners(padded_boxes)
+    with torch.no_grad():
+        cost = for_class * focal_cost(logits, padded_labels) + mask_cost
+        cost = cost + for_l1 * l1_cost(corners, padded_corners)
+        cost = cost + for_giou * giou_cost(predicted, padded_boxes)
+    predictions = {"class_logits": logits, "boxes": predicted, "mask_params": codes}
+    pairs = match(cost, [len(label) for label in labels], predictions)
+    chosen, wanted = (pairs.layer, pairs.image, pairs.slot), (pairs.image, pairs.object)
+    l1 = l1_loss(corners[chosen], padded_corners[wanted])
+    giou = giou_loss(predicted[chosen], padded_boxes[wanted])
+    return pairs, {
+        "class": for_class * focal_loss(logits, class_targets(logits, padded_labels, pairs)).sum((1, 2, 3)),
+        "box_l1": for_l1 * sum_by_layer(l1, pairs.layer, len(layers)),
+        "box_giou": for_giou * sum_by_layer(giou, pairs.layer, len(layers)),
+    }
+
+
 def best_detections(
     logits: Float[Tensor, "N K"], limit: int, threshold: float
 ) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"]]:
@@ -57,3 +99,21 @@ def best_detections(
     scores, index = logits.float().sigmoid().flatten().topk(min(limit, logits.numel()))
     index, scores = index[scores >= threshold], scores[scores >= threshold]
     return index // logits.shape[1], index % logits.shape[1], scores
+
+
+def best_detections_inside(
+    logits: Float[Tensor, "N K"], boxes: Float[Tensor, "N 4"], size: tuple[int, int], limit: int, threshold: float
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "N 4"]]:
+    """Return the same, less those whose box is outside of the image, and all slots' boxes as corners cut to it.
+
+    Args:
+        logits: of one image.
+        boxes: cx cy w h in fractions of it.
+        size: its height and width, pixels.
+        limit: how many pairs may be looked at.
+        threshold: least score.
+    """
+    corners = box_ops.clip(box_ops.to_corners(boxes) * box_ops.scale_of(size, boxes), size)
+    slots, labels, scores = best_detections(logits, limit, threshold)
+    seen = box_ops.area(corners)[slots] > 0
+    return slots[seen], labels[seen], scores[seen], corners

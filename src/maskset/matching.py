@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -66,8 +67,8 @@ def focal_cost(
     return positive - negative
 
 
-def l1_cost(boxes: Float[Tensor, "L B N 4"], targets: Float[Tensor, "B T 4"]) -> Float[Tensor, "L B N T"]:
-    """Return the sum of absolute differences of the four numbers of two boxes."""
+def l1_cost(boxes: Float[Tensor, "L B N D"], targets: Float[Tensor, "B T D"]) -> Float[Tensor, "L B N T"]:
+    """Return the sum of absolute differences of the four numbers of two boxes, or of those of two codes."""
     return torch.cdist(boxes, targets[None].expand(len(boxes), -1, -1, -1), p=1)
 
 
@@ -82,6 +83,21 @@ def soft_iou_cost(masks: Float[Tensor, "n *s"], targets: Float[Tensor, "T *s"]) 
     p, t = masks.flatten(1), targets.flatten(1)
     overlap = p @ t.T
     return 1 - overlap / (p.sum(1)[:, None] + t.sum(1) - overlap + 1e-6)
+
+
+def squared_dice_cost(
+    masks: Float[Tensor, "L B N S S"], targets: Float[Tensor, "B T S S"], least: float
+) -> Float[Tensor, "L B N T"]:
+    """Return `losses.squared_dice_loss` of every mask with every target of its image."""
+    p, t = masks.flatten(3), targets.flatten(2)
+    squares = p.square().sum(-1)[..., None] + t.square().sum(-1)[None, :, None]
+    return 1 - 2 * (p @ t.transpose(1, 2)) / (squares + least)
+
+
+def cosine_cost(codes: Float[Tensor, "L B N D"], targets: Float[Tensor, "B T D"]) -> Float[Tensor, "L B N T"]:
+    """Return minus the cosine of two codes, from -1 (the same direction) to 0 (opposite) (ISTR, eq. 7)."""
+    a, b = F.normalize(codes, dim=-1), F.normalize(targets, dim=-1)
+    return -(a @ b.transpose(1, 2) + 1) / 2
 
 
 def class_targets(logits: Float[Tensor, "L B N K"], labels: Int[Tensor, "B T"], pairs: Matches) -> Float[Tensor, "L B N K"]:

@@ -21,6 +21,8 @@ from maskset.matching import MatchingError
 from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput
 from maskset.systems import CONFIGS, System, build
 from maskset.systems.isda import Isda
+from maskset.systems.istr import Istr
+from maskset.systems.istr_smt import IstrSmt
 from maskset.systems.soit import Soit
 from maskset.systems.solq import Solq
 from maskset.systems.sotr import Sotr
@@ -55,7 +57,7 @@ def assert_same(found: ModelOutput, expected: ModelOutput, image: int, atol: flo
             x, y = getattr(a, key), getattr(b, key)
             assert (x is None) == (y is None)
             if x is not None:
-                torch.testing.assert_close(x[image], y[0], atol=atol, rtol=0)
+                torch.testing.assert_close(x[image], y[0], atol=atol, rtol=0.1 * atol)  # some boxes know no bounds
     assert (found.mask_features is None) == (expected.mask_features is None)
     if found.mask_features is not None and expected.mask_features is not None:
         torch.testing.assert_close(found.mask_features[image], expected.mask_features[0], atol=atol, rtol=0)
@@ -170,7 +172,7 @@ def test_one_class_and_very_many(name, classes):
     for result in model.postprocess(output, images, [(64, 80)] * 2, limit=50):
         assert len(result) <= 50
         assert result.categories == model.categories
-        assert result.labels.max() < classes
+        assert (result.labels < classes).all()  # of ISTR, all boxes may be outside
 
 
 @every_system
@@ -188,8 +190,9 @@ def test_results_are_sorted_limited_and_of_the_size_asked_for(name):
         assert len(result) == len(result.boxes) == len(result.masks)
     for limit in (0, 1, 7):
         for result, full in zip(model.postprocess(output, images, sizes, limit=limit), everything, strict=True):
-            assert len(result) == limit
-            assert torch.equal(result.scores, full.scores[:limit])
+            # ISTR chooses the best first, then leaves out those whose box is outside of the image
+            assert len(result) == limit or (len(result) < limit and name.startswith("istr"))
+            assert torch.equal(result.scores, full.scores[: len(result)])
     middle = float(everything[0].scores.median())
     above = model.postprocess(output, images, sizes, limit=10_000, threshold=middle)[0]
     assert len(above) == int((everything[0].scores >= middle).sum())
@@ -302,6 +305,8 @@ LEARNING_BY_HEART = {
     "soit": {"num_queries": 20, "mask_channels": 16},
     "isda": {"num_queries": 20, "mask_weight": 10.0},
     "sotr": {"grids": (16, 14, 12, 8, 6), "centre_share": 0.1},  # no two of the objects share a cell
+    "istr": {"num_queries": 20},
+    "istr-smt": {"num_queries": 20, "autoencoder_steps": 300},
 }
 
 
@@ -338,8 +343,13 @@ def best_results(model: System, examples: Examples) -> list[dict]:
     return results
 
 
-def after_the_code(model: Solq, found: Instances) -> Masks:
+def after_the_code(model: Solq | Istr, found: Instances) -> Masks:
     return codecs.reconstructed(model.codec, found.masks, found.boxes)
+
+
+def after_the_autoencoder(model: IstrSmt, found: Instances) -> Masks:
+    """Return what is drawn without the context of an image, which can only add to it."""
+    return codecs.reconstructed(model.eval().codec, found.masks, found.boxes)
 
 
 def after_the_quarter_map(model: Isda, found: Instances) -> Masks:
@@ -373,5 +383,7 @@ LEFT: dict[str, Callable] = {
     "solq": after_the_code,
     "soit": drawn_at_stride_8,
     "isda": after_the_quarter_map,
+    "istr": after_the_code,
+    "istr-smt": after_the_autoencoder,
     "sotr": after_the_quarter_mask,
 }

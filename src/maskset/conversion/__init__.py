@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskset.conversion import deformable_detr, isda, soit, solq, sotr
+from maskset.conversion import deformable_detr, isda, istr, istr_smt, soit, solq, sotr
 from maskset.conversion.coco import NAMES, used_categories
 from maskset.conversion.keys import ConversionError
 from maskset.systems import Config
 
-_CONVERTERS = {"solq": solq, "soit": soit, "isda": isda, "sotr": sotr}
+_CONVERTERS = {"solq": solq, "soit": soit, "isda": isda, "istr": istr, "istr-smt": istr_smt, "sotr": sotr}
 
 
 def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = False) -> tuple[Config, dict[str, Tensor]]:
     """Return the config and state dict that an official state dict becomes; `build(config)` loads it strictly.
 
     Args:
-        system: "solq", "soit", "isda" or "sotr".
+        system: "solq", "soit", "isda", "istr", "istr-smt" or "sotr".
         state_dict: official names and tensors.
         last_wins: where copies of one tensor differ, take the last, as official loading does.
 
@@ -39,7 +39,7 @@ def convert_file(
     """Write an official checkpoint file as one of ours and return its path.
 
     Args:
-        system: "solq", "soit", "isda" or "sotr".
+        system: "solq", "soit", "isda", "istr", "istr-smt" or "sotr".
         source: the official .pth file.
         out: the .safetensors file to write.
         coco80: keep only the 80 class channels that COCO uses, not all raw category ids 0 ... 90.

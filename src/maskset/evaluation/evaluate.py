@@ -16,7 +16,8 @@ from maskset.data.transforms import fitted_size
 from maskset.distributed import active, world_size
 from maskset.evaluation.average_precision import Row, average_precision
 from maskset.evaluation.metrics import Metrics
-from maskset.inference.predict import ready, run, shown
+from maskset.inference.predict import ready, run
+from maskset.progress import shown
 from maskset.structures import Category, Device, Instances
 from maskset.systems.base import System
 

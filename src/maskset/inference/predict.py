@@ -1,7 +1,6 @@
 """Prediction: pictures in, objects out, in the order of the pictures."""
 
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from maskset.data.dataset import DataError
 from maskset.data.transforms import fit
 from maskset.inference import pictures
 from maskset.inference.pictures import Picture
+from maskset.progress import shown
 from maskset.structures import Device, ImageBatch, Instances, ModelOutput
 from maskset.systems.base import System
 
@@ -185,25 +185,6 @@ def run(
         while turn in found:
             yield found.pop(turn)
             turn += 1
-
-
-def shown(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Yield the items while a bar on stderr shows how far it is; not on a terminal, a line every half minute and at the end."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(items, description=what, total=total, console=console)
-        return
-    start = told = time.monotonic()
-    count = 0
-    for count, item in enumerate(items, 1):
-        yield item
-        if count < total and time.monotonic() - told > 30:
-            told = time.monotonic()
-            print(f"{what}: {count} of {total} images in {told - start:.0f} s", file=sys.stderr, flush=True)
-    print(f"{what}: {count} of {total} images in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def _read_or_skip(unreadable: list[str], picture: Picture) -> UInt8[Tensor, "3 h w"] | None:

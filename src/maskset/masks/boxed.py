@@ -47,18 +47,26 @@ def paste(masks: Bool[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple
     A pixel of the image is set where bilinear sampling of the box-local mask at the pixel's centre gives at least 0.5, with
     zero around it (detectron2's rule, which SOLQ uses). Only the pixels that a box can reach are computed.
     """
+    return paste_soft(masks.float(), boxes, size, 0.5)
+
+
+def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple[int, int], threshold: float) -> Masks:
+    """Return box-local fields as masks of an image of `size` (height, width), set where their samples reach the threshold.
+
+    The field is sampled first and cut afterwards (detectron2's rule, as ISTR uses it): see `paste`, which samples what was cut.
+    """
     height, width = size
     counts = []
-    for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist(), strict=True):
+    for field, (x0, y0, x1, y1) in zip(fields, boxes.tolist(), strict=True):
         # A sample half a cell outside of the box still sees half of the outermost cell, hence the margin.
-        left, right = _reach(x0, x1, masks.shape[1], width)
-        top, bottom = _reach(y0, y1, masks.shape[1], height)
+        left, right = _reach(x0, x1, fields.shape[1], width)
+        top, bottom = _reach(y0, y1, fields.shape[1], height)
         if right <= left or bottom <= top:
             counts.append(torch.tensor([height * width], dtype=torch.int32))
             continue
-        weights_y = _bilinear(top, bottom, y0, y1, masks.shape[1]).to(mask.device)
-        weights_x = _bilinear(left, right, x0, x1, masks.shape[1]).to(mask.device)
-        window = weights_y @ mask.float() @ weights_x.T >= 0.5
+        weights_y = _bilinear(top, bottom, y0, y1, fields.shape[1]).to(field.device)
+        weights_x = _bilinear(left, right, x0, x1, fields.shape[1]).to(field.device)
+        window = weights_y @ field @ weights_x.T >= threshold
         counts.append(rle.placed(window, left, top, size).cpu())
     return Masks(counts, size)
 

@@ -1,11 +1,12 @@
-"""What the codes that are learnt from data (PCA, sparse) share: reading masks, refusing to work unlearnt, files."""
+"""What the codes that are learnt from data (PCA, sparse, and others) share: reading masks, refusing to work unlearnt, files."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskset.config import ConfigError
@@ -22,6 +23,10 @@ class LearntCodec(Protocol):
     length: int
     fitted: Bool[Tensor, ""]
 
+    def fit(self, masks: Tensor | Iterable[Tensor], most_masks: int = MOST_MASKS) -> None: ...
+    def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]: ...
+    def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state_dict: dict[str, Tensor], /) -> Any: ...
 
 
@@ -80,7 +85,7 @@ def load(codec: LearntCodec, path: str | Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    kind = type(codec).__name__.removesuffix("Codec").lower()
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(codec).__name__.removesuffix("Codec")).lower()  # LogitPca: logit-pca
     wanted = {"kind": kind, "size": str(codec.size), "length": str(codec.length)}
     try:
         with safe_open(path, framework="pt") as file:

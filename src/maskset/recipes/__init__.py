@@ -9,6 +9,7 @@ from pathlib import Path
 
 from maskset import config
 from maskset.recipes.isda import isda_r50, isda_small, isda_tiny
+from maskset.recipes.istr import istr_r50, istr_r101, istr_small, istr_smt_r50, istr_smt_r101, istr_tiny
 from maskset.recipes.soit import soit_r50, soit_r101, soit_small, soit_swin_l, soit_tiny
 from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
 from maskset.recipes.sotr import sotr_r50, sotr_r101, sotr_r101_dcn, sotr_rt, sotr_small, sotr_tiny
@@ -29,6 +30,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "isda-r50": isda_r50,
     "isda-small": isda_small,
     "isda-tiny": isda_tiny,
+    "istr-r50": istr_r50,
+    "istr-r101": istr_r101,
+    "istr-small": istr_small,
+    "istr-tiny": istr_tiny,
+    "istr-smt-r50": istr_smt_r50,
+    "istr-smt-r101": istr_smt_r101,
     "sotr-r50": sotr_r50,
     "sotr-r101": sotr_r101,
     "sotr-r101-dcn": sotr_r101_dcn,
@@ -73,6 +80,12 @@ __all__ = [
     "isda_r50",
     "isda_small",
     "isda_tiny",
+    "istr_r101",
+    "istr_r50",
+    "istr_small",
+    "istr_smt_r101",
+    "istr_smt_r50",
+    "istr_tiny",
     "known",
     "soit_r50",
     "soit_r101",

@@ -9,14 +9,30 @@ from maskset.config import ConfigError
 from maskset.structures import Category
 from maskset.systems.base import InputConfig, System
 from maskset.systems.isda import Isda, IsdaConfig
+from maskset.systems.istr import Istr, IstrConfig
+from maskset.systems.istr_smt import IstrSmt, IstrSmtConfig
 from maskset.systems.soit import Soit, SoitConfig
 from maskset.systems.solq import Solq, SolqConfig
 from maskset.systems.sotr import Sotr, SotrConfig
 
-CONFIGS: dict[str, type] = {"solq": SolqConfig, "soit": SoitConfig, "isda": IsdaConfig, "sotr": SotrConfig}
-_SYSTEMS: dict[type, type[System]] = {SolqConfig: Solq, SoitConfig: Soit, IsdaConfig: Isda, SotrConfig: Sotr}
+CONFIGS: dict[str, type] = {
+    "solq": SolqConfig,
+    "soit": SoitConfig,
+    "isda": IsdaConfig,
+    "istr": IstrConfig,
+    "istr-smt": IstrSmtConfig,
+    "sotr": SotrConfig,
+}
+_SYSTEMS: dict[type, type[System]] = {
+    SolqConfig: Solq,
+    SoitConfig: Soit,
+    IsdaConfig: Isda,
+    IstrConfig: Istr,
+    IstrSmtConfig: IstrSmt,
+    SotrConfig: Sotr,
+}
 Config = Annotated[  # which one a file means, its `system` says
-    SolqConfig | SoitConfig | IsdaConfig | SotrConfig, Discriminator("system")
+    SolqConfig | SoitConfig | IsdaConfig | IstrConfig | IstrSmtConfig | SotrConfig, Discriminator("system")
 ]
 
 

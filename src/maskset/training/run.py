@@ -22,6 +22,7 @@ from maskset.data import DataError, Dataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
 from maskset.files import written
 from maskset.layers.backbone import load_pretrained
+from maskset.progress import shown
 from maskset.systems import System, build
 from maskset.training import state
 from maskset.training.config import Recipe, TrainConfig
@@ -230,7 +231,10 @@ def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Pa
             lines.append(load_pretrained(model.get_submodule("backbone"), recipe.model.backbone_weights))  # type: ignore[arg-type]
     fitted = {name for name, _ in model.named_buffers() if not name.startswith("backbone.")}
     if init is None or fitted & fresh:
-        model.prepare(training.objects(index) for index in range(len(training)))
+        images = range(len(training))
+        if accelerator.is_local_main_process:
+            images = shown(images, len(training), "reading masks to learn their code")  # silent where nothing reads them
+        model.prepare(training.objects(index) for index in images)
     return lines
 
 

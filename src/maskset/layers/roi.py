@@ -1,0 +1,62 @@
+"""Regions of interest: which level of a feature pyramid a box is read from, and its features on a grid (RoIAlign)."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from maskset import boxes as box_ops
+from maskset.layers.backbone import STRIDES
+
+_SAMPLES = 2  # bilinear samples along each side of a cell
+_CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 2  # a box as large as ImageNet's crops is read at stride 16
+
+
+def levels_of(boxes: Float[Tensor, "n 4"], count: int = len(STRIDES)) -> Int[Tensor, "n"]:
+    """Return which of the `count` levels, the first of stride 4, each box is read from (FPN; Lin et al., CVPR 2017, eq. 1).
+
+    A box of 224 x 224 pixels belongs to the level of stride 16; twice the side is one level up. The area counts as it is, also
+    where a box leaves the image.
+    """
+    side = box_ops.area(boxes).sqrt()
+    level = torch.floor(_CANONICAL_LEVEL + torch.log2(side / _CANONICAL_SIDE + 1e-8))
+    return level.nan_to_num(0.0).clamp(0, count - 1).long()
+
+
+def pyramid_roi_align(
+    levels: Sequence[Float[Tensor, "B C _ _"]], boxes: Float[Tensor, "B N 4"], size: int
+) -> Float[Tensor, "B*N C s s"]:
+    """Return the features of every box on a grid of size x size cells, box after box, image after image.
+
+    A cell is the mean of 2 x 2 bilinear samples (RoIAlign; He et al., ICCV 2017; half-pixel convention) on the box's own level.
+    Samples more than a cell outside of the padded map are zero, and so is all of a box that is not finite. No gradient goes to
+    the boxes. Computed in the type of the boxes, float32 as a rule: torchvision's kernels take one type only, and none is lower.
+
+    Args:
+        levels: strides 4, 8, ..., finest first.
+        boxes: x0 y0 x1 y1, pixels.
+        size: cells along each side.
+    """
+    flat = boxes.detach().flatten(0, 1).nan_to_num(0.0, 0.0, 0.0)
+    image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+    regions = torch.cat([image[:, None].to(flat.dtype), flat], 1)  # [n 5]
+    of = levels_of(flat, len(levels))
+    if boxes.is_meta or torch.compiler.is_compiling():
+        return _of_every_level(levels, regions, of, size)
+    places = [(of == i).nonzero()[:, 0] for i in range(len(levels))]
+    parts = [_aligned(level, regions[place], i, size) for i, (level, place) in enumerate(zip(levels, places, strict=True))]
+    return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+
+
+def _of_every_level(
+    levels: Sequence[Float[Tensor, "B C _ _"]], regions: Float[Tensor, "n 5"], of: Int[Tensor, "n"], size: int
+) -> Float[Tensor, "n C s s"]:
+    """Return the same, reading every box from every level: no shape depends on a value, as tracing a network needs it."""
+    every = [_aligned(level, regions, i, size) * (of == i)[:, None, None, None] for i, level in enumerate(levels)]
+    return torch.stack(every).sum(0)
+
+
+def _aligned(level: Float[Tensor, "B C _ _"], regions: Float[Tensor, "n 5"], index: int, size: int) -> Float[Tensor, "n C s s"]:
+    return roi_align(level.to(regions.dtype), regions, size, 1 / STRIDES[index], _SAMPLES, aligned=True)

@@ -1,0 +1,129 @@
+"""Recipes for ISTR and ISTR-SMT: the published ones, and two ISTRs that learn from scratch on small data and few cores."""
+
+from dataclasses import replace
+
+from maskset.recipes.solq import solq_small, solq_tiny
+from maskset.systems.base import InputConfig
+from maskset.systems.istr import IstrConfig
+from maskset.systems.istr_smt import IstrSmtConfig
+from maskset.training.config import DataConfig, Recipe, TrainConfig
+
+
+def istr_r50() -> Recipe:
+    """ISTR with ResNet-50 on COCO: the paper's model.
+
+    Command: accelerate launch -m maskset train istr-r50 --data COCO --out RUN
+    Official: ISTR-R50-3x.yaml of May 2021, 16 images on 8 GPUs (paper) or 4 (README). 270,000 steps, 36.8 epochs; the learning
+    rate drops after 210,000 and 250,000. The paper has 36 epochs, with drops after 27 and 33. Ablations: --train.epochs 12
+    --train.drop-epochs 9 11 --train.steps none. All weights have the learning rate of the backbone.
+    Start: torchvision's first ResNet-50, which detectron2 has as ImageNetPretrained/torchvision/R-50.pkl, is timm's tv_in1k.
+    The mask code is learnt from the first 20,000 masks before the first step, officially from all: `maskset codecs fit logit-pca
+    COCO CODE --most-masks 900000` and --model.codec-weights CODE.
+    Expect: box / mask AP 46.8 / 38.6 on test-dev (paper, table 2); mask AP 34.2 on val2017 after 12 epochs (table 1).
+    Status: the network, its losses and gradients are tested against the official code; not trained on COCO here. Warm-up is from
+    0.001 instead of 0.01 of the learning rate.
+    """
+    return Recipe(
+        model=IstrConfig(),
+        data=DataConfig(augmentation="mmdet", crop_share=0.7),
+        train=TrainConfig(
+            epochs=27,  # with drops at 21 and 25 of 27, which are 210,000 and 250,000 of 270,000
+            steps=270_000,
+            drop_epochs=(21, 25),
+            batch_size=16,
+            reference_batch_size=16,
+            learning_rate=2.5e-5,
+            backbone_learning_rate=2.5e-5,
+            offset_learning_rate=2.5e-5,
+            warmup_steps=1000,
+            clip_norm=1.0,
+        ),
+    )
+
+
+def istr_r101() -> Recipe:
+    """ISTR with ResNet-101 on COCO.
+
+    Command: accelerate launch -m maskset train istr-r101 --data COCO --out RUN
+    Official: ISTR-R101-3x.yaml of May 2021; all else as istr-r50.
+    Expect: box / mask AP 48.1 / 39.9 on test-dev (paper, table 2).
+    Status: as istr-r50 but for the backbone; not trained on COCO here.
+    """
+    recipe = istr_r50()
+    return replace(recipe, model=replace(recipe.model, backbone="resnet101.tv_in1k"))
+
+
+def istr_smt_r50() -> Recipe:
+    """ISTR-SMT with ResNet-50 on COCO: the official code of 2022.
+
+    Command: accelerate launch -m maskset train istr-smt-r50 --data COCO --out RUN
+    Official: ISTR-AE-R50-3x.yaml of March 2022; the schedule is that of istr-r50, images are larger, the crop is of 384 to 600
+    pixels, and nothing of the backbone is frozen but its batch norms. --model.codec dct or logit-pca is the official DCT or PCA.
+    The autoencoder: officially from all masks in 30 epochs of batches of 1024. Here it is learnt before the first step, from the
+    first 20,000 masks in 3000 batches of 64: `maskset codecs fit autoencoder` or --model.autoencoder-steps for more.
+    Expect: box / mask AP 47.4 / 41.7 (official README, which does not say of what; PCA 46.7 / 39.8, DCT 46.9 / 40.2).
+    Status: the network and its losses are tested against the official code; not trained on COCO here. An image takes some
+    6 GB of memory in training, as all boxes of all stages are looked at on 28 x 28 cells.
+    """
+    recipe = istr_r50()
+    return replace(
+        recipe,
+        model=IstrSmtConfig(),
+        data=DataConfig(augmentation="mmdet", short_sides=tuple(range(416, 1089, 32))),
+    )
+
+
+def istr_smt_r101() -> Recipe:
+    """ISTR-SMT with ResNet-101 on COCO.
+
+    Command: accelerate launch -m maskset train istr-smt-r101 --data COCO --out RUN
+    Official: ISTR-AE-R101-3x.yaml of March 2022; all else as istr-smt-r50.
+    Expect: box / mask AP 48.8 / 42.9 (official README; PCA 48.0 / 41.1, DCT 48.3 / 41.6).
+    Status: as istr-smt-r50 but for the backbone; not trained on COCO here.
+    """
+    recipe = istr_smt_r50()
+    return replace(recipe, model=replace(recipe.model, backbone="resnet101.tv_in1k"))
+
+
+def istr_tiny() -> Recipe:
+    """A very small ISTR from scratch for generated shapes.
+
+    Command: maskset train istr-tiny --data shapes --out RUN
+    Expect: about 8 minutes on two CPU cores.
+    Status: the data and the schedule of solq-tiny.
+    """
+    tiny = solq_tiny()
+    return Recipe(
+        model=IstrConfig(
+            input=InputConfig(short_side=96, long_side=160, divisor=32),
+            backbone="resnet10t",
+            backbone_norm="group",
+            frozen_stages=0,
+            pretrained=False,
+            hidden_dim=80,
+            masked_pooling=True,
+            num_queries=30,
+            stages=3,
+            num_heads=4,
+            dynamic_dim=32,
+            feedforward_dim=512,
+            code_length=40,
+        ),
+        data=tiny.data,
+        train=tiny.train,
+    )
+
+
+def istr_small() -> Recipe:
+    """A small ISTR from scratch for small data of your own, on few cores or one GPU.
+
+    Command: maskset train istr-small --data FOLDER --out RUN
+    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
+    Status: not yet trained to the end.
+    """
+    small = solq_small()
+    return Recipe(
+        model=replace(istr_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300),
+        data=small.data,
+        train=small.train,
+    )

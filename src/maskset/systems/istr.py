@@ -1,0 +1,252 @@
+"""ISTR: End-to-End Instance Segmentation with Transformers (Hu et al., 2021, arXiv:2105.00637).
+
+Each of 300 learnt query boxes stands for at most one object. In six stages its features are read from the feature pyramid, an
+object feature looks at them and at the other objects, and says class, mask embedding and a better box, which the next stage
+reads from. A mask embedding is 60 numbers: principal components of the mask inside its box on 28 x 28 pixels. From top to
+bottom this file follows figure 2 and section 3.3: backbone, image features, stages with encoder and heads; then section 3.2:
+matching cost and set prediction loss; then results. This is the model of the paper (the official code of May 2021); the
+official code of 2022 has another mask head and is in `istr_smt.py`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from maskset import boxes as box_ops
+from maskset import distributed
+from maskset.config import ConfigError, config
+from maskset.detection import best_detections_inside, class_and_corner_terms
+from maskset.layers.backbone import build_backbone, check_start
+from maskset.layers.mlp import copies
+from maskset.layers.pyramid import FeaturePyramid
+from maskset.layers.refinement import DynamicAttention, RegionAttention, RegionEncoder, Tower, image_feature, move, reset_stage
+from maskset.layers.roi import pyramid_roi_align
+from maskset.losses import name_by_layer, squared_dice_loss, sum_by_layer
+from maskset.masks import learnt
+from maskset.masks.boxed import crop, paste_soft
+from maskset.masks.flatten import FlattenCodec
+from maskset.masks.logit_pca import LogitPcaCodec
+from maskset.matching import cosine_cost, l1_cost, pad, squared_dice_cost
+from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.systems.base import InputConfig, System, check_canvas
+
+_CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
+_MASK_THRESHOLD = 0.5
+_AT_LEAST_ONE = ("num_classes", "hidden_dim", "num_heads", "feedforward_dim", "dynamic_dim", "roi_size", "stages", "num_queries")
+_WEIGHTS = ("class_weight", "l1_weight", "giou_weight", "mask_weight")
+
+
+@config
+class IstrConfig:
+    """Settings of ISTR; the defaults are those of the official ResNet-50 model."""
+
+    system: Literal["istr"] = "istr"  # which system these settings are of
+    num_classes: int = 80  # class channels; training sets it from the data
+    input: InputConfig = InputConfig(divisor=_CANVAS)  # how images become the network's input
+    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
+    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
+    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
+    pretrained: bool = True  # training starts from ImageNet weights
+    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
+    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
+    hidden_dim: int = 256  # d of the paper, width of pyramid and object features
+    image_feature: Literal["mean", "max", "none"] = "mean"  # Table 1e: what of the whole image starts an object feature
+    masked_pooling: bool = False  # the image feature leaves out padding; officially it does not, and depends on the batch
+    position_embedding: bool = True  # Table 1e: what is learnt for each query starts its object feature
+    num_queries: int = 300  # k of the paper, the greatest number of objects that are told apart
+    stages: int = 6  # N of the paper, how often boxes are refined
+    num_heads: int = 8  # attention heads
+    roi_size: int = 7  # t of the paper, side of the grid on which a box's features are read, cells
+    attention: Literal["dynamic", "multi-head"] = "dynamic"  # Table 1d: how an object feature looks at its box
+    dynamic_dim: int = 64  # dynamic attention: width between its two layers
+    feedforward_dim: int = 2048  # hidden width of the encoders' MLPs
+    dropout: float = 0.0  # in the encoders
+    codec: Literal["logit-pca", "flatten"] = "logit-pca"  # Table 1a: principal components, or the pixels themselves
+    mask_size: int = 28  # s of the paper, side S of the box-local mask, pixels
+    code_length: int = 60  # Table 1a: l of the paper, D numbers for a mask
+    codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it; not read where --init has one
+    target_noise: bool = True  # logit-pca: the softness of the targets' pixels is drawn at every call; else fixed
+    mask_cost: Literal["cosine", "l1", "dice", "none"] = "cosine"  # Table 1b: what of the masks counts in the matching
+    mask_losses: Literal["both", "code", "dice"] = "both"  # Table 1c: compared are the codes, the decoded masks, or both
+    class_weight: float = 2.0  # weight of the focal loss, and in the matching
+    l1_weight: float = 5.0  # weight of the L1 box loss, and in the matching
+    giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
+    mask_weight: float = 2.0  # weight of each mask loss, and in the matching
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in _WEIGHTS:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
+        if self.hidden_dim % self.num_heads:
+            raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
+        if self.image_feature == "none" and not self.position_embedding:
+            raise ConfigError("model.image_feature none needs model.position_embedding: else all object features start as zero.")
+        pixels = self.mask_size**2
+        if not 1 <= self.code_length <= pixels or (self.codec == "flatten" and self.code_length != pixels):
+            allowed = pixels if self.codec == "flatten" else f"1 ... {pixels}"
+            raise ConfigError(
+                f"model.code_length must be {allowed} with codec {self.codec} and mask_size {self.mask_size}, "
+                f"got {self.code_length}."
+            )
+        if self.codec_weights is not None and self.codec == "flatten":
+            raise ConfigError("model.codec_weights is for the code logit-pca; flatten has nothing to learn.")
+        if self.input.divisor % _CANVAS:
+            raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for ISTR, got {self.input.divisor}.")
+        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+
+
+class Stage(nn.Module):
+    """One stage of figure 2: the transformer encoder, and the class (but its last layer), box and mask heads."""
+
+    def __init__(self, config: IstrConfig) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        if config.attention == "dynamic":
+            attention = DynamicAttention(width, config.dynamic_dim, config.roi_size)
+        else:
+            attention = RegionAttention(width, config.num_heads)
+        self.encoder = RegionEncoder(width, config.num_heads, config.feedforward_dim, config.dropout, attention)
+        self.class_tower = Tower(width)
+        self.box_head = nn.Sequential(Tower(width), nn.Linear(width, 4))
+        self.mask_head = nn.Sequential(Tower(width), nn.Linear(width, config.code_length))
+
+
+class Istr(System):
+    """The network of figure 2. See `IstrConfig` for its parts."""
+
+    def __init__(self, config: IstrConfig, categories: tuple[Category, ...]) -> None:
+        super().__init__()
+        self.config, self.categories, self.input = config, categories, config.input
+        # Backbone with FPN: P2 ... P5
+        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path, finest=4)
+        self.pyramid = FeaturePyramid(self.backbone.channels, config.hidden_dim)
+        # Query boxes, cx cy w h in fractions of the image, which at first they cover; and position embeddings
+        self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))
+        if config.position_embedding:
+            self.query_position = nn.Parameter(torch.randn(config.num_queries, config.hidden_dim))
+        # Stages, which start alike; the class heads' last layers have a place that fine-tuning knows
+        stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
+        reset_stage(stage, class_head)
+        self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
+        # The fixed mask encoder and decoder
+        pca = config.codec == "logit-pca"
+        self.codec = LogitPcaCodec(config.mask_size, config.code_length) if pca else FlattenCodec(config.mask_size)
+
+    def prepare(self, objects: Iterable[Instances]) -> None:
+        """Learn the mask embedding (section 3.1) from the masks of the data, or read it from a file."""
+        if isinstance(self.codec, FlattenCodec):
+            return
+        if self.config.codec_weights is None:
+            self.codec.fit(crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))
+        else:
+            learnt.load(self.codec, self.config.codec_weights)
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        """Return, for every stage, class logits [B N K], boxes [B N 4] and mask embeddings [B N D]."""
+        check_canvas(images, self.input.divisor)
+        levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
+        objects = self._object_features(levels, images)  # [B N C]
+        pixels = (
+            images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)
+        )  # width, height, width, height
+        boxes = box_ops.to_corners(self.query_boxes) * pixels  # [B N 4], absolute
+        layers = []
+        for stage, class_head in zip(self.stages, self.class_heads, strict=True):
+            assert isinstance(stage, Stage)
+            objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
+            moved = move(boxes, stage.box_head(objects).to(boxes.dtype))
+            fractions = box_ops.to_centres(moved) / pixels
+            logits = class_head(stage.class_tower(objects))
+            layers.append(SlotPredictions(logits, stage.mask_head(objects), fractions))
+            boxes = moved.detach()  # object features keep their gradient
+        return ModelOutput(layers)
+
+    def _object_features(self, levels: list[Tensor], images: ImageBatch) -> Float[Tensor, "B N C"]:
+        """Return what the objects start from: image features P plus position embeddings E."""
+        start = levels[0].new_zeros(len(images), self.config.num_queries, self.config.hidden_dim)
+        if self.config.image_feature != "none":
+            paddings = None
+            if self.config.masked_pooling:
+                paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
+            start = start + image_feature(levels, self.config.image_feature, paddings)[:, None]
+        return start + self.query_position if self.config.position_embedding else start
+
+    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return the terms of equation 8 for every stage: class (focal), box_l1, box_giou, mask_code (L2) and mask_dice.
+
+        All are divided by the number of objects, mask_code by D as well. Every stage is matched on its own. Computed in float32.
+
+        Raises:
+            MatchingError: a prediction is NaN or infinite.
+        """
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self._terms(output.layers, images, objects)
+
+    def _terms(self, layers: Sequence[SlotPredictions], images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        settings = self.config
+        count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
+        labels = [found.labels for found in objects]
+        boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
+        masks = pad([crop(found.masks, found.boxes, self.codec.size) for found in objects]).float()  # [B T S S]
+        codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
+        weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
+        cost = settings.mask_weight * self._mask_cost(codes, masks)
+        pairs, sums = class_and_corner_terms(layers, labels, boxes, weights, cost)
+        matched, wanted = codes[pairs.layer, pairs.image, pairs.slot], masks[pairs.image, pairs.object]
+        if settings.mask_losses != "dice":
+            errors = (matched - self._encode(wanted)).square().mean(1)
+            sums["mask_code"] = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers))
+        if settings.mask_losses != "code":
+            errors = squared_dice_loss(self.codec.decode(matched), wanted, least=1e-5)
+            sums["mask_dice"] = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers))
+        return name_by_layer({name: value / count for name, value in sums.items()}, len(layers))
+
+    def _encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
+        """Return target codes; with principal components the softness of their pixels is drawn at every call."""
+        if isinstance(self.codec, LogitPcaCodec):
+            return self.codec.encode(masks, noisy=self.config.target_noise)
+        return self.codec.encode(masks)
+
+    @torch.no_grad()
+    def _mask_cost(self, codes: Float[Tensor, "L B N D"], masks: Float[Tensor, "B T S S"]) -> Float[Tensor, "L B N T"]:
+        """Return the cost of table 1b between every slot and every object of its image; cosine is equation 7."""
+        if self.config.mask_cost == "none":
+            return codes.new_zeros(*codes.shape[:3], masks.shape[1])
+        if self.config.mask_cost == "dice":
+            drawn = self.codec.decode(codes.flatten(0, 2)).unflatten(0, codes.shape[:3])
+            return squared_dice_cost(drawn, masks, least=1e-5)
+        targets = self._encode(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
+        return cosine_cost(codes, targets) if self.config.mask_cost == "cosine" else l1_cost(codes, targets) / codes.shape[3]
+
+    @torch.no_grad()
+    def postprocess(
+        self,
+        output: ModelOutput,
+        images: ImageBatch,
+        sizes: Sequence[tuple[int, int]],
+        limit: int = 100,
+        threshold: float = 0.0,
+    ) -> list[Instances]:
+        """Return the `limit` best pairs of query and class of each image, less those whose box is outside of it.
+
+        A query may appear with several classes. Boxes are cut to the image, and masks are stretched over what is left of them.
+        """
+        last = output.layers[-1]
+        assert last.boxes is not None
+        assert last.mask_params is not None
+        found = []
+        for logits, boxes, codes, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
+            slots, labels, scores, corners = best_detections_inside(logits, boxes, size, limit, threshold)
+            once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
+            with torch.autocast(codes.device.type, enabled=False):  # rounding would move the masks' edges
+                masks = paste_soft(self.codec.decode(codes[once].float()), corners[once], size, _MASK_THRESHOLD)
+            found.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
+        return found

@@ -1,0 +1,313 @@
+"""ISTR-SMT: the ISTR of 2022 (Hu et al., IEEE TIP 2024, vol. 33, 2895-2907; official code since March 2022).
+
+ISTR with finer masks, of 112 x 112 pixels. As in ISTR, object features refine 300 learnt query boxes in six stages. But the mask
+embedding, 256 numbers, comes from a second, finer look at each predicted box, on 28 x 28 cells, and is drawn by the decoder of an
+autoencoder, which also sees that look. From top to bottom: backbone, image features, stages; then matching and loss, where masks
+are compared inside the predicted boxes; then results, whose scores are means over stages. What it shares with `istr.py` is in
+`layers/refinement.py`, `layers/roi.py` and `detection.py`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from maskset import boxes as box_ops
+from maskset import distributed
+from maskset.config import ConfigError, config
+from maskset.detection import best_detections_inside, class_and_corner_terms
+from maskset.layers.backbone import build_backbone, check_start
+from maskset.layers.mlp import copies
+from maskset.layers.pyramid import FeaturePyramid
+from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, image_feature, move, reset_stage
+from maskset.layers.roi import pyramid_roi_align
+from maskset.losses import name_by_layer, squared_dice_loss
+from maskset.masks import learnt
+from maskset.masks.autoencoder import CONTEXT_CHANNELS, AutoencoderCodec
+from maskset.masks.boxed import crop, paste_soft
+from maskset.masks.dct import DctCodec
+from maskset.masks.logit_pca import LogitPcaCodec
+from maskset.matching import Matches, cosine_cost, pad
+from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.systems.base import InputConfig, System, check_canvas
+
+_CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
+_MASK_THRESHOLD = 0.45
+_AT_LEAST_ONE = (
+    "num_classes",
+    "hidden_dim",
+    "num_queries",
+    "stages",
+    "num_heads",
+    "roi_size",
+    "dynamic_dim",
+    "feedforward_dim",
+    "code_length",
+    "autoencoder_steps",
+)
+_WEIGHTS = ("class_weight", "l1_weight", "giou_weight", "code_weight", "dice_weight")
+
+
+@config
+class IstrSmtConfig:
+    """Settings of ISTR-SMT; the defaults are those of the official ResNet-50 model."""
+
+    system: Literal["istr-smt"] = "istr-smt"  # which system these settings are of
+    num_classes: int = 80  # class channels; training sets it from the data
+    input: InputConfig = InputConfig(divisor=_CANVAS)  # how images become the network's input
+    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
+    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
+    frozen_stages: int = 0  # ResNets: how many of stem, stage 1, 2, ... are not trained
+    pretrained: bool = True  # training starts from ImageNet weights
+    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
+    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
+    hidden_dim: int = 256  # width C of pyramid and object features
+    masked_pooling: bool = False  # the image feature leaves out padding; officially it does not, and depends on the batch
+    num_queries: int = 300  # N, the greatest number of objects that are told apart
+    stages: int = 6  # how often boxes are refined
+    averaged_stages: int = 4  # results have the mean class logits of this many last stages
+    num_heads: int = 8  # attention heads
+    roi_size: int = 7  # side of the grid on which a box's features are read for class and box, cells
+    dynamic_dim: int = 64  # dynamic attention: width between its two layers
+    feedforward_dim: int = 2048  # hidden width of the encoders' MLPs
+    dropout: float = 0.0  # in the encoders
+    codec: Literal["autoencoder", "dct", "logit-pca"] = "autoencoder"  # how a mask becomes D numbers (README: SMT, DCT, PCA)
+    mask_size: int = 112  # side S of the box-local mask, pixels; features for it are read on a quarter of it, cells
+    code_length: int = 256  # D numbers for a mask
+    codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it; not read where --init has one
+    autoencoder_steps: int = 3000  # how many batches of 64 masks the autoencoder is learnt from, where it must be
+    target_noise: bool = True  # logit-pca: the softness of the targets' pixels is drawn at every call; else fixed
+    class_weight: float = 2.0  # weight of the focal loss, and in the matching
+    l1_weight: float = 5.0  # weight of the L1 box loss, and in the matching
+    giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
+    code_weight: float = 1.0  # weight of the loss of the codes, and of their cosine in the matching
+    dice_weight: float = 5.0  # weight of the dice loss of the masks
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in _WEIGHTS:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
+        if self.hidden_dim % self.num_heads:
+            raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
+        if not 1 <= self.averaged_stages <= self.stages:
+            raise ConfigError(f"model.averaged_stages must be in 1 ... {self.stages}, got {self.averaged_stages}.")
+        if self.mask_size < 16 or self.mask_size % 16:
+            raise ConfigError(f"model.mask_size must be a multiple of 16, got {self.mask_size}.")
+        if self.code_length > self.mask_size**2:
+            raise ConfigError(f"model.code_length must be 1 ... {self.mask_size**2}, got {self.code_length}.")
+        if self.codec_weights is not None and self.codec == "dct":
+            raise ConfigError("model.codec_weights is for the codes autoencoder and logit-pca; dct has nothing to learn.")
+        if self.input.divisor % _CANVAS:
+            raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for ISTR-SMT, got {self.input.divisor}.")
+        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+
+
+class Stage(nn.Module):
+    """One stage: ISTR's transformer encoder, class (but its last layer) and box head, and a convolutional mask head.
+
+    The mask head sees the region alone, not the object's feature. It gives a code, and for the autoencoder context beside it.
+    """
+
+    def __init__(self, config: IstrSmtConfig) -> None:
+        super().__init__()
+        width, context = config.hidden_dim, CONTEXT_CHANNELS
+        attention = DynamicAttention(width, config.dynamic_dim, config.roi_size)
+        self.encoder = RegionEncoder(width, config.num_heads, config.feedforward_dim, config.dropout, attention)
+        self.class_tower = Tower(width)
+        self.box_head = nn.Sequential(Tower(width), nn.Linear(width, 4))
+        halves = [*_convolution(width, width, 4, 2), *_convolution(width, width, 4, 2)]
+        self.mask_head = nn.Sequential(*halves, nn.Conv2d(width, config.code_length, config.mask_size // 16))
+        if config.codec == "autoencoder":
+            widths = [(width, 2 * context), (2 * context, 2 * context), (2 * context, context), (context, context)]
+            self.context_head = nn.Sequential(*(layer for pair in widths for layer in _convolution(*pair, 3, 1)))
+
+
+def _convolution(before: int, after: int, size: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, size, stride, padding=1), nn.BatchNorm2d(after), nn.ELU()]
+
+
+class IstrSmt(System):
+    """ISTR with a finer look at each box for its mask. See `IstrSmtConfig` for its parts."""
+
+    def __init__(self, config: IstrSmtConfig, categories: tuple[Category, ...]) -> None:
+        super().__init__()
+        self.config, self.categories, self.input = config, categories, config.input
+        # Backbone with FPN: P2 ... P5
+        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path, finest=4)
+        self.pyramid = FeaturePyramid(self.backbone.channels, config.hidden_dim)
+        # Query boxes, cx cy w h in fractions of the image, which at first they cover; and position embeddings
+        self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))
+        self.query_position = nn.Parameter(torch.randn(config.num_queries, config.hidden_dim))
+        # Stages, which start alike; the class heads' last layers have a place that fine-tuning knows
+        stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
+        reset_stage(stage, class_head)
+        self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
+        # Mask encoder, which is fixed, and decoder, which an autoencoder trains on
+        codecs = {"autoencoder": AutoencoderCodec, "dct": DctCodec, "logit-pca": LogitPcaCodec}
+        self.codec: AutoencoderCodec | DctCodec | LogitPcaCodec = codecs[config.codec](config.mask_size, config.code_length)
+
+    def prepare(self, objects: Iterable[Instances]) -> None:
+        """Learn the mask code from the masks of the data, or read it from a file; the cosine transform has nothing to learn."""
+        if isinstance(self.codec, DctCodec):
+            return
+        if self.config.codec_weights is not None:
+            learnt.load(self.codec, self.config.codec_weights)
+            return
+        crops = (crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))
+        if isinstance(self.codec, AutoencoderCodec):
+            self.codec.fit(crops, steps=self.config.autoencoder_steps)
+        else:
+            self.codec.fit(crops)
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        """Return class logits [B N K] and boxes [B N 4] for every stage, codes [B N D] and context [B N c s s].
+
+        Results need codes and context of the last stage only: in evaluation mode the others have none.
+        """
+        check_canvas(images, self.input.divisor)
+        levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
+        paddings = None
+        if self.config.masked_pooling:
+            paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
+        objects = image_feature(levels, "mean", paddings)[:, None] + self.query_position  # [B N C]
+        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)  # w, h, w, h
+        boxes = box_ops.to_corners(self.query_boxes) * pixels  # [B N 4], absolute
+        layers = []
+        for i, (stage, class_head) in enumerate(zip(self.stages, self.class_heads, strict=True)):
+            assert isinstance(stage, Stage)
+            objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
+            moved = move(boxes, stage.box_head(objects).to(boxes.dtype))
+            layer = SlotPredictions(class_head(stage.class_tower(objects)), boxes=box_ops.to_centres(moved) / pixels)
+            if self.training or i == len(self.stages) - 1:
+                layer.mask_params, layer.mask_context = self._masks(stage, levels, moved)
+            layers.append(layer)
+            boxes = moved.detach()  # object features keep their gradient
+        return ModelOutput(layers)
+
+    def _masks(
+        self, stage: Stage, levels: Sequence[Float[Tensor, "B C _ _"]], boxes: Float[Tensor, "B N 4"]
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N c s s"] | None]:
+        """Return codes, and context for the autoencoder, from a second look at the boxes that the stage has predicted."""
+        regions = pyramid_roi_align(levels, boxes, self.config.mask_size // 4)  # [B*N C s s]
+        codes = stage.mask_head(regions)[:, :, 0, 0].unflatten(0, boxes.shape[:2])
+        if self.config.codec != "autoencoder":
+            return codes, None
+        return codes, stage.context_head(regions).unflatten(0, boxes.shape[:2])
+
+    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return five terms for every stage: class (focal), box_l1, box_giou, mask_code (smooth L1) and mask_dice.
+
+        All are divided by the number of objects, mask_code by D as well. Every stage is matched on its own, with masks as they
+        are in their annotated boxes; matched masks are compared as they are in the predicted boxes. Computed in float32.
+
+        Raises:
+            MatchingError: a prediction is NaN or infinite.
+            ValueError: the output is one of evaluation mode.
+        """
+        if any(layer.mask_params is None for layer in output.layers):
+            raise ValueError(
+                "the loss needs the masks of all stages, which the model only gives in training mode: model.train()."
+            )
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self._terms(output.layers, images, objects)
+
+    def _terms(self, layers: Sequence[SlotPredictions], images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+        settings = self.config
+        count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
+        labels = [found.labels for found in objects]
+        boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
+        codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
+        weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
+        cost = settings.code_weight * cosine_cost(codes, self._codes_in_own_boxes(objects))
+        pairs, sums = class_and_corner_terms(layers, labels, boxes, weights, cost)
+        masks = self._masks_in_predicted_boxes(layers, pairs, objects)
+        errors = [
+            self._mask_errors(layer, *part) for layer, part in zip(layers, _by_layer(pairs, masks, len(layers)), strict=True)
+        ]
+        of_codes, of_masks = torch.stack(errors).unbind(1)
+        sums |= {"mask_code": settings.code_weight * of_codes, "mask_dice": settings.dice_weight * of_masks}
+        return name_by_layer({name: value / count for name, value in sums.items()}, len(layers))
+
+    def _encode(self, masks: Bool[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
+        """Return target codes. An autoencoder in training mode normalises by the masks of this call."""
+        with torch.no_grad():
+            if isinstance(self.codec, LogitPcaCodec):
+                return self.codec.encode(masks.float(), noisy=self.config.target_noise)
+            return self.codec.encode(masks.float())
+
+    def _decode(self, codes: Float[Tensor, "n D"], context: Float[Tensor, "n c s s"] | None) -> Float[Tensor, "n S S"]:
+        return self.codec.decode(codes, context) if isinstance(self.codec, AutoencoderCodec) else self.codec.decode(codes)
+
+    def _codes_in_own_boxes(self, objects: Sequence[Instances]) -> Float[Tensor, "B T D"]:
+        """Return the codes that objects have in their annotated boxes."""
+        masks = torch.cat([crop(found.masks, found.boxes, self.codec.size) for found in objects])
+        return pad(list(self._encode(masks).split([len(found) for found in objects])))
+
+    @torch.no_grad()
+    def _masks_in_predicted_boxes(
+        self, layers: Sequence[SlotPredictions], pairs: Matches, objects: Sequence[Instances]
+    ) -> Bool[Tensor, "M S S"]:
+        """Return what each matched pair's object looks like inside the predicted box, cut to the image."""
+        predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])
+        chosen = box_ops.to_corners(predicted[pairs.layer, pairs.image, pairs.slot])
+        masks = torch.zeros(len(pairs), self.codec.size, self.codec.size, dtype=torch.bool, device=chosen.device)
+        for i, found in enumerate(objects):
+            of, size = pairs.image == i, found.masks.size
+            corners = box_ops.clip(chosen[of] * box_ops.scale_of(size, chosen), size)
+            masks[of] = crop(found.masks[pairs.object[of].tolist()], corners, self.codec.size)
+        return masks
+
+    def _mask_errors(self, layer: SlotPredictions, pairs: Matches, masks: Bool[Tensor, "M S S"]) -> Float[Tensor, "2"]:
+        """Return the summed errors of one stage's matched pairs: of the codes, divided by D, and of the masks."""
+        assert layer.mask_params is not None
+        codes, context = layer.mask_params[pairs.image, pairs.slot].float(), None
+        if layer.mask_context is not None:
+            context = layer.mask_context[pairs.image, pairs.slot].float()
+        of_codes = F.smooth_l1_loss(codes, self._encode(masks), reduction="sum") / self.codec.length
+        of_masks = squared_dice_loss(self._decode(codes, context), masks.float(), least=1e-5).sum()
+        return torch.stack([of_codes, of_masks])
+
+    @torch.no_grad()
+    def postprocess(
+        self,
+        output: ModelOutput,
+        images: ImageBatch,
+        sizes: Sequence[tuple[int, int]],
+        limit: int = 100,
+        threshold: float = 0.0,
+    ) -> list[Instances]:
+        """Return the `limit` best pairs of query and class of each image, less those whose box is outside of it.
+
+        A query may appear with several classes. Boxes are cut to the image, and masks are stretched over what is left of them.
+        """
+        last = output.layers[-1]
+        assert last.boxes is not None
+        assert last.mask_params is not None
+        every = torch.stack([layer.class_logits.float() for layer in output.layers[-self.config.averaged_stages :]]).mean(0)
+        found = []
+        for i, (logits, boxes, size) in enumerate(zip(every, last.boxes, sizes, strict=True)):
+            slots, labels, scores, corners = best_detections_inside(logits, boxes, size, limit, threshold)
+            once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
+            with torch.autocast(logits.device.type, enabled=False):  # rounding would move the masks' edges
+                context = None if last.mask_context is None else last.mask_context[i, once].float()
+                drawn = self._decode(last.mask_params[i, once].float(), context)
+                masks = paste_soft(drawn, corners[once], size, _MASK_THRESHOLD)
+            found.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
+        return found
+
+
+def _by_layer(pairs: Matches, masks: Bool[Tensor, "M S S"], layers: int) -> list[tuple[Matches, Bool[Tensor, "_ S S"]]]:
+    """Return the pairs of each layer and their masks: an autoencoder's batch norms must see those alone."""
+    parts = []
+    for layer in range(layers):
+        of = pairs.layer == layer
+        parts.append((Matches(pairs.layer[of], pairs.image[of], pairs.slot[of], pairs.object[of]), masks[of]))
+    return parts
