@@ -58,6 +58,7 @@ def test_a_pickle_of_detectron2_fills_a_resnet(tmp_path, protocol):
 
 def test_msras_norms_are_a_scale_and_a_shift(tmp_path):
     backbone = resnet50()
+    stride_in_first(backbone)
     weights = filled(backbone)
     arrays = {
         caffe2_name(official_name(name)): value.numpy()
@@ -65,11 +66,21 @@ def test_msras_norms_are_a_scale_and_a_shift(tmp_path):
         if not name.split(".")[-1].startswith("run")
     }
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": arrays | {"pred_w": np.zeros((2, 3))}}, 2))
+    with pytest.raises(ConfigError, match="strides in different convolutions"):
+        load_pretrained(resnet50(), str(tmp_path / "R-50.pkl"))
     load_pretrained(backbone, str(tmp_path / "R-50.pkl"))
     norm = backbone.body.get_submodule("layer2.0.bn2")
     x = torch.randn(1, 128, 2, 2)
     scale, shift = (weights[f"layer2.0.bn2.{part}"][:, None, None] for part in ("weight", "bias"))
     torch.testing.assert_close(norm(x), x * scale + shift)
+
+
+def test_weights_for_the_other_place_of_the_stride_are_refused(tmp_path):
+    torch.save(resnet50().body.state_dict(), tmp_path / "resnet50.pth")
+    backbone = resnet50()
+    stride_in_first(backbone)
+    with pytest.raises(ConfigError, match="strides in different convolutions, though shapes fit"):
+        load_pretrained(backbone, str(tmp_path / "resnet50.pth"))
 
 
 class Bomb:

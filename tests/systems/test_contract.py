@@ -355,7 +355,7 @@ def after_the_autoencoder(model: IstrSmt, found: Instances) -> Masks:
 def after_the_quarter_map(model: Isda, found: Instances) -> Masks:
     height, width = found.masks.size
     soft = central_means(found.masks, model.config.mask_stride, (-(-height // 32) * 8, -(-width // 32) * 8))
-    return model._paint(soft, (height, width), (height, width))
+    return paint_probabilities(soft, model.config.mask_stride, (height, width), (height, width))
 
 
 def after_the_quarter_mask(model: Sotr, found: Instances) -> Masks:

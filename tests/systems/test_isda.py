@@ -9,6 +9,7 @@ from tiny import TINY, batch, shapes
 
 from maskset import matching
 from maskset.config import ConfigError
+from maskset.masks.resample import paint_probabilities
 from maskset.masks.soft import central_means
 from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
 from maskset.systems import build, isda
@@ -278,4 +279,4 @@ def test_no_object_at_all_costs_no_mask():
 
 
 def test_masks_of_no_object_are_empty():
-    assert isinstance(tiny()._paint(torch.zeros(0, 16, 24), (64, 80), (64, 80)), Masks)
+    assert isinstance(paint_probabilities(torch.zeros(0, 16, 24), 4, (64, 80), (64, 80)), Masks)

@@ -13,6 +13,7 @@ from maskset.conversion.isda import RULES
 from maskset.conversion.keys import rename
 from maskset.layers.positions import sine_positions
 from maskset.masks.dynamic_conv import dynamic_conv
+from maskset.masks.resample import paint_probabilities
 from maskset.masks.soft import central_means
 from maskset.matching import Matches, focal_cost
 from maskset.structures import ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
@@ -232,7 +233,7 @@ def test_candidates_are_the_official_ones(name):
         close(by_class, golden("isda", f"{prefix}_det_cls_scores"), 1e-5)
         close(scores, golden("isda", f"{prefix}_det_scores"), 1e-3)
         size = tuple(golden("isda", f"{prefix}_det_mask_size").tolist())
-        masks = model()._paint(drawn, INPUTS[name][i][1:], size)[slots.tolist()]
+        masks = paint_probabilities(drawn, 4, INPUTS[name][i][1:], size)[slots.tolist()]
         assert (different(masks, f"{prefix}_det_masks_packed") <= 1e-3).all()
         assert (masks.areas() - golden("isda", f"{prefix}_det_areas")).abs().max() <= 1e-3 * size[0] * size[1]
 
@@ -241,7 +242,7 @@ def test_masks_at_the_size_of_the_original_image_are_the_official_ones():
     output = run("a")[0]
     last = output.layers[-1]
     _, _, slots, drawn = _candidates(last.class_logits[0], last.mask_params[0], output.mask_features[0], 100, 0.0)
-    masks = model()._paint(drawn, (192, 256), (150, 201))[slots.tolist()]
+    masks = paint_probabilities(drawn, 4, (192, 256), (150, 201))[slots.tolist()]
     assert (different(masks, "a_rescaled_masks_packed") <= 1e-3).all()
     assert (masks.areas() - golden("isda", "a_rescaled_areas")).abs().max() <= 1e-3 * 150 * 201
 
@@ -259,5 +260,5 @@ def test_results_are_the_official_ones_best_first(name):
         order = scores.argsort(descending=True, stable=True)
         assert torch.equal(found.scores, scores[order])
         assert torch.equal(found.labels, labels[order])
-        assert found.masks == model()._paint(drawn, INPUTS[name][i][1:], sizes[i])[slots[order].tolist()]
+        assert found.masks == paint_probabilities(drawn, 4, INPUTS[name][i][1:], sizes[i])[slots[order].tolist()]
         assert torch.equal(found.boxes, found.masks.boxes())

@@ -91,9 +91,9 @@ def test_deformable_convolutions_and_strides_can_be_chosen():
     model = tiny(backbone="resnet26", deformable_stages=2, stride_in_first=True, depth=1)
     assert sum(isinstance(module, DeformableConvolution) for module in model.modules()) == 4
     assert model.backbone.body.layer2[0].conv1.stride == (2, 2)
-    assert not model.backbone.on_hub
+    assert model.backbone.stride_in_first
     assert all(term.isfinite() for term in step(model, 1).values())
-    assert build(dataclasses.replace(TINY["sotr"], backbone="resnet26")).backbone.on_hub
+    assert build(dataclasses.replace(TINY["sotr"], backbone="resnet26")).backbone.stride_in_first is False
 
 
 # Targets
@@ -150,7 +150,7 @@ def test_objects_belong_to_the_cells_of_the_papers_code(seed, share):
     pairs, classes = slow_pairs(found, (16, 24), settings)
     assigned = assign(found, (16, 24), settings)
     assert list(zip(assigned.cells.tolist(), assigned.objects.tolist(), strict=True)) == pairs
-    assert assigned.classified(len(classes)).tolist() == classes
+    assert assigned.owners(len(classes)).tolist() == classes
     assert len(pairs) > 40
     assert len({cell for cell, _ in pairs}) < len(pairs) or share == 0
 
@@ -262,7 +262,7 @@ def test_processes_share_their_divisors(monkeypatch):
     output, images, objects = random_output()
     alone = tiny().loss(output, images, objects)
     pairs = [assign(found, (16, 24), TINY["sotr"]) for found in objects]
-    cells = sum(int((own.classified(CELLS) >= 0).sum()) for own in pairs)
+    cells = sum(int((own.owners(CELLS) >= 0).sum()) for own in pairs)
     drawn = sum(len(own.cells) for own in pairs)
     other = iter([30.5, 50.0])  # another process has 30 cells and 50 pairs
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -408,7 +408,7 @@ def test_masks_show_the_image_without_its_padding_at_any_size_of_the_canvas():
 
 
 def test_more_than_a_hundred_results_can_be_had():
-    model = tiny(num_classes=50, nms="linear")
+    model = tiny(num_classes=50, nms="linear", nms_candidates=3000)
     images, _ = batch(shapes(1), model.config)
     with torch.no_grad():
         output = model(images)
@@ -418,6 +418,27 @@ def test_more_than_a_hundred_results_can_be_had():
 
 
 # Settings
+
+
+def test_weights_of_the_hub_with_pixels_of_another_scale_are_refused():
+    with pytest.raises(ConfigError, match="stride_in_first false starts from timm's hub, whose weights want"):
+        SotrConfig(stride_in_first=False)
+    assert SotrConfig(stride_in_first=False, input=InputConfig(divisor=32)).pretrained
+
+
+def test_candidates_that_are_not_finite_do_not_move_the_others():
+    model = tiny(nms="linear").eval()
+    images, _ = batch(shapes(1), model.config)
+    with torch.no_grad():
+        output = model(images)
+        kernels = output.layers[0].mask_params
+        kernels.copy_(torch.randn_like(kernels))
+        (before,) = model.postprocess(output, images, [(64, 80)], limit=1000)
+        kernels[0, 0] = torch.nan
+        (after,) = model.postprocess(output, images, [(64, 80)], limit=1000)
+    assert after.scores.isfinite().all()
+    assert abs(len(before) - len(after)) <= 3 * 3
+    assert before.scores[0] >= after.scores[0] > 0
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_targets_are_the_official_ones(name):
     cells = 0
     for i, found in enumerate(objects(name)):
         pairs = assign(found, size, model().config)
-        shown = pairs.classified(sum(side**2 for side in GRIDS))
+        shown = pairs.owners(sum(side**2 for side in GRIDS))
         classes = torch.where(shown >= 0, found.labels[shown], 80)
         cells += int((shown >= 0).sum())
         before = 0

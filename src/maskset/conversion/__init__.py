@@ -68,8 +68,8 @@ def convert_file(
     except RuntimeError as error:
         raise ConversionError(f"{source} does not fit the model that its shapes describe: {error}") from None
     known = [recipe for make in recipes.RECIPES.values() if (recipe := make()).model.system == config.system]
-    fitting = [recipe for recipe in known if recipe.model.backbone == config.backbone]
-    recipe = dataclasses.replace((fitting or known)[0], model=config)
+    nearest = max(known, key=lambda recipe: len(vars(recipe.model).items() & vars(config).items()))
+    recipe = dataclasses.replace(nearest, model=config)
     save(model, recipe, out, source=f"official {system} checkpoint {_named(source)}", licence=licence)
     return out
 

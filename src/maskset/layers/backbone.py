@@ -35,14 +35,14 @@ class Backbone(nn.Module):
 
     Attributes:
         strides: pixels per cell of each map.
-        on_hub: whether timm's hub has weights for it.
+        stride_in_first: whether bottlenecks have their stride in the first convolution, see `maskset.layers.resnet`.
     """
 
     def __init__(self, name: str, body: nn.Module, channels: list[int], channels_last: bool = False) -> None:
         super().__init__()
         self.name, self.body = name, body
         self.channels, self.strides = channels, STRIDES[-len(channels) :]
-        self.on_hub = True
+        self.stride_in_first = False
         self._channels_last = channels_last
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
@@ -168,7 +168,7 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
     Raises:
         ConfigError: the weights cannot be had, or are not those of this backbone; the backbone is unchanged.
     """
-    if weights is None and not backbone.on_hub:
+    if weights is None and backbone.stride_in_first:
         raise ConfigError(
             f"timm's hub has no weights for the backbone {backbone.name} with strides in the first convolutions of its blocks: "
             "give a file, such as detectron2's ImageNetPretrained/MSRA/R-50.pkl, with --model.backbone-weights FILE, or do "
@@ -176,6 +176,11 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
         )
     source = weights or "timm's hub"
     state = _fetch(backbone.name, len(backbone.strides)) if weights is None else _read(Path(weights))
+    if detectron2.is_msra(state) != backbone.stride_in_first and "layer4" in dict(backbone.body.named_children()):
+        raise ConfigError(
+            f"the weights of {source} and the backbone {backbone.name} have their strides in different convolutions, though "
+            "shapes fit: MSRA's weights are for SOTR, others for the rest and for SOTR with --model.stride-in-first false."
+        )
     if detectron2.is_detectron2(state):
         state = detectron2.rename_resnet(state)
     state = rename_swin(state) if backbone.name in SWIN_SIZES else _flatten_stages(state, backbone.body)
@@ -196,8 +201,8 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {'; '.join(wrong[:3])}{more}.")
     backbone.body.load_state_dict({key: state[key] for key in wanted}, strict=False)
-    of = "sampling offsets" if any(".offset." in key for key in fresh) else "norms"
-    rest = f"; the {len(fresh)} others belong to {of}, which start anew" if fresh else ""
+    kinds = {"sampling offsets" if ".offset." in key else "norms" for key in fresh}
+    rest = f"; the {len(fresh)} others belong to {' and '.join(sorted(kinds))}, which start anew" if fresh else ""
     return f"backbone {backbone.name}: took {len(wanted)} of {len(own)} tensors from {source}{rest}."
 
 

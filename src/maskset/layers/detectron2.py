@@ -62,6 +62,11 @@ def is_detectron2(state: Mapping[str, Tensor]) -> bool:
     return "stem.conv1.weight" in state or "conv1_w" in state
 
 
+def is_msra(state: Mapping[str, Tensor]) -> bool:
+    """Return whether they are MSRA's, of a ResNet with the strides of Caffe: those have batch norms without statistics."""
+    return "conv1_w" in state or ("stem.conv1.norm.weight" in state and "stem.conv1.norm.running_mean" not in state)
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Return the arrays in a .pkl file of detectron2, as tensors.
 

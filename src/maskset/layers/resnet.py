@@ -19,9 +19,13 @@ def stride_in_first(backbone: Backbone) -> None:
     Raises:
         ConfigError: the backbone is no ResNet of bottlenecks.
     """
-    for _, block in _bottlenecks(backbone, "stride_in_first false"):
+    for path, block in _bottlenecks(backbone, "stride_in_first false"):
+        if getattr(block, "aa", None) is not None and not isinstance(block.aa, nn.Identity):
+            raise ConfigError(
+                f"the backbone {backbone.name!r} has its stride in a filter ({path}): use model.stride_in_first false."
+            )
         block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
-    backbone.on_hub = False
+    backbone.stride_in_first = True
 
 
 def deform(backbone: Backbone, stages: int = 3) -> None:
@@ -59,6 +63,7 @@ class DeformableConvolution(nn.Module):
         nn.init.zeros_(self.offset.weight)
         assert self.offset.bias is not None
         nn.init.zeros_(self.offset.bias)
+        self.offset.requires_grad_(plain.weight.requires_grad)  # a frozen stage is frozen whole
 
     def forward(self, x: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
         """Return a map of the same size, or half of it; computed in float32, since torchvision's operator takes one type only."""

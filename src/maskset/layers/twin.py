@@ -138,10 +138,10 @@ class ReleasedLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B h n C"], copies: Copies) -> tuple[Float[Tensor, "B h m C"], Copies]:
         """Return the map after the layer, and which columns of its copies it has."""
-        for_columns, for_rows, *for_convolutions = self.gates
-        x = x + for_columns * self.columns(x) + for_rows * self.rows(x, copies)
+        of_columns, of_rows, *of_pairs = self.gates
+        x = x + of_columns * self.columns(x) + of_rows * self.rows(x, copies)
         x = copies.for_convolutions(x)
-        one, other = (gate * pair(x) for gate, pair in zip(for_convolutions, self.convolutions, strict=True))
+        one, other = (gate * pair(x) for gate, pair in zip(of_pairs, self.convolutions, strict=True))
         return copies.after_convolutions(x + one + other)
 
 
@@ -160,7 +160,9 @@ class ReleasedTransformer(nn.Module):
 
     def forward(self, level: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """Return a map of the same size; h and w may be any."""
+        # In float32 also under autocast, where layers with norms, unlike these, would keep the sum so.
         x, copies = level.permute(0, 2, 3, 1).contiguous(), Copies(level.shape[3])
+        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
         for layer in self.layers:
             x, copies = layer(x, copies)
         return ((x[:, :, : copies.width] + copies.right(x)) / 2).permute(0, 3, 1, 2)

@@ -12,13 +12,13 @@ def centres_of_mass(masks: Masks) -> tuple[Int[Tensor, "T"], Float[Tensor, "T 2"
 
     The sums are exact, their quotient is in float32. An empty mask's centre is 0, 0.
     """
-    height, runs = masks.size[0], [counts.cpu().long() for counts in masks.rle()]
+    height, runs = masks.size[0], masks.rle()
     moments = torch.zeros(len(runs), 3, dtype=torch.int64)
     if not runs:
         return moments[:, 0], moments[:, 1:].float()
-    lengths = torch.cat(runs)
+    lengths = torch.cat(runs).cpu().long()  # one copy for all masks
     owner = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(counts) for counts in runs]))
-    ends = torch.cat([counts.cumsum(0) for counts in runs])
+    ends = torch.cat([counts.cumsum(0) for counts in lengths.split([len(counts) for counts in runs])])
     is_set = torch.cat([torch.arange(len(counts)) % 2 == 1 for counts in runs])
     ends, lengths = ends[is_set], lengths[is_set]
     moments.index_add_(0, owner[is_set], _sums_before(ends, height) - _sums_before(ends - lengths, height))

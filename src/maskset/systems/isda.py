@@ -27,7 +27,7 @@ from maskset.masks.features import MaskFeatureHead, with_coordinates
 from maskset.masks.resample import paint_probabilities
 from maskset.masks.soft import central_means
 from maskset.matching import Matches, class_targets, focal_cost, match, pad, soft_iou_cost
-from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 
 _AT_LEAST_ONE = (
@@ -226,13 +226,9 @@ class Isda(System):
                 best = scores.argsort(descending=True, stable=True)[:limit]
                 best = best[scores[best] >= threshold]
                 once, again = slots[best].unique(return_inverse=True)  # paint a query once, however many classes it has
-                masks = self._paint(drawn[once], shown, size)[again.tolist()]
+                masks = paint_probabilities(drawn[once], self.config.mask_stride, shown, size)[again.tolist()]
                 found.append(Instances(labels[best].cpu(), masks.boxes(), masks, scores[best].cpu(), self.categories))
         return found
-
-    def _paint(self, drawn: Float[Tensor, "n h w"], shown: Sequence[int], size: tuple[int, int]) -> Masks:
-        """Return mask probabilities as masks of the image: up to the canvas, cut to what the image `shown` covers, resized."""
-        return paint_probabilities(drawn, self.config.mask_stride, shown, size)
 
 
 def _mask_cost(

@@ -32,7 +32,7 @@ from maskset.masks.moments import centres_of_mass
 from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
 from maskset.masks.quarter import quarter_masks
 from maskset.masks.resample import paint_probabilities
-from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 
 _LEVELS = 5
@@ -80,7 +80,7 @@ class SotrConfig:
     class_weight: float = 1.0  # weight of the focal loss
     score_threshold: float = 0.1  # probability that a class must exceed for its mask to be drawn
     nms: Literal["gaussian", "linear", "greedy"] = "gaussian"  # Matrix NMS with this decay, or greedy suppression of masks
-    nms_candidates: int = 500  # best masks that are compared with each other
+    nms_candidates: int = 500  # best masks that are compared with each other, and so the most results of an image
     kept_threshold: float = 0.05  # least score after Matrix NMS
 
     def __post_init__(self) -> None:
@@ -105,6 +105,11 @@ class SotrConfig:
             raise ConfigError(f"model.deformable_stages must be in 0 ... 4, got {self.deformable_stages}.")
         if self.input.divisor % _CANVAS:
             raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for SOTR, got {self.input.divisor}.")
+        if self.pretrained and not self.stride_in_first and self.backbone_weights is None and max(self.input.std) < 0.02:
+            raise ConfigError(
+                "model.stride_in_first false starts from timm's hub, whose weights want model.input.mean 0.485 0.456 0.406, std 0.229 "
+                f"0.224 0.225 and channel_order rgb; got std {self.input.std}."
+            )
         check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
 
 
@@ -170,7 +175,10 @@ class Sotr(System):
         the mask term is 0, where the official code stops. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
-            return self._terms(output, objects)
+            drawn = [
+                replace(found, masks=Masks(found.masks.rle(), found.masks.size)) for found in objects
+            ]  # once for all targets
+            return self._terms(output, drawn)
 
     def _terms(self, output: ModelOutput, objects: Sequence[Instances]) -> dict[str, Tensor]:
         (layer,) = output.layers
@@ -180,7 +188,7 @@ class Sotr(System):
         pairs = [assign(found, (features.shape[2], features.shape[3]), self.config) for found in objects]
         targets, positive = torch.zeros_like(logits), 0
         for target, own, found in zip(targets, pairs, objects, strict=True):
-            shown = own.classified(len(target))
+            shown = own.owners(len(target))
             cells = (shown >= 0).nonzero()[:, 0]
             target[cells, found.labels.cpu()[shown[cells]]] = 1
             positive += len(cells)
@@ -215,8 +223,8 @@ class Sotr(System):
                 scores, layer.mask_params.float(), output.mask_features.float(), images.sizes.tolist(), sizes, strict=True
             )
             for own, kernels, features, shown, size in parts:
-                best = self._suppressed(self._candidates(own, kernels, features, max(limit, self.config.nms_candidates)))
-                best = best.chosen(best.scores >= threshold).chosen(slice(limit))
+                best = self._suppressed(self._candidates(own.nan_to_num(0), kernels, features, self.config.nms_candidates))
+                best = best[best.scores >= threshold][:limit]
                 once, again = best.cells.unique(return_inverse=True)  # paint a cell's mask once, however many classes it has
                 drawn = dynamic_conv(features, kernels[once]).sigmoid()
                 masks = paint_probabilities(drawn, _STRIDE, shown, size)[again.tolist()]
@@ -245,19 +253,19 @@ class Sotr(System):
             confidence = (drawn * inside[-1]).sum((1, 2)) / areas.clamp(min=1) * (areas > least[some])
             scored[some] = scores[some] * confidence[:, None]
         best, pairs = scored.flatten().sort(descending=True, stable=True)
-        pairs = pairs[best > 0][:count]
+        best, pairs = best[best > 0][:count], pairs[best > 0][:count]
         found, labels = pairs // scores.shape[1], pairs % scores.shape[1]
-        return Candidates(found, labels, best[: len(pairs)], torch.cat(inside)[cells.argsort()[found]])
+        return Candidates(found, labels, best, torch.cat(inside)[cells.argsort()[found]])
 
     def _suppressed(self, found: "Candidates") -> "Candidates":
         """Return what is left after NMS, best first."""
         iou = mask_iou(found.masks)
         if self.config.nms == "greedy":
-            return found.chosen(greedy_nms(iou, found.labels, _GREEDY_IOU))
+            return found[greedy_nms(iou, found.labels, _GREEDY_IOU)]
         scores = found.scores * matrix_nms(iou, found.labels, self.config.nms)
         order = scores.argsort(descending=True, stable=True)
         order = order[scores[order] >= self.config.kept_threshold]
-        return replace(found, scores=scores).chosen(order)
+        return replace(found, scores=scores)[order]
 
 
 @dataclass(frozen=True)
@@ -269,7 +277,7 @@ class Candidates:
     scores: Float[Tensor, "n"]
     masks: Bool[Tensor, "n h w"]
 
-    def chosen(self, index: Int[Tensor, "_"] | Bool[Tensor, "_"] | slice) -> "Candidates":
+    def __getitem__(self, index: Int[Tensor, "_"] | Bool[Tensor, "_"] | slice) -> "Candidates":
         """Return some of them."""
         return Candidates(self.cells[index], self.labels[index], self.scores[index], self.masks[index])
 
@@ -291,7 +299,7 @@ class Pairs:
     cells: Int[Tensor, "P"]
     objects: Int[Tensor, "P"]
 
-    def classified(self, slots: int) -> Int[Tensor, "N"]:
+    def owners(self, slots: int) -> Int[Tensor, "N"]:
         """Return for each slot the object whose class is its own, the last one of its pairs; -1 where it has none."""
         return torch.full((slots,), -1).scatter_reduce(0, self.cells, self.objects, "amax")
 

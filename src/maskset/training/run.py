@@ -221,6 +221,9 @@ def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Pa
     if init is not None:
         path = find(init)
         metadata, weights = read(path)
+        if getattr(metadata.recipe.model, "stride_in_first", False) != getattr(recipe.model, "stride_in_first", False):
+            lines.append("the backbone's weights are left out: they are of a ResNet with its strides elsewhere.")
+            weights = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
         done = transfer(model, training.categories, weights, metadata.categories)
         if not done.taken:
             raise CheckpointError(f"nothing in {path} fits the model.")
