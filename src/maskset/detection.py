@@ -104,7 +104,7 @@ def best_detections(
 def best_detections_inside(
     logits: Float[Tensor, "N K"], boxes: Float[Tensor, "N 4"], size: tuple[int, int], limit: int, threshold: float
 ) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "N 4"]]:
-    """Return the same, less those whose box is outside of the image, and all slots' boxes as corners cut to it.
+    """Return what `best_detections` does, less those whose box is outside of the image, and all boxes as corners cut to it.
 
     Args:
         logits: of one image.

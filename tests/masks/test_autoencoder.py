@@ -4,7 +4,7 @@ from tiny import shapes
 
 from maskset import codecs
 from maskset.config import ConfigError
-from maskset.masks import MaskCodec, learnt
+from maskset.masks import MaskCodec, autoencoder, learnt
 from maskset.masks.autoencoder import AutoencoderCodec
 from maskset.masks.boxed import crop
 
@@ -87,7 +87,7 @@ def test_sizes_that_cannot_be_halved_four_times_are_refused(size, length):
 
 
 def test_a_file_of_it_is_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(AutoencoderCodec.fit, "__defaults__", (20, 2, 0))
+    monkeypatch.setattr(autoencoder, "STEPS", 2)
     path = tmp_path / "code.safetensors"
     written = codecs.fit("autoencoder", "shapes", path, size=32, length=8, most_masks=20, progress=False)
     codec = AutoencoderCodec(32, 8)

@@ -42,6 +42,17 @@ def test_isda_has_the_official_schedule():
     assert (recipe.train.clip_norm, recipe.train.weight_decay, recipe.train.warmup_steps) == (0.1, 1e-4, 0)
 
 
+def test_istr_has_the_official_schedule():
+    for recipe in (recipes.istr_r50(), recipes.istr_smt_r50()):
+        train = recipe.train
+        assert train.learning_rate == train.backbone_learning_rate == 2.5e-5
+        assert (train.batch_size, train.clip_norm, train.weight_decay, train.warmup_steps) == (16, 1.0, 1e-4, 1000)
+        factors = [rate_factor(step, 7330, train) for step in (209_999, 210_000, 249_999, 250_000, 269_999)]
+        assert factors == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
+    assert (recipes.istr_r50().data.crop_share, recipes.istr_r50().data.short_sides[-1]) == (0.7, 800)
+    assert (recipes.istr_smt_r50().data.crop_share, recipes.istr_smt_r50().data.short_sides[-1]) == (0.0, 1088)
+
+
 def test_sotr_has_the_official_schedule():
     train = recipes.sotr_r50().train
     assert (train.optimizer, train.momentum, train.learning_rate, train.backbone_learning_rate) == ("sgd", 0.9, 0.01, 0.01)
@@ -92,13 +103,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_recipes_that_learn_from_scratch_freeze_nothing():
-    for recipe in (
-        recipes.solq_tiny(),
-        recipes.solq_small(),
-        recipes.isda_tiny(),
-        recipes.isda_small(),
-        recipes.sotr_tiny(),
-        recipes.sotr_small(),
-    ):
+    systems = (
+        recipes.solq_tiny,
+        recipes.solq_small,
+        recipes.isda_tiny,
+        recipes.isda_small,
+        recipes.istr_tiny,
+        recipes.istr_small,
+    )
+    for recipe in (*(make() for make in systems), recipes.sotr_tiny(), recipes.sotr_small()):
         assert (recipe.model.pretrained, recipe.model.frozen_stages, recipe.model.backbone_norm) == (False, 0, "group")
         assert replace(recipe.model, num_classes=1).num_classes == 1

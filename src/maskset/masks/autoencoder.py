@@ -48,7 +48,9 @@ class AutoencoderCodec(nn.Module):
         self.last = nn.Conv2d(16, 1, 1)
         self.register_buffer("fitted", torch.tensor(False))
 
-    def fit(self, masks: Tensor | Iterable[Tensor], most_masks: int = MOST_MASKS, steps: int = STEPS, seed: int = 0) -> None:
+    def fit(
+        self, masks: Tensor | Iterable[Tensor], most_masks: int = MOST_MASKS, steps: int | None = None, seed: int = 0
+    ) -> None:
         """Learn encoder and decoder from masks [n S S] in [0, 1], given whole or in batches, and show how far it is on stderr.
 
         Adam on the dice loss, its rate divided by 10 after one and two thirds of the steps, on an accelerator if there is one.
@@ -57,7 +59,7 @@ class AutoencoderCodec(nn.Module):
         Args:
             masks: what to learn from.
             most_masks: how many count, the first ones.
-            steps: how many batches of 64 masks are drawn.
+            steps: how many batches of 64 masks are drawn; None: 3000.
             seed: of the first weights, and of the order in which masks are looked at.
 
         Raises:
@@ -66,6 +68,7 @@ class AutoencoderCodec(nn.Module):
         every = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *rows(masks, BATCH, most_masks)])
         if not len(every):
             require_enough(self, 0)
+        steps = STEPS if steps is None else steps
         home, was_training = self.fitted.device, self.training
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
