@@ -36,8 +36,9 @@ def recipe(system: str = "solq", dropout: float = 0.1, **settings: Any) -> Recip
     train = TrainConfig(
         epochs=2, batch_size=2, reference_batch_size=2, learning_rate=1e-3, log_every=1, ema_decay=0.9, warmup_steps=3
     )
+    drops = {"dropout": dropout} if hasattr(TINY[system], "dropout") else {}
     return Recipe(
-        model=replace(TINY[system], backbone="test_resnet", dropout=dropout, **SMALLER.get(system, {})),
+        model=replace(TINY[system], backbone="test_resnet", **drops, **SMALLER.get(system, {})),
         data=DataConfig(augmentation="flip", short_sides=(48, 56), long_side=96, workers=0),
         train=replace(train, **settings),
     )

@@ -33,9 +33,9 @@ from maskset.structures import Instances, Masks
 
 FOOTNOTE = """\
 Upper bounds: each annotated mask is cropped to its annotated box, coded, decoded and pasted back; the results have score 1,
-and none is cut off. PCA and sparse codes were learnt from {learnt_from}. Networks trained with these codes rank otherwise
-(SOLQ, Table 3a: DCT, PCA, flatten, sparse; ISTR, Table 1a, logit-pca: 60 numbers, 80, 40), since a short code is easier to
-predict. Took {seconds:.0f} s."""
+and none is cut off. PCA, logit-pca and sparse codes were learnt from {learnt_from}. Networks trained with these codes rank
+otherwise (SOLQ, Table 3a: DCT, PCA, flatten, sparse; ISTR, Table 1a, logit-pca: 60 numbers, 80, 40), since a short code is
+easier to predict. Took {seconds:.0f} s."""
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # areas of COCO's evaluation, pixels
 
 
@@ -159,6 +159,7 @@ def fit(
     size: int | None = None,
     length: int | None = None,
     beta: float | None = None,
+    steps: int | None = None,
     split: str = "train",
     most_masks: int = learnt.MOST_MASKS,
     skip_broken: bool = False,
@@ -173,6 +174,7 @@ def fit(
         size: side S of the box-local mask, pixels; None: 28, for an autoencoder 112.
         length: D, how many numbers describe one mask; None: 60, for sparse and autoencoder 256.
         beta: sparse: see `SparseCodec`.
+        steps: autoencoder: how many batches of 64 masks it learns from; None: 3000, which takes hours on a CPU.
         split: which part of the data.
         most_masks: how many masks count; where the data has more, images are taken at random.
         skip_broken: leave out what `open_data` finds broken.
@@ -186,13 +188,18 @@ def fit(
         raise ConfigError(f"a code of kind {kind!r} has nothing to learn; {', '.join(_LEARNT)} do.")
     if beta is not None and kind != "sparse":
         raise ConfigError("only a sparse code has a beta.")
+    if steps is not None and (kind != "autoencoder" or steps < 1):
+        raise ConfigError(f"only an autoencoder has steps, at least 1, got {steps} for {kind}.")
     make, usual_size, usual_length = _LEARNT[kind]
     numbers = (usual_size if size is None else size, usual_length if length is None else length)
     codec = make(*numbers, *([] if beta is None else [beta]))
     out = Path(out)
     check_file(out)
     masks = _crops(open_data(data, split, skip_broken=skip_broken), codec.size, most_masks, f"reading {data} {split}", progress)
-    codec.fit(masks, most_masks)
+    if isinstance(codec, AutoencoderCodec):
+        codec.eval().fit(masks, most_masks, steps, progress=progress)
+    else:
+        codec.fit(masks, most_masks)
     source = f"{Path(data).absolute().name} {split}"
     metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(codec.size), "length": str(codec.length), "source": source}
     if isinstance(codec, SparseCodec):
@@ -253,6 +260,8 @@ def compare(
 def _codec(code: Code) -> MaskCodec:
     if code.kind == "flatten":
         return FlattenCodec(code.size)
+    if code.kind == "autoencoder":
+        return AutoencoderCodec(code.size, code.length).eval()  # its batch norms would learn from what is measured
     return DctCodec(code.size, code.length) if code.kind == "dct" else _LEARNT[code.kind][0](code.size, code.length)
 
 
@@ -302,7 +311,7 @@ def reconstructed(codec: MaskCodec, masks: Masks, boxes: Float[Tensor, "T 4"]) -
     """Return what is left of the masks of an image after they were coded and decoded inside their boxes."""
     fields = codec.decode(codec.encode(crop(masks, boxes, codec.size).float()))
     if isinstance(codec, (LogitPcaCodec, AutoencoderCodec)):  # ISTR pastes probabilities, SOLQ what is cut already
-        return paste_soft(fields, boxes, masks.size, 0.5)
+        return paste_soft(fields, boxes, masks.size, 0.5 if isinstance(codec, LogitPcaCodec) else 0.45)
     return paste(binarise(fields), boxes, masks.size)
 
 

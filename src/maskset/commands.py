@@ -165,6 +165,7 @@ def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("--size", type=int, help="side of the box-local mask, pixels (default: 28, for autoencoder 112)")
     parser.add_argument("--length", type=int, help="numbers per mask (default: 60, for sparse and autoencoder 256)")
     parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: 0.3 * size / 28)")
+    parser.add_argument("--steps", type=int, metavar="N", help="autoencoder: batches of 64 masks (default: 3000, hours on a CPU)")
     _add_masks(parser, "train")
 
 
@@ -179,6 +180,7 @@ def _codecs_fit(given: Namespace) -> None:
         size=given.size,
         length=given.length,
         beta=given.beta,
+        steps=given.steps,
         split=given.split,
         most_masks=given.most_masks,
         skip_broken=given.skip_broken,

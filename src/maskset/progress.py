@@ -1,5 +1,6 @@
 """How far a long piece of work is, on stderr."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,9 @@ Item = TypeVar("Item")
 
 def shown(items: Iterable[Item], total: int, what: str, unit: str = "images") -> Iterator[Item]:
     """Yield the items while a bar on stderr shows how far it is; not on a terminal, a line every half minute and at the end."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes on a machine, one speaks
+        yield from items
+        return
     from rich.console import Console
     from rich.progress import track
 

@@ -80,7 +80,7 @@ def test_a_code_that_was_not_fitted_or_has_nothing_to_learn_from_says_so():
     assert not codec.fitted
 
 
-@pytest.mark.parametrize(("size", "length"), [(28, 16), (0, 16), (32, 0)])
+@pytest.mark.parametrize(("size", "length"), [(28, 16), (0, 16)])
 def test_sizes_that_cannot_be_halved_four_times_are_refused(size, length):
     with pytest.raises(ConfigError, match="multiple of 16"):
         AutoencoderCodec(size, length)
@@ -93,9 +93,26 @@ def test_a_file_of_it_is_read_back(tmp_path, monkeypatch):
     codec = AutoencoderCodec(32, 8)
     learnt.load(codec, path)
     assert torch.equal(codec.last.weight, written.last.weight)
-    with pytest.raises(ConfigError, match="multiple of 16, and a length, got 30"):
+    with pytest.raises(ConfigError, match="another multiple of 16, got 30"):
         codecs.fit("autoencoder", "shapes", tmp_path / "x.safetensors", size=30)
 
 
 def test_it_is_a_mask_codec():
     assert isinstance(AutoencoderCodec(), MaskCodec)
+
+
+def test_a_mask_is_reconstructed_the_same_whatever_is_measured_with_it():
+    (code,) = [codecs.Code("autoencoder", 32, 16)]
+    codec = codecs._codec(code)
+    codec.fit(torch.cat([crop(found.masks, found.boxes, 32) for _, found in shapes(4)]), steps=20)
+    assert not codec.training
+    found = max((found for _, found in shapes(8)), key=len)
+    together = codecs.reconstructed(codec, found.masks, found.boxes)
+    assert len(found) > 1
+    assert together[:1] == codecs.reconstructed(codec, found.masks[:1], found.boxes[:1])
+
+
+@pytest.mark.parametrize(("size", "length", "message"), [(16, 8, "size of 32, 48, 64 .*got 16"), (32, 0, "at least 1, got 0")])
+def test_sizes_and_lengths_that_cannot_work_are_refused(size, length, message):
+    with pytest.raises(ConfigError, match=message):
+        AutoencoderCodec(size, length)

@@ -93,9 +93,15 @@ def test_masks_too_large_for_the_whole_matrix_are_coded_nearly_as_well(masks, fi
     assert errors[1] < 1.05 * errors[0]
 
 
+def test_one_mask_more_than_components_is_needed_since_the_mean_takes_one():
+    masks = torch.rand(20, 12, 12, generator=torch.Generator().manual_seed(0)) > 0.5
+    with pytest.raises(ConfigError, match="20 numbers cannot be learnt from 20 masks: it needs at least 21"):
+        LogitPcaCodec(12, 20).fit(masks)
+
+
 def test_masks_that_never_vary_give_a_code_that_is_finite():
     codec = LogitPcaCodec(12, 20)
-    codec.fit(torch.ones(20, 12, 12, dtype=torch.bool))
+    codec.fit(torch.ones(21, 12, 12, dtype=torch.bool))
     assert codec.decode(codec.encode(torch.ones(1, 12, 12))).isfinite().all()
 
 

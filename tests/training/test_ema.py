@@ -34,3 +34,12 @@ def test_averaging_leaves_the_model_alone_and_asks_for_no_gradient():
     assert not averaged.weight.requires_grad
     assert not averaged.training
     assert not torch.equal(averaged.weight, model.weight)
+
+
+def test_statistics_of_batch_norms_are_those_of_the_model():
+    model = torch.nn.BatchNorm2d(3)
+    averaged = averaged_copy(model)
+    model(torch.randn(4, 3, 5, 5) + 7)
+    average(averaged, model, 0.9, 1)
+    assert torch.equal(averaged.running_mean, model.running_mean)
+    assert averaged.running_mean.abs().min() > 0.1

@@ -22,7 +22,7 @@ from maskset import config
 from maskset.checkpoint import CheckpointError, write_tensors
 from maskset.config import ConfigError
 from maskset.data import DataError
-from maskset.systems import CONFIGS
+from maskset.systems import CONFIGS, build
 from maskset.training import run
 from maskset.training import train as loop
 from maskset.training.train import TrainingDiverged, train
@@ -451,6 +451,19 @@ def test_a_code_that_is_learnt_is_fitted_before_training_and_kept_when_fine_tuni
     train(settings, data(), tmp_path / "second", init=tmp_path / "first")
     first, second = maskset.load(tmp_path / "first"), maskset.load(tmp_path / "second")
     assert all(torch.equal(a, b) for a, b in zip(first.codec.buffers(), second.codec.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(("changes", "learnt_anew"), [({}, 0), ({"stages": 3}, 0), ({"code_length": 10}, 1)])
+def test_a_code_is_taken_whole_or_learnt_anew(tmp_path, monkeypatch, changes, learnt_anew):
+    settings, prepared = recipe("istr-smt", epochs=1), []
+    model = build(settings.model)
+    model.codec.fitted.fill_(True)
+    maskset.save(model, settings, tmp_path / "start.safetensors")
+    monkeypatch.setattr(type(model), "prepare", lambda *_: prepared.append(1))
+    run.open_run(
+        replace(settings, model=replace(settings.model, **changes)), data(), tmp_path, tmp_path / "start.safetensors", False, None
+    )
+    assert len(prepared) == learnt_anew
 
 
 def test_bf16_trains_and_the_next_run_of_the_process_may_be_fp32(tmp_path):

@@ -25,19 +25,21 @@ class AutoencoderCodec(nn.Module):
     others.
 
     Args:
-        size: side S of the mask, a multiple of 16 pixels.
+        size: side S of the mask, a multiple of 16 from 32 on, pixels.
         length: D, how many numbers describe a mask.
 
     Raises:
-        ConfigError: `size` is no multiple of 16, or `length` is not positive.
+        ConfigError: `size` is none of these, or `length` is not positive.
     """
 
     fitted: Bool[Tensor, ""]
 
     def __init__(self, size: int = 112, length: int = 256) -> None:
         super().__init__()
-        if size < 16 or size % 16 or length < 1:
-            raise ConfigError(f"an autoencoder needs a size that is a multiple of 16, and a length, got {size} and {length}.")
+        if size < 32 or size % 16:
+            raise ConfigError(f"an autoencoder needs a size of 32, 48, 64 or another multiple of 16, got {size}.")
+        if length < 1:
+            raise ConfigError(f"an autoencoder needs a length of at least 1, got {length}.")
         self.size, self.length = size, length
         layers: list[nn.Module] = []
         for before, after in [(1, 16), (16, 32), (32, 64), (64, 128)]:
@@ -49,9 +51,14 @@ class AutoencoderCodec(nn.Module):
         self.register_buffer("fitted", torch.tensor(False))
 
     def fit(
-        self, masks: Tensor | Iterable[Tensor], most_masks: int = MOST_MASKS, steps: int | None = None, seed: int = 0
+        self,
+        masks: Tensor | Iterable[Tensor],
+        most_masks: int = MOST_MASKS,
+        steps: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
     ) -> None:
-        """Learn encoder and decoder from masks [n S S] in [0, 1], given whole or in batches, and show how far it is on stderr.
+        """Learn encoder and decoder from masks [n S S] in [0, 1], given whole or in batches: hours on a CPU at full size.
 
         Adam on the dice loss, its rate divided by 10 after one and two thirds of the steps, on an accelerator if there is one.
         They are kept in memory (booleans take a byte per pixel); how they are batched does not matter.
@@ -61,14 +68,16 @@ class AutoencoderCodec(nn.Module):
             most_masks: how many count, the first ones.
             steps: how many batches of 64 masks are drawn; None: 3000.
             seed: of the first weights, and of the order in which masks are looked at.
+            progress: whether to show how far it is on stderr.
 
         Raises:
             ConfigError: there is no mask; as few as the code has numbers do not matter here.
         """
         every = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *rows(masks, BATCH, most_masks)])
         if not len(every):
-            require_enough(self, 0)
+            require_enough(self, 0, 1)
         steps = STEPS if steps is None else steps
+        turns = shown(range(steps), steps, "learning the mask autoencoder", "steps") if progress else range(steps)
         home, was_training = self.fitted.device, self.training
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -80,7 +89,7 @@ class AutoencoderCodec(nn.Module):
             self.fitted.fill_(True)
             optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 3, 2 * steps // 3])
-            for _ in shown(range(steps), steps, "learning the mask autoencoder", "steps"):
+            for _ in turns:
                 some = every[torch.randint(len(every), (BATCH,))].view(-1, self.size, self.size).to(device).float()
                 optimizer.zero_grad()
                 squared_dice_loss(self.decode(self.encode(some)), some, least=1e-5).mean().backward()

@@ -1,7 +1,7 @@
 """What the codes that are learnt from data (PCA, sparse, and others) share: reading masks, refusing to work unlearnt, files."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,21 +45,23 @@ def rows(masks: Tensor | Iterable[Tensor], count: int, most: int = MOST_MASKS) -
             yield from full
             waiting, held = [rest], len(rest)
         if not left:
+            if isinstance(masks, Generator):
+                masks.close()  # with the bar that it may show
             break
     if held:
         yield torch.cat(waiting)
 
 
-def require_enough(codec: LearntCodec, found: int) -> None:
-    """Raise unless there are at least as many masks to learn a code from as it has numbers.
+def require_enough(codec: LearntCodec, found: int, least: int) -> None:
+    """Raise unless there are at least so many masks to learn a code from.
 
     Raises:
         ConfigError: there are fewer.
     """
-    if found < codec.length:
+    if found < least:
         raise ConfigError(
             f"a code of {codec.length} numbers cannot be learnt from {found} masks: "
-            f"it needs at least {codec.length}; give more masks or a shorter code."
+            f"it needs at least {least}; give more masks or a shorter code."
         )
 
 

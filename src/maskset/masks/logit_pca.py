@@ -50,13 +50,13 @@ class LogitPcaCodec(nn.Module):
         batched does not matter. Exact up to a size of 48; beyond, what was read is kept as a sketch.
 
         Raises:
-            ConfigError: there are fewer masks than components.
+            ConfigError: there are not more masks than components.
         """
         generator = torch.Generator().manual_seed(seed)
         drawn = (_logits(part, torch.rand(part.shape, generator=generator)) for part in rows(masks, BATCH, most_masks))
         learn = _components if self.size**2 <= EXACT_UP_TO else _sketched_components
         found, means, components, variances = learn(drawn, self.size**2, self.length)
-        require_enough(self, found)
+        require_enough(self, found, self.length + 1)  # the mean takes one
         # The sign of a component is arbitrary; this one is the same on every machine.
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         self.components.copy_(components * largest.sign())

@@ -48,7 +48,7 @@ class PcaCodec(nn.Module):
         """
         learn = _components if self.size**2 <= EXACT_UP_TO else _sketched_components
         found, components = learn(rows(masks, BATCH, most_masks), self.size**2, self.length)
-        require_enough(self, found)
+        require_enough(self, found, self.length)
         # A singular vector's sign is arbitrary; this one is the same on every machine.
         largest = components.gather(0, components.abs().argmax(0, keepdim=True))
         self.basis.copy_(components * largest.sign())

@@ -70,7 +70,7 @@ class SparseCodec(nn.Module):
             ConfigError: there are fewer masks than atoms.
         """
         every = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *rows(masks, LEARNING_BATCH, most_masks)])
-        require_enough(self, len(every))
+        require_enough(self, len(every), self.length)
         atoms = _learn(every, self.length, float(self.beta), torch.Generator().manual_seed(seed))
         self.atoms.copy_(atoms)
         self.curvature.fill_(_curvature(atoms))

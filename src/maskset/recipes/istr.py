@@ -60,10 +60,10 @@ def istr_smt_r50() -> Recipe:
     Official: ISTR-AE-R50-3x.yaml of March 2022; the schedule is that of istr-r50, images are larger, the crop is of 384 to 600
     pixels, and nothing of the backbone is frozen but its batch norms. --model.codec dct or logit-pca is the official DCT or PCA.
     The autoencoder: officially from all masks in 30 epochs of batches of 1024. Here it is learnt before the first step, from the
-    first 20,000 masks in 3000 batches of 64: `maskset codecs fit autoencoder` or --model.autoencoder-steps for more.
+    first 20,000 masks in 3000 batches of 64, which takes hours on a CPU: --model.autoencoder-steps for others, and
+    `maskset codecs fit autoencoder` with --model.codec-weights to learn it once for several runs.
     Expect: box / mask AP 47.4 / 41.7 (official README, which does not say of what; PCA 46.7 / 39.8, DCT 46.9 / 40.2).
-    Status: the network and its losses are tested against the official code; not trained on COCO here. An image takes some
-    6 GB of memory in training, as all boxes of all stages are looked at on 28 x 28 cells.
+    Status: the network and its losses are tested against the official code; not trained on COCO here.
     """
     recipe = istr_r50()
     return replace(

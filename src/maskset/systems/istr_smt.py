@@ -99,8 +99,8 @@ class IstrSmtConfig:
             raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
         if not 1 <= self.averaged_stages <= self.stages:
             raise ConfigError(f"model.averaged_stages must be in 1 ... {self.stages}, got {self.averaged_stages}.")
-        if self.mask_size < 16 or self.mask_size % 16:
-            raise ConfigError(f"model.mask_size must be a multiple of 16, got {self.mask_size}.")
+        if self.mask_size < 32 or self.mask_size % 16:
+            raise ConfigError(f"model.mask_size must be 32, 48, 64 or another multiple of 16, got {self.mask_size}.")
         if self.code_length > self.mask_size**2:
             raise ConfigError(f"model.code_length must be 1 ... {self.mask_size**2}, got {self.code_length}.")
         if self.codec_weights is not None and self.codec == "dct":

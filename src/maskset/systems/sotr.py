@@ -107,8 +107,8 @@ class SotrConfig:
             raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for SOTR, got {self.input.divisor}.")
         if self.pretrained and not self.stride_in_first and self.backbone_weights is None and max(self.input.std) < 0.02:
             raise ConfigError(
-                "model.stride_in_first false starts from timm's hub, whose weights want model.input.mean 0.485 0.456 0.406, std 0.229 "
-                f"0.224 0.225 and channel_order rgb; got std {self.input.std}."
+                "model.stride_in_first false starts from timm's hub, whose weights want model.input.mean 0.485 0.456 0.406, "
+                f"std 0.229 0.224 0.225 and channel_order rgb; got std {self.input.std}."
             )
         check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
 

@@ -27,3 +27,5 @@ def average(averaged: nn.Module, model: nn.Module, decay: float, step: int) -> N
     share = 1 - min(decay, (1 + step) / (10 + step))
     for average_of, weight in zip(averaged.parameters(), model.parameters(), strict=True):
         average_of.lerp_(weight, share)
+    for average_of, value in zip(averaged.buffers(), model.buffers(), strict=True):  # statistics of batch norms are means already
+        average_of.copy_(value)

@@ -232,11 +232,10 @@ def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Pa
     if recipe.model.pretrained and any(name.startswith("backbone.") for name in fresh):
         with accelerator.local_main_process_first():  # one process of each machine downloads, the others find it there
             lines.append(load_pretrained(model.get_submodule("backbone"), recipe.model.backbone_weights))  # type: ignore[arg-type]
-    fitted = {name for name, _ in model.named_buffers() if not name.startswith("backbone.")}
-    if init is None or fitted & fresh:
-        images = range(len(training))
-        if accelerator.is_local_main_process:
-            images = shown(images, len(training), "reading masks to learn their code")  # silent where nothing reads them
+    if any(name.startswith("codec.") for name in fresh):  # a code is taken whole or learnt anew
+        images = shown(
+            range(len(training)), len(training), "reading masks to learn their code"
+        )  # silent where nothing reads them
         model.prepare(training.objects(index) for index in images)
     return lines
 
