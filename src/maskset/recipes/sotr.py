@@ -90,9 +90,9 @@ def sotr_tiny() -> Recipe:
     """A very small SOTR from scratch for generated shapes.
 
     Command: maskset train sotr-tiny --data shapes --out RUN
-    Expect: a step takes about as long as one of isda-tiny, which needs 8 minutes on two CPU cores.
-    Status: the data and the schedule of solq-tiny. With 500 of its 1,750 steps (--train.steps 500) it had mask AP 0.22 and AP50
-    0.34 on the 200 images of `val`; not yet trained to the end.
+    Expect: mask AP 0.22, AP50 0.33 on the 200 images of shapes' val after 500 of its 1,750 steps, 4 minutes of one CPU core
+    (`maskset compare`, benchmarks/results/compare_cpu.json).
+    Status: the data and the schedule of solq-tiny; not yet trained to the end.
     """
     tiny = solq_tiny()
     return Recipe(
