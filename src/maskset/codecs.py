@@ -134,7 +134,7 @@ class Comparison:
             last = i + 1 == len(self.scores) or self.scores[i + 1].data != score.data
             numbers = [f"{value:.3f}".replace("nan", "-") for value in list(asdict(score).values())[3:]]
             table.add_row(*names, str(score.code), str(score.code.length), *numbers, end_section=last)
-        console = Console(file=io.StringIO(), width=120)
+        console = Console(file=io.StringIO(), width=124)
         console.print(table)
         assert isinstance(console.file, io.StringIO)
         notes = "".join(f"Left out: {line}\n" for line in self.left_out)
