@@ -143,7 +143,12 @@ def test_mistakes_are_told_before_anything_is_read(data, tmp_path):
     with pytest.raises(ConfigError, match="only a sparse code has a beta"):
         fit("pca", data, tmp_path / "x", beta=0.1)
     with pytest.raises(ConfigError, match="cannot be written"):
-        fit("pca", data, tmp_path / "missing" / "x")
+        fit("pca", data, tmp_path / "missing" / "x.safetensors")
+    (tmp_path / "mine.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match="mine.safetensors already exists: choose another name"):
+        fit("pca", data, tmp_path / "mine.safetensors")
+    with pytest.raises(ConfigError, match=r"must end in \.safetensors"):
+        fit("pca", data, tmp_path / "x.pt")
     with pytest.raises(DataError, match="no file or folder"):
         compare([tmp_path / "missing"], progress=False)
 

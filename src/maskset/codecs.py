@@ -18,7 +18,7 @@ from maskset.config import ConfigError
 from maskset.data import open_data
 from maskset.data.dataset import Dataset
 from maskset.evaluation.average_precision import average_precision
-from maskset.files import check_file, written
+from maskset.files import check_new, written
 from maskset.masks import MaskCodec, learnt
 from maskset.masks.autoencoder import AutoencoderCodec
 from maskset.masks.boxed import binarise, crop, paste, paste_soft
@@ -181,20 +181,24 @@ def fit(
         progress: whether to show how far it is on stderr.
 
     Raises:
-        ConfigError: `kind` cannot be learnt, or the data has too few masks.
+        ConfigError: `kind` cannot be learnt, the data has too few masks, or `out` is there already or cannot be written.
         maskset.data.dataset.DataError: the data cannot be read.
     """
     if kind not in _LEARNT:
         raise ConfigError(f"a code of kind {kind!r} has nothing to learn; {', '.join(_LEARNT)} do.")
     if beta is not None and kind != "sparse":
         raise ConfigError("only a sparse code has a beta.")
-    if steps is not None and (kind != "autoencoder" or steps < 1):
-        raise ConfigError(f"only an autoencoder has steps, at least 1, got {steps} for {kind}.")
+    if steps is not None and kind != "autoencoder":
+        raise ConfigError("only an autoencoder has steps.")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"an autoencoder needs at least 1 step, got {steps}.")
+    if most_masks < 1:
+        raise ConfigError(f"most_masks must be at least 1, got {most_masks}.")
     make, usual_size, usual_length = _LEARNT[kind]
     numbers = (usual_size if size is None else size, usual_length if length is None else length)
     codec = make(*numbers, *([] if beta is None else [beta]))
     out = Path(out)
-    check_file(out)
+    check_new(out, ".safetensors")
     masks = _crops(open_data(data, split, skip_broken=skip_broken), codec.size, most_masks, f"reading {data} {split}", progress)
     if isinstance(codec, AutoencoderCodec):
         codec.eval().fit(masks, most_masks, steps, progress=progress)

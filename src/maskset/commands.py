@@ -9,10 +9,11 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from maskset.config import ConfigError
-from maskset.files import check_file, check_folder
+from maskset.files import check_file, check_folder, check_new
 
 
 def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -190,10 +191,8 @@ def _codecs_fit(given: Namespace) -> None:
 
 def _codecs_compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("data", nargs="+", metavar="DATA", help="data folders, COCO JSON files, or the word shapes")
-    parser.add_argument(
-        "--learn-from", default="train", metavar="SPLIT", help="part that PCA and sparse learn from (default: train)"
-    )
-    parser.add_argument("--out", type=_new_file, metavar="FILE", help="write the table as JSON here")
+    parser.add_argument("--learn-from", default="train", metavar="SPLIT", help="part that codes learn from (default: train)")
+    parser.add_argument("--out", type=_new_json, metavar="FILE", help="write the table as JSON here")
     _add_masks(parser, "val")
 
 
@@ -292,6 +291,7 @@ def _writable(check: Callable[[Path], None]) -> Callable[[str], Path]:
 
 
 _new_file, _new_folder = _writable(check_file), _writable(check_folder)
+_new_json = _writable(partial(check_new, ending=".json"))
 
 
 def _usable_device(name: str) -> str:

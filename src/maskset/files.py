@@ -35,6 +35,19 @@ def check_file(path: Path) -> None:
     check_folder(path.parent)
 
 
+def check_new(path: Path, ending: str) -> None:
+    """Raise a ConfigError unless a file can be written that is not there yet and has this ending.
+
+    Raises:
+        ConfigError: `path` exists, ends otherwise, or could not be written.
+    """
+    if path.suffix != ending:
+        raise ConfigError(f"{path} must end in {ending}.")
+    check_file(path)
+    if path.exists():
+        raise ConfigError(f"{path} already exists: choose another name, or remove it.")
+
+
 def check_folder(path: Path) -> None:
     """Raise a ConfigError if nothing could be written into a folder, which need not be there yet.
 

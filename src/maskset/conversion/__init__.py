@@ -14,6 +14,7 @@ from torch import Tensor
 from maskset.conversion import deformable_detr, isda, istr, istr_smt, soit, solq, sotr
 from maskset.conversion.coco import NAMES, used_categories
 from maskset.conversion.keys import ConversionError
+from maskset.files import check_new
 from maskset.systems import Config
 
 _CONVERTERS = {"solq": solq, "soit": soit, "isda": isda, "istr": istr, "istr-smt": istr_smt, "sotr": sotr}
@@ -48,12 +49,13 @@ def convert_file(
 
     Raises:
         ConversionError: the file is no checkpoint of that system, or holds objects that are not read for safety.
+        ConfigError: `out` is there already, or cannot be written.
     """
     from maskset import recipes
     from maskset.checkpoint import save
     from maskset.systems import build
 
-    _check_out(out)
+    check_new(out, ".safetensors")
     config, state = convert(system, read(source), last_wins)
     categories = _converter(system).categories(config.num_classes)
     if coco80:
@@ -93,7 +95,7 @@ def start_file(
     from maskset.checkpoint import save
 
     _converter(system)
-    _check_out(out)
+    check_new(out, ".safetensors")
     recipe = recipes.get(f"{system}-r50")
     start = deformable_detr.start(recipe.model, read(source), last_wins)
     about = f"start of {len(start.taken)} tensors from the Deformable DETR checkpoint {_named(source)}"
@@ -131,13 +133,6 @@ def _select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[st
     rows = {"class_head": channels, "proposal_class_head": list(range(len(channels)))}
     kept = {name: rows.get(name.split(".")[0].removesuffix("s")) for name in state}
     return {name: value if (index := kept[name]) is None else value[index] for name, value in state.items()}
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise ConversionError(f"{out} must end in .safetensors: that is how a checkpoint of maskset is known.")
-    if out.exists():
-        raise ConversionError(f"{out} already exists: choose another name, or remove it.")
 
 
 def _named(source: Path) -> str:

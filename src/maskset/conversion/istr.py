@@ -75,6 +75,8 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[IstrC
 def shared_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the settings of both models that can be read off the shapes of our state dict; all official ones have 8 heads."""
     queries, width = need(state, "query_position", 2).shape
+    if not width:
+        raise ConversionError("the entry for our query_position has no columns: the file is damaged.")
     return {
         "backbone": resnet_name(state),
         "num_classes": need(state, "class_heads.0.weight", 2).shape[0],

@@ -56,7 +56,12 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SotrC
         path = f"transformer.layers.{layer}"
         gates = [f"{path}.gate.{i}" for i in range(4)]
         for part in (f"{path}.columns", f"{path}.rows"):
-            ours[f"{part}.key.weight"], ours[f"{part}.value.weight"] = need(ours, f"{part}.key_value.weight", 2).chunk(2)
+            key_value = need(ours, f"{part}.key_value.weight", 2)
+            if len(key_value) < 2:
+                raise ConversionError(
+                    f"the entry for our {part}.key_value.weight has {len(key_value)} rows, not twice the width."
+                )
+            ours[f"{part}.key.weight"], ours[f"{part}.value.weight"] = key_value.chunk(2)
             del ours[f"{part}.key_value.weight"]
         ours[f"{path}.gates"] = torch.stack([need(ours, gate, 0) for gate in gates])
         ours = {name: value for name, value in ours.items() if name not in gates}

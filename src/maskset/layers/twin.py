@@ -160,9 +160,9 @@ class ReleasedTransformer(nn.Module):
 
     def forward(self, level: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """Return a map of the same size; h and w may be any."""
-        # In float32 also under autocast, where layers with norms, unlike these, would keep the sum so.
         x, copies = level.permute(0, 2, 3, 1).contiguous(), Copies(level.shape[3])
-        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
+        if self.layers:  # the sum in the weights' type also under autocast, as it stays where layers have norms
+            x = x.to(next(self.parameters()).dtype)
         for layer in self.layers:
             x, copies = layer(x, copies)
         return ((x[:, :, : copies.width] + copies.right(x)) / 2).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from maskset.config import ConfigError
 from maskset.losses import squared_dice_loss
-from maskset.masks.learnt import MOST_MASKS, require_enough, require_fitted, rows
+from maskset.masks.learnt import GREATEST, MOST_MASKS, require_enough, require_fitted, rows
 from maskset.progress import shown
 
 CONTEXT_CHANNELS = 32  # of the features that may be added to a mask while it is drawn
@@ -36,10 +36,10 @@ class AutoencoderCodec(nn.Module):
 
     def __init__(self, size: int = 112, length: int = 256) -> None:
         super().__init__()
-        if size < 32 or size % 16:
-            raise ConfigError(f"an autoencoder needs a size of 32, 48, 64 or another multiple of 16, got {size}.")
-        if length < 1:
-            raise ConfigError(f"an autoencoder needs a length of at least 1, got {length}.")
+        if not 32 <= size <= GREATEST or size % 16:
+            raise ConfigError(f"an autoencoder needs a size of 32, 48, 64 or another multiple of 16 to {GREATEST}, got {size}.")
+        if not 1 <= length <= size**2:
+            raise ConfigError(f"an autoencoder of {size} x {size} masks needs a length of 1 to {size**2}, got {length}.")
         self.size, self.length = size, length
         layers: list[nn.Module] = []
         for before, after in [(1, 16), (16, 32), (32, 64), (64, 128)]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskset.config import ConfigError
 
 MOST_MASKS = 20_000  # that a code is learnt from: all of COCO's would take an hour to read
+GREATEST = 1024  # side of a mask that is coded, pixels
 FORMAT = "maskset codec 1"  # what a file of a learnt code says that it is
 
 

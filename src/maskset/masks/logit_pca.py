@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskset.config import ConfigError
-from maskset.masks.learnt import MOST_MASKS, require_enough, require_fitted, rows
+from maskset.masks.learnt import GREATEST, MOST_MASKS, require_enough, require_fitted, rows
 from maskset.masks.pca import BATCH, EXACT_UP_TO
 
 GREATEST_SOFTNESS, LEAST_SOFTNESS = 0.05, 0.01  # a pixel becomes 1 - e or e, with e drawn from 0 ... 0.05, at least 0.01
@@ -25,7 +25,7 @@ class LogitPcaCodec(nn.Module):
         length: D, how many components to keep.
 
     Raises:
-        ConfigError: `length` is not in [1, size * size].
+        ConfigError: `size` is not in [1, 1024], or `length` not in [1, size * size].
     """
 
     components: Float[Tensor, "D P"]
@@ -35,7 +35,9 @@ class LogitPcaCodec(nn.Module):
 
     def __init__(self, size: int = 28, length: int = 60) -> None:
         super().__init__()
-        if size < 1 or not 1 <= length <= size * size:
+        if not 1 <= size <= GREATEST:
+            raise ConfigError(f"masks that are coded can have a size of 1 to {GREATEST}, got {size}.")
+        if not 1 <= length <= size * size:
             raise ConfigError(f"a PCA code of {size} x {size} masks can have a length of 1 to {size * size}, got {length}.")
         self.size, self.length = size, length
         self.register_buffer("components", torch.zeros(length, size * size))

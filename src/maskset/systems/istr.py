@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import ConfigError, config
+from maskset.config import ConfigError, check_finite, config
 from maskset.detection import best_detections_inside, class_and_corner_terms
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
@@ -35,7 +35,17 @@ from maskset.systems.base import InputConfig, System, check_canvas
 
 _CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
 _MASK_THRESHOLD = 0.5
-_AT_LEAST_ONE = ("num_classes", "hidden_dim", "num_heads", "feedforward_dim", "dynamic_dim", "roi_size", "stages", "num_queries")
+_AT_LEAST_ONE = (
+    "num_classes",
+    "hidden_dim",
+    "num_heads",
+    "feedforward_dim",
+    "dynamic_dim",
+    "roi_size",
+    "stages",
+    "num_queries",
+    "mask_size",
+)
 _WEIGHTS = ("class_weight", "l1_weight", "giou_weight", "mask_weight")
 
 
@@ -77,6 +87,7 @@ class IstrConfig:
     mask_weight: float = 2.0  # weight of each mask loss, and in the matching
 
     def __post_init__(self) -> None:
+        check_finite(self, "model")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
@@ -89,6 +100,8 @@ class IstrConfig:
             raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
         if self.image_feature == "none" and not self.position_embedding:
             raise ConfigError("model.image_feature none needs model.position_embedding: else all object features start as zero.")
+        if self.mask_size > learnt.GREATEST:
+            raise ConfigError(f"model.mask_size must be at most {learnt.GREATEST}, got {self.mask_size}.")
         pixels = self.mask_size**2
         if not 1 <= self.code_length <= pixels or (self.codec == "flatten" and self.code_length != pixels):
             allowed = pixels if self.codec == "flatten" else f"1 ... {pixels}"

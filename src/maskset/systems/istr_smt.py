@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import ConfigError, config
+from maskset.config import ConfigError, check_finite, config
 from maskset.detection import best_detections_inside, class_and_corner_terms
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
@@ -87,6 +87,7 @@ class IstrSmtConfig:
     dice_weight: float = 5.0  # weight of the dice loss of the masks
 
     def __post_init__(self) -> None:
+        check_finite(self, "model")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
@@ -99,8 +100,9 @@ class IstrSmtConfig:
             raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
         if not 1 <= self.averaged_stages <= self.stages:
             raise ConfigError(f"model.averaged_stages must be in 1 ... {self.stages}, got {self.averaged_stages}.")
-        if self.mask_size < 32 or self.mask_size % 16:
-            raise ConfigError(f"model.mask_size must be 32, 48, 64 or another multiple of 16, got {self.mask_size}.")
+        if not 32 <= self.mask_size <= learnt.GREATEST or self.mask_size % 16:
+            most = learnt.GREATEST
+            raise ConfigError(f"model.mask_size must be 32, 48, 64 or another multiple of 16 up to {most}, got {self.mask_size}.")
         if self.code_length > self.mask_size**2:
             raise ConfigError(f"model.code_length must be 1 ... {self.mask_size**2}, got {self.code_length}.")
         if self.codec_weights is not None and self.codec == "dct":

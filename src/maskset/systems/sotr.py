@@ -101,6 +101,11 @@ class SotrConfig:
                 raise ConfigError(f"model.{name} must be {_LEVELS} numbers of at least 1, got {getattr(self, name)}.")
         if any(low > high for low, high in zip(self.scale_from, self.scale_to, strict=True)):
             raise ConfigError(f"model.scale_from must not exceed scale_to ({self.scale_to}), got {self.scale_from}.")
+        if any(low > high for low, high in zip(sorted(self.scale_from)[1:], sorted(self.scale_to), strict=False)):
+            raise ConfigError(
+                "model.scale_from and scale_to leave a gap, so that objects of some sizes would be on no grid: got "
+                f"{self.scale_from} and {self.scale_to}."
+            )
         if not 0 <= self.deformable_stages <= 4:
             raise ConfigError(f"model.deformable_stages must be in 0 ... 4, got {self.deformable_stages}.")
         if self.input.divisor % _CANVAS:
