@@ -450,6 +450,7 @@ def test_candidates_that_are_not_finite_do_not_move_the_others():
         ({"depth": -1}, "depth must not be negative, got -1"),
         ({"mask_weight": -1.0}, "mask_weight must not be negative"),
         ({"score_threshold": 1.5}, r"score_threshold must be in \[0, 1\], got 1.5"),
+        ({"scale_to": (4, 24, 32, 48, 96)}, "scale_from and scale_to leave a gap"),
         ({"grids": (10, 8, 6)}, r"grids must be 5 numbers of at least 1, got \(10, 8, 6\)"),
         ({"grids": (10, 8, 6, 4, 0)}, "grids must be 5 numbers of at least 1"),
         ({"scale_from": (1, 2)}, "scale_from must be 5 numbers"),

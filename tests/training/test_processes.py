@@ -66,7 +66,8 @@ def test_two_processes_give_the_loss_and_the_gradient_of_one(two, system, who):
     assert found.keys() == expected.keys()
     assert len(found) > 100
     for name, value in expected.items():
-        atol = 1e-5 * max(1.0, float(value.abs().max()))  # some of ISTR's gradients are in the hundreds
+        # ISTR's gradients are larger: in one process, too, another order of the images moves one of 6.0 by 7e-5.
+        atol = 1e-5 * max(1.0, float(value.abs().max())) if system == "istr" else 1e-5
         torch.testing.assert_close(found[name], value, atol=atol, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 

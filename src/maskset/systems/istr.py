@@ -167,9 +167,8 @@ class Istr(System):
         check_canvas(images, self.input.divisor)
         levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
         objects = self._object_features(levels, images)  # [B N C]
-        pixels = (
-            images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)
-        )  # width, height, width, height
+        # Width, height, width, height of each image
+        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)
         boxes = box_ops.to_corners(self.query_boxes) * pixels  # [B N 4], absolute
         layers = []
         for stage, class_head in zip(self.stages, self.class_heads, strict=True):

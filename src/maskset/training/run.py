@@ -233,9 +233,8 @@ def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Pa
         with accelerator.local_main_process_first():  # one process of each machine downloads, the others find it there
             lines.append(load_pretrained(model.get_submodule("backbone"), recipe.model.backbone_weights))  # type: ignore[arg-type]
     if any(name.startswith("codec.") for name in fresh):  # a code is taken whole or learnt anew
-        images = shown(
-            range(len(training)), len(training), "reading masks to learn their code"
-        )  # silent where nothing reads them
+        # Nothing is shown where nothing reads them.
+        images = shown(range(len(training)), len(training), "reading masks to learn their code")
         model.prepare(training.objects(index) for index in images)
     return lines
 
