@@ -2,16 +2,24 @@ import pytest
 import torch
 from goldens import golden, notes, weights
 
-from maskset.layers.deformable import DeformableAttention, deformable_attention, deformable_attention_reference
+from maskset import native
+from maskset.layers.deformable import AttentionError, DeformableAttention, deformable_attention, implementations, using
 
-FUNCTIONS = [deformable_attention_reference, deformable_attention]
+CPU = ["reference", "bag", "gather", "c"]
 SHAPES = [tuple(shape) for shape in golden("solq", "msda.shapes").tolist()]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_output_and_gradients_are_the_official_ones(function):
+@pytest.fixture(params=CPU)
+def implementation(request):
+    if why := implementations()[request.param]:
+        pytest.skip(f"{request.param}: {why}")
+    with using(request.param):
+        yield request.param
+
+
+def test_output_and_gradients_are_the_official_ones(implementation):
     value, locations, share = (golden("solq", f"msda.{n}").double().requires_grad_() for n in ("value", "loc", "weight"))
-    out = function(value, SHAPES, locations, share)
+    out = deformable_attention(value, SHAPES, locations, share)
     torch.testing.assert_close(out, golden("solq", "msda.out").double(), atol=1e-6, rtol=1e-6)
     (out * golden("solq", "msda.grad_out")).sum().backward()
     for tensor, name in ((value, "value"), (locations, "loc"), (share, "weight")):
@@ -36,27 +44,29 @@ def naive(value, shapes, locations, share):
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("shapes", [[(3, 4), (2, 1)], [(1, 1)], [(1, 5), (4, 1), (2, 2)]])
-def test_every_sample_is_bilinear_with_zeros_outside(function, shapes):
+def test_every_sample_is_bilinear_with_zeros_outside(implementation, shapes):
     generator = torch.Generator().manual_seed(0)
     total = sum(h * w for h, w in shapes)
     value = torch.randn(2, total, 2, 3, generator=generator, dtype=torch.float64)
     locations = torch.rand(2, 4, 2, len(shapes), 2, 2, generator=generator, dtype=torch.float64) * 2 - 0.5
     share = torch.rand(2, 4, 2, len(shapes), 2, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(function(value, shapes, locations, share), naive(value, shapes, locations, share))
+    torch.testing.assert_close(deformable_attention(value, shapes, locations, share), naive(value, shapes, locations, share))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_are_those_of_finite_differences(function):
+def test_gradients_are_those_of_finite_differences(implementation):
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(1, 10, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     locations = (torch.rand(1, 2, 2, 2, 2, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2).requires_grad_()
     share = torch.rand(1, 2, 2, 2, 2, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *t: function(t[0], [(2, 3), (4, 1)], *t[1:]), (value, locations, share), eps=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda *t: deformable_attention(t[0], [(2, 3), (4, 1)], *t[1:]), (value, locations, share), eps=1e-7
+    )
 
 
-def test_locations_far_outside_or_nan_do_no_harm():
+def test_locations_far_outside_or_nan_do_no_harm(implementation):
+    if implementation == "reference":
+        pytest.skip("grid_sample takes NaN for a place outside")
     value, share = torch.ones(1, 4, 1, 2), torch.ones(1, 3, 1, 1, 1)
     locations = torch.tensor([1e30, torch.inf, -1e9]).view(1, 3, 1, 1, 1, 1).expand(-1, -1, -1, -1, -1, 2)
     assert deformable_attention(value, [(2, 2)], locations, share).abs().sum() == 0
@@ -75,7 +85,7 @@ def module() -> DeformableAttention:
 
 
 @pytest.mark.parametrize(("reference", "width"), [("points", 2), ("boxes", 4)])
-def test_the_module_is_the_official_one(reference, width):
+def test_the_module_is_the_official_one(implementation, reference, width):
     query, memory, boxes, padding = (golden("solq", f"msda.module.{n}") for n in ("query", "src", "ref", "padding"))
     out = module()(query, boxes[..., :width], memory, SHAPES, padding)
     torch.testing.assert_close(out, golden("solq", f"msda.module.out_{reference}"), atol=1e-5, rtol=1e-5)
@@ -88,9 +98,93 @@ def test_the_first_offsets_are_the_official_ones():
     assert "msda_module" in notes("solq")["arrays"]["msda.module.query"]["meaning"]
 
 
-def test_bfloat16_stays_close():
+def test_bfloat16_stays_close(implementation):
     query, memory, boxes, padding = (golden("solq", f"msda.module.{n}") for n in ("query", "src", "ref", "padding"))
     exact = module()(query, boxes, memory, SHAPES, padding)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = module()(query, boxes, memory, SHAPES, padding)
     torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_autograd_keeps_nothing_but_what_it_was_given():
+    if why := native.why_not():
+        pytest.skip(why)
+    kept = []
+    value, share = torch.rand(1, 4, 2, 3, requires_grad=True), torch.rand(1, 5, 2, 1, 2, requires_grad=True)
+    locations = torch.rand(1, 5, 2, 1, 2, 2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        deformable_attention(value, [(2, 2)], locations, share)
+    assert sorted(tensor.data_ptr() for tensor in kept) == sorted(t.data_ptr() for t in (value, locations, share))
+
+
+def test_the_operator_obeys_the_rules_of_torch_library():
+    if why := native.why_not():
+        pytest.skip(why)
+    from maskset.layers.kernels.op import fused
+
+    value, locations, share = (
+        torch.rand(size, requires_grad=True) for size in ((1, 5, 2, 4), (1, 3, 2, 2, 1, 2), (1, 3, 2, 2, 1))
+    )
+    torch.library.opcheck(fused, (value, [2, 2, 1, 1], locations, share), test_utils=["test_schema", "test_faketensor"])
+    torch.library.opcheck(fused, (value, [2, 2, 1, 1], locations, share), test_utils=["test_autograd_registration"])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_changes_no_bit(threads):
+    if why := native.why_not():
+        pytest.skip(why)
+    generator = torch.Generator().manual_seed(0)
+    value, locations, share = (
+        torch.rand(2, *size, generator=generator).requires_grad_() for size in ((500, 4, 8), (1000, 4, 1, 4, 2), (1000, 4, 1, 4))
+    )
+
+    def run() -> list[torch.Tensor]:
+        out = deformable_attention(value, [(20, 25)], locations, share)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), (value, locations, share))]
+
+    alone = run()
+    torch.set_num_threads(threads)
+    try:
+        together = run()
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda", "no implementation 'cuda'.*c, triton, reference, bag, gather"),
+        ("triton", "MASKSET_ATTENTION=triton cannot be used"),
+    ],
+)
+def test_an_implementation_that_does_not_work_here_is_refused(name, message):
+    if name == "triton" and torch.cuda.is_available():
+        pytest.skip("it works here, though not for these tensors")
+    with using(name), pytest.raises(AttentionError, match=message):
+        deformable_attention(torch.rand(1, 1, 1, 1), [(1, 1)], torch.rand(1, 1, 1, 1, 1, 2), torch.rand(1, 1, 1, 1, 1))
+
+
+def test_without_the_library_the_next_best_is_taken(monkeypatch):
+    monkeypatch.setenv(native.HIDE, "off")
+    monkeypatch.setattr("maskset.layers.kernels.op.fused", None)  # would fail
+    value, locations, share = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
+    assert deformable_attention(value, [(1, 1)], locations, share).item() == 1
+    assert implementations()["c"] == "MASKSET_NATIVE=off hides it"
+
+
+@pytest.mark.parametrize(
+    ("value", "locations", "share"),
+    [
+        ((1, 5, 1, 2), (1, 3, 1, 1, 2, 2), (1, 3, 1, 1, 2)),
+        ((1, 4, 1, 2), (1, 3, 1, 2, 2, 2), (1, 3, 1, 2, 2)),
+        ((1, 4, 2, 2), (1, 3, 1, 1, 2, 2), (1, 3, 1, 1, 2)),
+        ((2, 4, 1, 2), (1, 3, 1, 1, 2, 2), (1, 3, 1, 1, 2)),
+        ((1, 4, 1, 2), (1, 2, 1, 1, 2, 2), (1, 3, 1, 1, 2)),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_refused_before_a_kernel_reads_them(value, locations, share):
+    from maskset.layers.kernels.op import fused
+
+    with pytest.raises(ValueError, match="do not fit together"):
+        fused(torch.rand(value), [2, 2], torch.rand(locations), torch.rand(share))

@@ -1,40 +1,25 @@
 """Multi-scale deformable attention (Deformable DETR, section 4.1, eq. 3)."""
 
+import importlib.util
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-Shapes = Sequence[tuple[int, int]]  # height and width of each level
+from maskset import native
+from maskset.layers.kernels.plain import Shapes, by_bags, by_gathering, by_samples
+
+CHOICE = "MASKSET_ATTENTION"  # this environment variable names the implementation; without it the fastest that works is taken
+PLAIN = {"reference": by_samples, "bag": by_bags, "gather": by_gathering}
+FUSED = {"c": "cpu", "triton": "cuda"}  # which device each is for
 
 
-def deformable_attention_reference(
-    value: Float[Tensor, "B S M D"],
-    shapes: Shapes,
-    locations: Float[Tensor, "B Q M L P 2"],
-    weights: Float[Tensor, "B Q M L P"],
-) -> Float[Tensor, "B Q M*D"]:
-    """Return the weighted sum of P bilinear samples of each of L levels, for every query and head: the readable form.
-
-    Args:
-        value: the levels' cells, level after level, row-major, for each of M heads; S is the sum of all h * w.
-        shapes: height and width of each level.
-        locations: where to sample, x and y as fractions of the level; zero outside of [0, 1].
-        weights: of the samples.
-    """
-    batch, _, heads, width = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    total = value.new_zeros(batch * heads, width, queries)
-    for level, (cells, (height, wide)) in enumerate(zip(value.split([h * w for h, w in shapes], dim=1), shapes, strict=True)):
-        maps = cells.permute(0, 2, 3, 1).reshape(batch * heads, width, height, wide)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
-        samples = F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False)  # [B*M, D, Q, P]
-        share = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
-        total = total + (samples * share).sum(-1)
-    return total.view(batch, heads * width, queries).transpose(1, 2)
+class AttentionError(ValueError):
+    """The implementation that was asked for cannot be had; the message says why, and what can."""
 
 
 def deformable_attention(
@@ -43,36 +28,65 @@ def deformable_attention(
     locations: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
-    """Return what `deformable_attention_reference` returns, in less time and memory.
+    """Return the weighted sum of P bilinear samples of each of L levels, for every query and head, in the type of `value`.
 
-    A bilinear sample is a weighted sum of four cells, so a query's output is one weighted sum of 4 * L * P rows of `value`
-    without copies of the rows: `embedding_bag`.
+    All implementations give the same but for rounding. A location that is NaN gives NaN.
+
+    Args:
+        value: the levels' cells, level after level, row-major, for each of M heads; S is the sum of all h * w.
+        shapes: height and width of each level.
+        locations: where to sample, x and y as fractions of the level; zero outside of [0, 1]. Float32, or as `value`.
+        weights: of the samples.
+
+    Raises:
+        AttentionError: MASKSET_ATTENTION names an implementation that does not work here.
     """
-    batch, total, heads, width = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    rows, factors, first = [], [], 0
-    image = torch.arange(batch, device=value.device, dtype=torch.int32).view(-1, 1, 1, 1) * total
-    head = torch.arange(heads, device=value.device, dtype=torch.int32).view(1, 1, -1, 1)
-    for level, (height, wide) in enumerate(shapes):
-        # Clamping does not change a sample that lies outside, and keeps far ones within the range of int32.
-        x = (locations[:, :, :, level, :, 0] * wide - 0.5).clamp(-2, wide + 1)
-        y = (locations[:, :, :, level, :, 1] * height - 0.5).clamp(-2, height + 1)
-        left, top = x.detach().nan_to_num().floor(), y.detach().nan_to_num().floor()  # NaN must not become an index
-        for corner_x, share_x in ((left, left + 1 - x), (left + 1, x - left)):
-            for corner_y, share_y in ((top, top + 1 - y), (top + 1, y - top)):
-                inside = (corner_x >= 0) & (corner_x < wide) & (corner_y >= 0) & (corner_y < height)
-                cell = corner_y.clamp(0, height - 1).int() * wide + corner_x.clamp(0, wide - 1).int()
-                rows.append((image + first + cell) * heads + head)
-                factors.append(share_x * share_y * weights[:, :, :, level] * inside)
-        first += height * wide
-    bag = 4 * len(shapes) * points
-    sums = F.embedding_bag(
-        torch.stack(rows, -1).view(-1, bag),
-        value.reshape(-1, width),
-        mode="sum",
-        per_sample_weights=torch.stack(factors, -1).view(-1, bag),
-    )
-    return sums.view(batch, queries, heads * width)
+    name = os.environ.get(CHOICE) or _fastest(value)
+    if name in PLAIN:
+        return PLAIN[name](value.to(locations.dtype), shapes, locations, weights).to(value.dtype)
+    _check(name, value)
+    from maskset.layers.kernels.op import fused
+
+    return fused(value, [side for shape in shapes for side in shape], locations, weights)
+
+
+def implementations() -> dict[str, str | None]:
+    """Return every implementation by name, with why it does not work on this machine, or None where it does."""
+    no_gpu = None if torch.cuda.is_available() else "there is no GPU"
+    no_triton = None if importlib.util.find_spec("triton") else "Triton is not installed: `pip install triton`"
+    fused = {"c": native.why_not(), "triton": no_triton or no_gpu}
+    return {**fused, **dict.fromkeys(PLAIN)}
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Let one implementation compute deformable attention inside of a `with` block, in all threads."""
+    before = os.environ.get(CHOICE, "")
+    os.environ[CHOICE] = name
+    try:
+        yield
+    finally:
+        os.environ[CHOICE] = before
+
+
+def _fastest(value: Tensor) -> str:
+    if torch.compiler.is_exporting():
+        return "gather"
+    for name, device in FUSED.items():
+        if value.device.type == device and implementations()[name] is None:
+            return name
+    return "bag"
+
+
+def _check(name: str, value: Tensor) -> None:
+    """Raise an AttentionError where a fused implementation does not exist, or not for this machine or tensor."""
+    if name not in FUSED:
+        raise AttentionError(f"there is no implementation {name!r} ({CHOICE}); there are {', '.join([*FUSED, *PLAIN])}.")
+    why = implementations()[name]
+    if why is None and value.device.type != FUSED[name]:
+        why = f"it is for tensors on {FUSED[name]}, these are on {value.device.type}"
+    if why is not None:
+        raise AttentionError(f"{CHOICE}={name} cannot be used: {why}. Unset it, and the fastest that works is taken.")
 
 
 class DeformableAttention(nn.Module):
@@ -139,5 +153,4 @@ class DeformableAttention(nn.Module):
         else:
             locations = centre + offsets / self.points * reference[:, :, None, :, None, 2:] * 0.5
         value = value.view(batch, -1, self.heads, value.shape[-1] // self.heads)
-        seen = deformable_attention(value.float(), shapes, locations, weights)  # low precision would move the samples
-        return self.output_projection(seen.to(value.dtype))
+        return self.output_projection(deformable_attention(value, shapes, locations, weights))

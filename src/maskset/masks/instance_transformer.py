@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskset.layers.deformable import deformable_attention_reference
+from maskset.layers.deformable import deformable_attention
 from maskset.layers.positions import frequencies
 
 Positions = Literal["relative", "absolute", "none"]
@@ -68,7 +68,7 @@ def instance_transformer(
     here = _cell_centres(height, width, like=features)
     locations = here[:, None, None, :] + offsets / features.new_tensor([width, height])
     value = features.masked_fill(padding, 0.0).flatten(1).T.reshape(1, cells, heads, channels // heads)
-    seen = deformable_attention_reference(
+    seen = deformable_attention(
         value,
         [(height, width)],
         locations.reshape(1, count * cells, heads, 1, points, 2),

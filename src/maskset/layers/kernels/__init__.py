@@ -1,0 +1,1 @@
+"""Deformable attention, computed in several ways: see `maskset.layers.deformable`, which chooses."""

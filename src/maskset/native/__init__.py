@@ -1,0 +1,91 @@
+"""The C library: built when maskset is installed, if there is a C compiler; everything works without it, slower.
+
+The library takes pointers and knows nothing of Python or torch, so that one build serves every version of both. Functions work
+on a range of their items; `in_ranges` gives the ranges to threads.
+"""
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HIDE = "MASKSET_NATIVE"  # this environment variable, set to "off", hides the library
+
+
+@cache
+def _loaded() -> ctypes.CDLL | str:
+    """Return the library, or why there is none."""
+    found = importlib.util.find_spec("maskset.native._kernels")
+    if found is None or found.origin is None:
+        return "it was not built, for want of a C compiler: install one, then `pip install --force-reinstall --no-deps maskset`"
+    try:
+        return ctypes.CDLL(found.origin)
+    except OSError as error:
+        return f"it cannot be loaded ({error})"
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the C library; None where it cannot or shall not be used."""
+    loaded = _loaded()
+    return None if isinstance(loaded, str) or os.environ.get(HIDE) == "off" else loaded
+
+
+def why_not() -> str | None:
+    """Return why the library cannot be used; None if it can."""
+    loaded = _loaded()
+    if os.environ.get(HIDE) == "off":
+        return f"{HIDE}=off hides it"
+    return loaded if isinstance(loaded, str) else None
+
+
+def function(name: str) -> Callable[..., int]:
+    """Return a function of the library. It takes contiguous CPU tensors (by address), whole numbers (ptrdiff_t) and structures.
+
+    The library must be there, see `library`. Every C function that is called so returns ptrdiff_t or nothing.
+    """
+    loaded = library()
+    assert loaded is not None
+    called = loaded[name]
+    called.restype = ctypes.c_ssize_t
+    return lambda *arguments: called(*map(_passed, arguments))
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        assert argument.is_contiguous()
+        assert argument.device.type == "cpu"
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_ssize_t(argument) if isinstance(argument, int) else argument
+
+
+def in_ranges(work: Callable[[int, int], Any], items: int, least: int = 1) -> None:
+    """Call `work(first, end)` for ranges that make up 0 to `items`, one for each thread that torch may use.
+
+    Args:
+        work: calls a function of the library, which gives up the interpreter's lock.
+        items: how many there are.
+        least: what a thread should get at the least; fewer items are not worth it.
+    """
+    threads = min(torch.get_num_threads(), items // max(1, least))
+    if threads <= 1:
+        work(0, items)
+        return
+    ends = [items * i // threads for i in range(threads + 1)]
+    for done in [_pool(threads).submit(work, first, end) for first, end in pairwise(ends)]:
+        done.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="maskset")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool, but none of its threads
