@@ -63,8 +63,8 @@ def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, 
     expected = (batch, weights.shape[1], heads, len(shapes), weights.shape[-1])
     if cells != sum(h * w for h, w in shapes) or weights.shape != expected or locations.shape != (*expected, 2):
         raise ValueError(
-            f"deformable attention over levels of {list(shapes)} (height, width) got value {list(value.shape)} (B S M D), "
-            f"locations {list(locations.shape)} (B Q M L P 2), weights {list(weights.shape)} (B Q M L P): they do not fit together."
+            f"value {list(value.shape)} (B S M D), locations {list(locations.shape)} (B Q M L P 2) and weights "
+            f"{list(weights.shape)} (B Q M L P) do not fit together, or not levels of {list(shapes)} (height, width)."
         )
 
 
