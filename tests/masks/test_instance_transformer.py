@@ -5,9 +5,18 @@ import math
 import pytest
 import torch
 
+from maskset import native
 from maskset.masks.instance_transformer import encode_positions, instance_transformer, parameter_count, part_shapes
 
 SIZES = [(8, 4, 4), (8, 8, 4), (4, 1, 2), (16, 2, 3), (12, 3, 1)]  # channels, heads, points
+
+
+@pytest.fixture(autouse=True, params=["c", "torch"])
+def _implementation(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setenv(native.HIDE, "off")
+    elif why := native.why_not():
+        pytest.skip(why)
 
 
 def look(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -85,3 +94,43 @@ def test_the_papers_sizes_have_the_papers_numbers_of_parameters():
 def test_no_instance_gives_no_mask():
     features, padding, weights, centres = inputs(8, 4, 4)
     assert instance_transformer(features, padding, weights[:0], centres[:0], 4, 4).shape == (0, 5, 6)
+
+
+def test_the_kernel_equals_the_steps_in_float32_for_many_instances_and_padding_below(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    features, padding = torch.randn(8, 9, 7, generator=generator), torch.zeros(9, 7, dtype=torch.bool)
+    padding[7:], padding[:, 6] = True, True
+    weights, centres = torch.randn(11, 441, generator=generator), torch.rand(11, 2, generator=generator)
+
+    def run() -> list[torch.Tensor]:
+        leaves = features.clone().requires_grad_(), weights.clone().requires_grad_()
+        logits = instance_transformer(leaves[0], padding, leaves[1], centres, 4, 4)
+        return [logits, *torch.autograd.grad(logits.sin().sum(), leaves)]
+
+    found = run()
+    monkeypatch.setenv(native.HIDE, "off")
+    for one, other in zip(found, run(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
+
+
+def test_places_that_are_not_finite_do_no_harm():
+    features, padding, weights, centres = inputs(8, 4, 4)
+    weights = weights.detach().repeat(3, 1)[:3].clone()
+    shapes = part_shapes(8, 4, 4)
+    bias = slice(math.prod(shapes[0]), math.prod(shapes[0]) + math.prod(shapes[1]))
+    weights[0, bias], weights[1, bias], weights[2, bias] = 1e30, -1e30, torch.nan
+    logits = instance_transformer(features, padding, weights, centres.repeat(2, 1)[:3], 4, 4)
+    torch.testing.assert_close(logits[:2], weights[:2, -1, None, None].expand(-1, 5, 6))  # nothing is seen there but the bias
+    assert logits[2].isnan().all()
+
+
+def test_the_operator_obeys_the_rules_of_torch_library():
+    from maskset.masks.instance_kernel import fused
+
+    if native.library() is None:
+        pytest.skip("it needs the C library")
+    cells, halves = torch.rand(3, 2, 4), (torch.rand(2, 2, 3, 2), torch.rand(2, 2, 2, 2))
+    inside = torch.tensor([1, 1, 0], dtype=torch.uint8), torch.tensor([1, 1], dtype=torch.uint8)
+    leaves = [tensor.requires_grad_() for tensor in (cells, cells.clone(), torch.rand(2, 5, 3, 2), torch.rand(2, 5))]
+    arguments = (*leaves[:2], *halves, *inside, *leaves[2:], 2)
+    torch.library.opcheck(fused, arguments, test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskset.layers.deformable import deformable_attention
 from maskset.layers.positions import frequencies
+from maskset.masks.instance_kernel import fused, usable
 
 Positions = Literal["relative", "absolute", "none"]
 
@@ -56,13 +57,27 @@ def instance_transformer(
         points: K.
         positions: how a pixel knows where it is (Table 4): from the instance's centre, from the image's corner, or not.
     """
+    parts = _parts(weights, features.shape[0], heads, points)
+    seen_from = {"relative": centres, "absolute": torch.zeros_like(centres), "none": None}[positions]
+    draw = _drawn_in_one_pass if usable(features, heads, points) else _drawn_by_torch
+    return draw(features, padding, parts, seen_from, heads, points)
+
+
+def _drawn_by_torch(
+    features: Float[Tensor, "C h w"],
+    padding: Bool[Tensor, "h w"],
+    parts: Sequence[Tensor],
+    centres: Float[Tensor, "n 2"] | None,
+    heads: int,
+    points: int,
+) -> Float[Tensor, "n h w"]:
+    """Return the logits as the paper has them, step by step."""
+    offset, offset_bias, attention, attention_bias, output, output_bias = parts
     channels, height, width = features.shape
-    count, cells = len(weights), height * width
-    offset, offset_bias, attention, attention_bias, output, output_bias = _parts(weights, channels, heads, points)
+    count, cells = len(output), height * width
     query = features.flatten(1).T.expand(count, -1, -1)  # [n h*w C]
-    if positions != "none":
-        seen_from = centres if positions == "relative" else torch.zeros_like(centres)
-        query = query + encode_positions(padding, seen_from, channels).flatten(2).transpose(1, 2)
+    if centres is not None:
+        query = query + encode_positions(padding, centres, channels).flatten(2).transpose(1, 2)
     offsets = torch.baddbmm(offset_bias[:, None], query, offset.transpose(1, 2)).view(count, cells, heads, points, 2)
     scores = torch.baddbmm(attention_bias[:, None], query, attention.transpose(1, 2)).view(count, cells, heads, points)
     here = _cell_centres(height, width, like=features)
@@ -76,6 +91,46 @@ def instance_transformer(
     )
     logits = torch.baddbmm(output_bias[:, None], seen.view(count, cells, channels).relu(), output[:, :, None])
     return logits.view(count, height, width)
+
+
+def _drawn_in_one_pass(
+    features: Float[Tensor, "C h w"],
+    padding: Bool[Tensor, "h w"],
+    parts: Sequence[Tensor],
+    centres: Float[Tensor, "n 2"] | None,
+    heads: int,
+    points: int,
+) -> Float[Tensor, "n h w"]:
+    """Return the same by the C library. The padding is what lies right of and below the image."""
+    offset, offset_bias, attention, attention_bias, output, output_bias = parts
+    count, samples, channels = attention.shape
+    half = channels // 2
+    row_in, column_in = (~padding).any(1), (~padding).any(0)
+    rows, columns = (features.new_zeros(count, 2, len(inside), half) for inside in (row_in, column_in))
+    if centres is not None:
+        rows, columns = (_along(inside, centres[:, i], half) for inside, i in ((row_in, 1), (column_in, 0)))
+    steps = torch.cat([offset.view(count, samples, 2, channels), attention[:, :, None]], 2)  # [n S 3 C]: x, y, score
+    biases = torch.cat([offset_bias.view(count, samples, 2), attention_bias[:, :, None]], 2)
+    mixing = torch.cat([steps, biases[..., None]], 3).permute(0, 3, 2, 1)  # [n C+1 3 S]
+    cells = features.permute(1, 2, 0)
+    return fused(
+        cells.contiguous(),
+        cells.masked_fill(padding[..., None], 0.0).contiguous(),
+        rows.contiguous(),
+        columns.contiguous(),
+        row_in.byte(),
+        column_in.byte(),
+        mixing.contiguous(),
+        torch.cat([output, output_bias], 1),
+        heads,
+    )
+
+
+def _along(inside: Bool[Tensor, "cells"], centre: Float[Tensor, "n"], channels: int) -> Float[Tensor, "n 2 cells channels"]:
+    """Return `encode_positions` along one axis, where the other one is beside the image (where nothing counts) and in it."""
+    count = inside.cumsum(0, dtype=torch.float32)
+    place = torch.stack([torch.zeros_like(count), count / (count[-1:] + 1e-6)]) - centre[:, None, None]
+    return frequencies(place * (2 * math.pi), channels)
 
 
 def encode_positions(
