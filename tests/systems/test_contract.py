@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from fakes import Listed
 from tiny import TINY, batch, shapes
 
-from maskset import codecs, losses
+from maskset import codecs, losses, native
 from maskset.config import ConfigError
 from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
+from maskset.layers.deformable import implementations, using
 from maskset.masks.quarter import quarter_masks
 from maskset.masks.resample import by_corners, by_factor, paint, paint_probabilities, resample, stretched
 from maskset.masks.soft import central_means
@@ -82,6 +83,26 @@ def test_every_parameter_learns(name):
         silent = [key for key, p in parameters.items() if p.grad is not None and not p.grad.any()]
         optimizer.step()
     assert not silent
+
+
+@every_system
+def test_every_implementation_computes_the_same(name, monkeypatch):
+    def run() -> list[torch.Tensor]:
+        model = awake(tiny(name)).train()
+        images, objects = batch(shapes(2), model.config)
+        torch.manual_seed(0)
+        terms = model.loss(model(images), images, objects)
+        total(terms).backward()
+        return [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    with using("reference"):
+        monkeypatch.setenv(native.HIDE, "off")
+        expected = run()
+    for way in [way for way, why in implementations().items() if why is None and way != "triton"]:
+        monkeypatch.setenv(native.HIDE, "")
+        with using(way):
+            for one, other in zip(run(), expected, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(other.detach().abs().max())), rtol=1e-3)
 
 
 @every_system
