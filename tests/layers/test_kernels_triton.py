@@ -147,6 +147,34 @@ def test_locations_far_outside_or_nan_do_what_they_do_in_pytorch(interpreted, fa
     assert not found[0][1:].isnan().any()
 
 
+def printed(program):
+    """Return what a program prints in a process of its own in which Triton interprets."""
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_tuning_adds_nothing_to_the_gradients():
+    program = """
+import torch
+from maskset.layers.kernels import triton
+
+value, weights, grad = torch.ones(1, 6, 1, 4), torch.ones(1, 5, 1, 1, 2), torch.ones(1, 5, 4)
+arguments = (grad, value, [(2, 3)], torch.full((1, 5, 1, 1, 2, 2), 0.5), weights)
+wanted = triton.backward(*arguments)
+runs = []
+for tuned in (triton._tuned_forward, triton._tuned_backward):  # there is no clock to ask: the third tile is the fastest
+    tuned._do_bench = lambda call, quantiles: (call(), call(), runs.append(call), [abs(2 - (len(runs) - 1) % 4)] * 3)[-1]
+triton.WORTH_TUNING = 0
+assert torch.equal(triton.forward(*arguments[1:]), torch.full((1, 5, 4), 2.0))
+for _ in range(2):
+    assert all(torch.equal(one, other) for one, other in zip(triton.backward(*arguments), wanted, strict=True))
+print(len(runs), triton._tuned_backward.best_config.kwargs["TILE"], wanted[0].sum().item())
+"""
+    assert printed(program) == "8 512 40.0"
+
+
 def test_cells_behind_two_to_the_31_are_found():
     """Most of the memory is never touched, and thus never there; a process of its own gives it back."""
     program = """
@@ -160,9 +188,7 @@ locations = torch.stack([centre, 1 - centre.double()]).float().view(1, 2, 1, 1, 
 seen = forward(value, [(cells // wide, wide)], locations, torch.ones(2, 2, 1, 1, 1))
 print(seen.amin(-1).flatten().tolist(), seen.amax(-1).flatten().tolist())
 """
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert run.stdout.strip() == "[1.0, 2.0, 3.0, 4.0] [1.0, 2.0, 3.0, 4.0]", run.stderr
+    assert printed(program) == "[1.0, 2.0, 3.0, 4.0] [1.0, 2.0, 3.0, 4.0]"
 
 
 @pytest.mark.parametrize("missing", ["batch", "queries", "heads", "points", "cells", "width"])
