@@ -1,7 +1,7 @@
 """What every system promises. A new system needs a line in `tiny.TINY` and passes all of this."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
