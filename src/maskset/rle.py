@@ -73,6 +73,18 @@ def area(counts: Counts) -> int:
     return int(counts[1::2].sum())
 
 
+def areas(counts: Sequence[Counts]) -> Int64[Tensor, "T"]:
+    """Return the number of pixels set in each mask, on the device of the masks."""
+    if not len(counts):
+        return torch.zeros(0, dtype=torch.int64)
+    flat = torch.cat(list(counts)).long()
+    lengths = torch.tensor([len(one) for one in counts], device=flat.device)
+    starts = lengths.cumsum(0) - lengths
+    mask = torch.arange(len(counts), device=flat.device).repeat_interleave(lengths)
+    is_set = (torch.arange(len(flat), device=flat.device) - starts[mask]) % 2
+    return lengths.new_zeros(len(counts)).index_add(0, mask, flat * is_set)
+
+
 def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
     """Return the tight box x0 y0 x1 y1 of a mask in pixels, x1 and y1 exclusive; all zero if no pixel is set."""
     ends = counts.cpu().numpy().astype(np.int64).cumsum()

@@ -244,7 +244,7 @@ class Masks:
 
     def areas(self) -> Int[Tensor, "T"]:
         """Return the number of pixels of each mask."""
-        return torch.tensor([rle.area(counts) for counts in self.rle()], dtype=torch.int64)
+        return rle.areas(self.rle()).cpu()
 
     def boxes(self) -> Float[Tensor, "T 4"]:
         """Return the tight box of each mask, x0 y0 x1 y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
@@ -355,13 +355,13 @@ class Instances(_Tensors):
     def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
         """Return COCO annotations (or results, where there are scores): boxes x y w h, masks as compressed run lengths."""
         size, runs = self.masks.size, self.masks.rle()
-        rows = []
+        areas, rows = rle.areas(runs).tolist(), []
         for i, (label, (x0, y0, x1, y1)) in enumerate(zip(self.labels.tolist(), self.boxes.tolist(), strict=True)):
             row: dict[str, Any] = {
                 "image_id": image_id,
                 "category_id": self.categories[label].coco_id if self.categories else label,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": rle.area(runs[i]),
+                "area": areas[i],
                 "iscrowd": 0,
                 "segmentation": {"size": list(size), "counts": rle.to_string(runs[i], size)},
             }
