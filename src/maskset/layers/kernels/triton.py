@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention on a GPU: `deformable_attention_reference` and its gradient as Triton kernels.
+"""Multi-scale deformable attention on a GPU: `plain.by_samples` and its gradient as Triton kernels.
 
 A program takes some neighbouring queries of one head of one image, so that what they see overlaps and stays in the nearest
 cache, and each lane reads 16 bytes at a time. Programs of one image run side by side: its value stays in the cache behind.
@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Shapes = Sequence[tuple[int, int]]  # height and width of each level
+from maskset.layers.kernels.plain import Shapes
 
 # How many numbers of the output a program computes (TILE), and by how many warps. With more than 16 numbers for each lane
 # Triton passes the places of the samples through shared memory, and registers run out.
@@ -229,7 +229,7 @@ def forward(
     locations: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
-    """Return what `deformable_attention_reference` returns, in the dtype of `value`; sums are in float32.
+    """Return what `plain.by_samples` returns, in the dtype of `value`; sums are in float32.
 
     A location that is NaN makes its query's output NaN; one that is far away or infinite sees zeros.
 
@@ -238,11 +238,7 @@ def forward(
         shapes: height and width of each level.
         locations: where to sample, x and y as fractions of the level.
         weights: of the samples.
-
-    Raises:
-        ValueError: the levels have more or fewer cells than `value`.
     """
-    _check(value, shapes)
     batch, _, heads, width = value.shape
     out = value.new_empty(batch, locations.shape[1], heads * width)
     if value.numel() == 0 or locations.numel() == 0:
@@ -275,11 +271,7 @@ def backward(
         shapes: as in `forward`.
         locations: as in `forward`.
         weights: as in `forward`.
-
-    Raises:
-        ValueError: the levels have more or fewer cells than `value`.
     """
-    _check(value, shapes)
     grad, locations, weights = grad.contiguous(), locations.contiguous(), weights.contiguous()
     grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
     if value.numel() == 0 or locations.numel() == 0:
@@ -309,9 +301,3 @@ def _units_in_one(grad: Tensor, locations: Tensor, weights: Tensor) -> Float[Ten
     largest = grad.abs().amax() * weights.abs().amax() * samples
     largest = torch.where(locations.amax().isnan(), torch.nan, largest).clamp(min=2.0**-60)  # units in one stay finite
     return 2.0**62 / (largest / torch.frexp(largest).mantissa)  # the power of two above it, exactly
-
-
-def _check(value: Tensor, shapes: Shapes) -> None:
-    """Refuse levels that would have the kernels read beside `value`."""
-    if sum(h * w for h, w in shapes) != value.shape[1]:
-        raise ValueError(f"levels of {list(shapes)} have {sum(h * w for h, w in shapes)} cells, but value has {value.shape[1]}")
