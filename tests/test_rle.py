@@ -18,6 +18,7 @@ def test_run_lengths_are_those_of_pycocotools(seed):
     size = (masks.shape[1], masks.shape[2])
     counts = rle.encode(masks)
     assert torch.equal(rle.decode(counts, size), masks)
+    assert torch.equal(rle.areas(counts), masks.sum((1, 2)))
     for mask, runs in zip(masks, counts, strict=True):
         reference = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
         assert rle.to_string(runs, size) == reference["counts"].decode()
@@ -32,6 +33,8 @@ def test_full_empty_and_no_masks_survive():
     assert [c.tolist() for c in rle.encode(masks)] == [[12], [0, 12]]
     assert torch.equal(rle.decode(rle.encode(masks), (3, 4)), masks)
     assert rle.decode([], (3, 4)).shape == (0, 3, 4)
+    assert rle.areas(rle.encode(masks)).tolist() == [0, 12]
+    assert rle.areas([]).tolist() == []
 
 
 def test_long_runs_survive_the_text():

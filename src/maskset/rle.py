@@ -122,6 +122,20 @@ def area(counts: Counts) -> int:
     return int(counts[1::2].sum())
 
 
+def areas(counts: Sequence[Counts]) -> Int64[Tensor, "T"]:
+    """Return the number of pixels set in each mask, on the device of the masks."""
+    if not len(counts):
+        return torch.zeros(0, dtype=torch.int64)
+    if native.serves(counts[0].device):
+        return runs.measure(counts, height=1)[:, 4]
+    flat = torch.cat(list(counts)).long()
+    lengths = torch.tensor([len(one) for one in counts], device=flat.device)
+    starts = lengths.cumsum(0) - lengths
+    mask = torch.arange(len(counts), device=flat.device).repeat_interleave(lengths)
+    is_set = (torch.arange(len(flat), device=flat.device) - starts[mask]) % 2
+    return lengths.new_zeros(len(counts)).index_add(0, mask, flat * is_set)
+
+
 def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
     """Return the tight box x0 y0 x1 y1 of a mask in pixels, x1 and y1 exclusive; all zero if no pixel is set."""
     ends = counts.cpu().numpy().astype(np.int64).cumsum()
@@ -136,12 +150,12 @@ def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
     return float(left), float(top), float(right + 1), float(bottom + 1)
 
 
-def measure(counts: Sequence[Counts], height: int) -> Int64[Tensor, "T 5"]:
-    """Return the box x0 y0 x1 y1 of each mask, as `box` does, and its area, as `area` does, on the CPU."""
+def boxes(counts: Sequence[Counts], height: int) -> Float[Tensor, "T 4"]:
+    """Return the box of each mask, as `box` does, on the CPU."""
     on_cpu = [one.cpu() for one in counts]
     if native.serves(torch.device("cpu")):
-        return runs.measure(on_cpu, height)
-    return torch.tensor([[*map(int, box(one, height)), area(one)] for one in on_cpu], dtype=torch.int64).view(-1, 5)
+        return runs.measure(on_cpu, height)[:, :4].float()
+    return torch.tensor([box(one, height) for one in on_cpu], dtype=torch.float32).view(-1, 4)
 
 
 def to_string(counts: Counts, size: tuple[int, int]) -> str:

@@ -240,11 +240,11 @@ class Masks:
 
     def areas(self) -> Int[Tensor, "T"]:
         """Return the number of pixels of each mask."""
-        return rle.measure(self.rle(), self.size[0])[:, 4]
+        return rle.areas(self.rle()).cpu()
 
     def boxes(self) -> Float[Tensor, "T 4"]:
         """Return the tight box of each mask, x0 y0 x1 y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
-        return rle.measure(self.rle(), self.size[0])[:, :4].float()
+        return rle.boxes(self.rle(), self.size[0])
 
     def polygons(self) -> list[list[np.ndarray]]:
         """Return the outlines of each mask, [n 2] of x and y in pixels: as they came, or traced along the pixels' edges.
@@ -351,8 +351,7 @@ class Instances(_Tensors):
     def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
         """Return COCO annotations (or results, where there are scores): boxes x y w h, masks as compressed run lengths."""
         size, runs = self.masks.size, self.masks.rle()
-        areas, texts = rle.measure(runs, size[0])[:, 4].tolist(), rle.to_strings(runs, size)
-        rows = []
+        areas, texts, rows = rle.areas(runs).tolist(), rle.to_strings(runs, size), []
         for i, (label, (x0, y0, x1, y1)) in enumerate(zip(self.labels.tolist(), self.boxes.tolist(), strict=True)):
             row: dict[str, Any] = {
                 "image_id": image_id,

@@ -8,7 +8,7 @@ EXACT
 #include <stdlib.h>
 
 #define FINE 5
-#define FARTHEST 1e15 /* cells; what lies farther out, or is no number, is put there */
+#define FARTHEST 1e11 /* cells; what lies farther out, or is no number, is put there */
 
 typedef struct {
     int64_t x, y;

@@ -8,9 +8,10 @@ typedef struct {
     ptrdiff_t samples, cells; /* in each bin; of the map */
 } Samples;
 
+/* No samples where there would be so many that most of them lie beside the map: no mean reaches one half. */
 INLINE Samples samples(float low, float high, ptrdiff_t bins, ptrdiff_t cells) {
     float start = low - 0.5f, span = (high - 0.5f) - start, each = ceilf(span / (float)bins);
-    Samples s = {start, span / (float)bins, each >= 1 ? (ptrdiff_t)each : 0, cells};
+    Samples s = {start, span / (float)bins, each >= 1 && each < 5 * (float)(cells + 2) ? (ptrdiff_t)each : 0, cells};
     return s;
 }
 
