@@ -93,6 +93,7 @@ def test_a_view_shows_what_its_twin_shows(both, seed):
     assert [one.tolist() for one in runs] == [one.tolist() for one in expected]
 
 
+@pytest.mark.usefixtures("both")  # skips without the library
 def test_run_lengths_that_sum_to_nothing_that_fits_are_drawn_as_far_as_they_go():
     wrong = [2, 3], [2, -5, 1, 100], [], [0, 0, 0, 0, 3, 2, 2**31 - 1, 2**31 - 1]
     counts = [torch.tensor(one, dtype=torch.int32) for one in wrong]
