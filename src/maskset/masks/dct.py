@@ -68,4 +68,4 @@ class DctCodec(nn.Module):
         """Return A^T f A, with zero for the frequencies that are not kept; the caller chooses the threshold."""
         spectrum = codes.new_zeros(len(codes), len(self.rows) * len(self.columns))
         spectrum[:, self.kept] = codes
-        return self.rows.T @ spectrum.view(-1, len(self.rows), len(self.columns)) @ self.columns
+        return self.rows.T @ (spectrum.view(-1, len(self.rows), len(self.columns)) @ self.columns)

@@ -16,7 +16,7 @@ from maskset.native import fields, targets
 from maskset.native.runs import Counts
 from maskset.structures import Masks
 
-_CELLS = 2**22  # that lie between two resizes at a time
+_CELLS = 2**20  # that lie between two resizes at a time
 Positions = Float[Tensor, "_"]
 Step = tuple[Positions, Positions] | Callable[[Tensor], Tensor]  # a resize (rows, columns), or a function of each value
 

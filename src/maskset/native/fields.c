@@ -28,11 +28,16 @@ typedef struct {
     ptrdiff_t height, width;
 } Sheet;
 
-/* Write one column of cells as the rows of pixels see it. */
-INLINE void look_down(const Sheet *s, int64_t column, float *seen) {
-    const float *cells = s->cells + column;
-    for (ptrdiff_t y = 0; y < s->height; y++)
-        seen[y] = cells[s->rows.low[y]] * s->rows.near[y] + cells[s->rows.high[y]] * s->rows.far[y];
+/* Write what `count` pixels see of cells, the first of which is number `start`. */
+INLINE void look(const float *restrict cells, int32_t start, Taps taps, ptrdiff_t count, float *restrict seen) {
+    for (ptrdiff_t i = 0; i < count; i++)
+        seen[i] = cells[taps.low[i] - start] * taps.near[i] + cells[taps.high[i] - start] * taps.far[i];
+}
+
+/* Write which pixels of a column exceed a bound, from what it sees of the columns of cells on both sides. */
+INLINE void compare(const float *restrict near, const float *restrict far, float left, float right, float bound, ptrdiff_t height,
+                    uint8_t *restrict set) {
+    for (ptrdiff_t y = 0; y < height; y++) set[y] = near[y] * left + far[y] * right > bound;
 }
 
 /* Write where the pixels exceed a bound, column by column. Scratch has 3 * height places. */
@@ -46,12 +51,17 @@ INLINE void cut(Writer *w, const Sheet *s, float bound, ptrdiff_t image_height, 
             float *swapped = near;
             near = far, far = swapped, in_far = in_near, in_near = low;
         }
-        if (in_near != low) look_down(s, low, near), in_near = low;
-        if (in_far != high) look_down(s, high, far), in_far = high;
-        float left = s->columns.near[x], right = s->columns.far[x];
-        for (ptrdiff_t y = 0; y < s->height; y++) set[y] = near[y] * left + far[y] * right > bound;
+        if (in_near != low) look(s->cells + low, 0, s->rows, s->height, near), in_near = low;
+        if (in_far != high) look(s->cells + high, 0, s->rows, s->height, far), in_far = high;
+        compare(near, far, s->columns.near[x], s->columns.far[x], bound, s->height, set);
         write_column(w, set, s->height, (s->left + x) * image_height + s->top);
     }
+}
+
+/* Write the rows of cells that a row of pixels lies between as that row sees them. */
+INLINE void between(const float *restrict low, const float *restrict high, float near, float far, ptrdiff_t count,
+                    float *restrict seen) {
+    for (ptrdiff_t x = 0; x < count; x++) seen[x] = low[x] * near + high[x] * far;
 }
 
 /* Resize parts of fields; what becomes of part i is written from out[to[i]] on, row by row. Scratch has a row of
@@ -63,13 +73,13 @@ FAST EXPORT void fields_resize(const float *cells, const Part *parts, const int3
     for (ptrdiff_t i = first; i < end; i++) {
         const Part *p = parts + i;
         int64_t across = p->right > p->left ? column_high[p->right - 1] + 1 - p->column : 0; /* the cells that are seen */
-        float *pixel = out + to[i];
-        for (int64_t y = p->top; y < p->bottom; y++) {
+        Taps taps = {column_low + p->left, column_high + p->left, column_near + p->left, column_far + p->left};
+        float *pixels = out + to[i];
+        for (int64_t y = p->top; y < p->bottom; y++, pixels += p->right - p->left) {
             const float *low = cells + p->cells + (row_low[y] - p->row) * p->apart;
             const float *high = cells + p->cells + (row_high[y] - p->row) * p->apart;
-            for (int64_t x = 0; x < across; x++) scratch[x] = low[x] * row_near[y] + high[x] * row_far[y];
-            for (int64_t x = p->left; x < p->right; x++)
-                *pixel++ = scratch[column_low[x] - p->column] * column_near[x] + scratch[column_high[x] - p->column] * column_far[x];
+            between(low, high, row_near[y], row_far[y], across, scratch);
+            look(scratch, (int32_t)p->column, taps, p->right - p->left, pixels);
         }
     }
 }

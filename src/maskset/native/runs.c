@@ -14,13 +14,13 @@ FAST EXPORT void runs_encode(const uint8_t *masks, ptrdiff_t height, ptrdiff_t w
         for (ptrdiff_t left = 0; left < width; left += BLOCK) {
             const uint8_t *pixels = masks + mask * height * width + left;
             ptrdiff_t columns = width - left < BLOCK ? width - left : BLOCK;
-            uint8_t any = 0;
-            for (ptrdiff_t y = 0; y < height; y++)
-                for (ptrdiff_t x = 0; x < columns; x++) any |= pixels[y * width + x];
-            if (!any) continue;
-            for (ptrdiff_t y = 0; y < height; y++)
-                for (ptrdiff_t x = 0; x < columns; x++) scratch[x * height + y] = pixels[y * width + x] != 0;
-            for (ptrdiff_t x = 0; x < columns; x++) write_column(&w, scratch + x * height, height, (left + x) * height);
+            ptrdiff_t top = 0, bottom = height;
+            while (top < bottom && skip(pixels + top * width, 0, columns, 0) == columns) top++;
+            while (top < bottom && skip(pixels + (bottom - 1) * width, 0, columns, 0) == columns) bottom--;
+            ptrdiff_t rows = bottom - top;
+            for (ptrdiff_t y = 0; y < rows; y++)
+                for (ptrdiff_t x = 0; x < columns; x++) scratch[x * rows + y] = pixels[(top + y) * width + x] != 0;
+            for (ptrdiff_t x = 0; x < columns; x++) write_column(&w, scratch + x * rows, rows, (left + x) * height + top);
         }
         needed[mask] = write_end(&w, (int64_t)height * width);
     }
