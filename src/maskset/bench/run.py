@@ -41,7 +41,8 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
     module.run(report, quick, **({} if images is None else {"images": images}))
     command = " ".join(["maskset bench", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])])
     result = report.to_dict(command, start)
-    print("", *page.summary([result]), *page.section(result), sep="\n\n")
+    heads = ["Small inputs, once: the results agree, the figures mean nothing."] if quick else page.summary([result])
+    print("", *heads, *page.section(result), sep="\n\n")
     if out is not None:
         print(f"\nwritten: {', '.join(str(file) for file in [save(result, out / 'results'), *page.write(out)])}")
         if hasattr(module, "draw"):
