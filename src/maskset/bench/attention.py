@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskset.bench.measure import Way, in_turn, peaks
 from maskset.bench.report import Report
-from maskset.layers.deformable import deformable_attention, implementations, using
+from maskset.layers.deformable import FUSED, deformable_attention, implementations, using
 
 HEADS, WIDTH, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
 PEER = "transformers"
@@ -44,9 +44,10 @@ def run(report: Report, quick: bool) -> None:
     reasons = implementations()
     for name, reason in reasons.items():
         report.remark(f"Implementation {name}: {'works here' if reason is None else reason}.")
-    attentions = {PEER: transformers_attention, **{f"maskset, {name}": partial(ours, name) for name in works(reasons)}}
     gpu = torch.cuda.is_available()
     device, size, images = ("cuda", (800, 1066), 16) if gpu else ("cpu", (640, 800), 1)
+    usable = [name for name, reason in reasons.items() if reason is None and FUSED.get(name, device) == device]
+    attentions = {PEER: transformers_attention, **{f"maskset, {name}": partial(ours, name) for name in usable}}
     if quick:
         size, images = (64, 96), 1
     if gpu:
@@ -59,11 +60,6 @@ def run(report: Report, quick: bool) -> None:
         cuda.bandwidth(report, sample(size, images, None, device), [way for way in attentions if way != PEER])
         return gpu_bars(report)
     cpu_bars(report)
-
-
-def works(reasons: dict[str, str | None]) -> list[str]:
-    """Return the names of the implementations that work on this machine."""
-    return [name for name, reason in reasons.items() if reason is None]
 
 
 def ours(name: str, sample: Sample) -> Tensor:

@@ -3,7 +3,7 @@
 One image of 480 x 640 pixels (on a GPU 8 of 800 x 1066), in float32 and under autocast to bfloat16. What is timed: maskset's five
 systems, to 100 objects with masks at the image's size as text of COCO's files; transformers' DeformableDetr, to 100 boxes (it has
 no masks), and Mask2Former, to 100 dense masks at the image's size; torchvision's Mask R-CNN, to 100 dense masks at the image's
-size. Memory is that of a process of its own: the greatest while it computes, less what it had with libraries, weights and pixels.
+size. Memory is that of a process of its own: the greatest while it computes, less what it had with libraries and weights.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maskset import recipes
 from maskset.bench.measure import Way, in_new_process, in_turn, peaks, resident
 from maskset.bench.report import Report
-from maskset.layers.deformable import implementations, using
+from maskset.layers.deformable import FUSED, implementations, using
 from maskset.masks.logit_pca import LogitPcaCodec
 from maskset.structures import ImageBatch
 from maskset.systems import System, build
@@ -135,10 +135,10 @@ class Listed(torch.nn.Module):
         return ImageList(torch.stack(images), [(image.shape[1], image.shape[2]) for image in images]), targets
 
     def postprocess(self, found: list[dict[str, Tensor]], sizes: Any, original: Any) -> list[dict[str, Tensor]]:
-        """Return masks at the size of the images."""
+        """Return masks at the size of the images; in training there are none."""
         from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-        for one, size in zip(found, original, strict=True):
+        for one, size in zip(found, original, strict=not self.training):
             one["masks"] = paste_masks_in_image(one["masks"], one["boxes"], size) >= 0.5
         return found
 
@@ -183,7 +183,8 @@ def agree(report: Report, model: System, pixels: Tensor) -> None:
     """Check that SOLQ says the same with every implementation of its attention."""
     images = ImageBatch(pixels, torch.tensor([pixels.shape[2:]] * len(pixels), device=pixels.device))
     outputs = {}
-    for name in (name for name, reason in implementations().items() if reason is None):
+    usable = [name for name, reason in implementations().items() if reason is None]
+    for name in (name for name in usable if FUSED.get(name, pixels.device.type) == pixels.device.type):
         with using(name):
             last = model(images).layers[-1]
             assert last.boxes is not None
@@ -198,6 +199,7 @@ def agree(report: Report, model: System, pixels: Tensor) -> None:
 def memory(name: str, pixels: Tensor, quick: bool) -> tuple[str, float, float]:
     """Return the model's name, and the memory of this process before it computes and at most, MiB."""
     model = MODELS[name](quick)
+    results(name, model, noise(1, (64, 64)))  # loads what is loaded late
     before, _ = resident()
     results(name, model, pixels)
     return name, before, resident()[1]

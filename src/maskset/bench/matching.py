@@ -50,7 +50,7 @@ def run(report: Report, quick: bool) -> None:
     ways = {PEER: partial(all_pairs, problem), "maskset, padded": partial(padded, problem)}
     report.compare(CASE, PEER, in_turn(ways, 0 if quick else 10), peaks(ways))
     solved = in_turn({"SciPy, one image and layer after the other": partial(match, ours, problem.counts)}, 0 if quick else 3)
-    report.compare("assignment of 6 layers", next(iter(solved)), solved)
+    report.compare("assignment of 6 layers", None, solved)
     report.bar("cost of matching, 16 images, 459 objects: time", 10, report.faster(CASE, "maskset, padded"))
 
 

@@ -86,6 +86,8 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
     for case in dict.fromkeys(figure["case"] for figure in result["figures"]):
         yield _case(case, [figure for figure in result["figures"] if figure["case"] == case])
     yield from result["remarks"]
+    if result["benchmark"] == "scaling":
+        yield "![Time and memory against image size, slots and objects](scaling.svg)"
 
 
 def _case(case: str, figures: Sequence[Mapping[str, Any]]) -> str:

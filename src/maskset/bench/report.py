@@ -115,26 +115,26 @@ class Report:
         print(f"agree: {what}, difference {difference:.2g} (allowed {allowed:.2g})", flush=True)
 
     def compare(
-        self, case: str, peer: str, times: Mapping[str, Sequence[float]], peaks: Mapping[str, float] | None = None
+        self, case: str, peer: str | None, times: Mapping[str, Sequence[float]], peaks: Mapping[str, float] | None = None
     ) -> None:
         """Add what each way costs in a case.
 
         Args:
             case: what is computed, on which input.
-            peer: the way that the others are compared with.
+            peer: the way that the others are compared with; None where the ways do not do the same.
             times: seconds of each round of each way; may be empty where only memory is told.
             peaks: greatest memory of each way, MiB.
         """
         peaks = peaks or {}
         for way in times or peaks:
             rounds, peak = times.get(way, ()), peaks.get(way)
-            usual = median(rounds) if rounds else None
-            faster = median(times[peer]) / usual if usual is not None and times.get(peer) else None
-            smaller = peaks[peer] / peak if peak and peer in peaks else None
-            least = min(rounds) if rounds else None
+            usual, least = (median(rounds), min(rounds)) if rounds else (None, None)
+            faster = median(times[peer]) / usual if peer in times and usual is not None else None
+            smaller = peaks[peer] / peak if peer in peaks and peak else None
             self.figures.append(Figure(case, way, _thousand(usual), _thousand(least), len(rounds), peak, faster, smaller))
-            spent = "" if usual is None else f"{1000 * usual:.4g} ms ({len(rounds)} rounds)"
-            print(f"{case}: {way}: {', '.join(part for part in (spent, '' if peak is None else f'{peak:.4g} MiB') if part)}", flush=True)
+            parts = [] if usual is None else [f"{1000 * usual:.4g} ms ({len(rounds)} rounds)"]
+            parts += [] if peak is None else [f"{peak:.4g} MiB"]
+            print(f"{case}: {way}: {', '.join(parts)}", flush=True)
 
     def figure(self, case: str, way: str) -> Figure | None:
         """Return what a way costs in a case, None if that was not measured."""
