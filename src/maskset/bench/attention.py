@@ -118,16 +118,12 @@ def measure(report: Report, place: str, sample: Sample, attentions: dict[str, At
         what = f"{place}, output and gradients: {name} and {PEER} in float64, relative to the greatest value"
         report.agree(what, apart, 1e-4)
     given = replace(sample, value=sample.value.bfloat16()) if sample.value.is_cuda else sample
+    taken = {name: given if name == "maskset, triton" else sample for name in attentions}  # others want one precision of all
+    ways: dict[str, Way] = {name: partial(attention, taken[name]) for name, attention in attentions.items()}
     with torch.no_grad():
-        inference: dict[str, Way] = {name: partial(attention, given_to(name, sample, given)) for name, attention in attentions.items()}
-        report.compare(case(place, "inference", sample), PEER, in_turn(inference, seconds), peaks(inference))
-    training = {name: partial(with_gradients, attention, given_to(name, sample, given)) for name, attention in attentions.items()}
-    report.compare(case(place, "forward and backward", sample), PEER, in_turn(training, seconds), peaks(training))
-
-
-def given_to(name: str, full: Sample, reduced: Sample) -> Sample:
-    """Return the input of an attention: values of low precision only for those that take them beside precise locations."""
-    return reduced if name == "maskset, triton" else full
+        report.compare(case(place, "inference", sample), PEER, in_turn(ways, seconds), peaks(ways))
+    ways = {name: partial(with_gradients, attention, taken[name]) for name, attention in attentions.items()}
+    report.compare(case(place, "forward and backward", sample), PEER, in_turn(ways, seconds), peaks(ways))
 
 
 def with_gradients(attention: Attention, sample: Sample) -> tuple[Tensor, ...]:

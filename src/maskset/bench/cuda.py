@@ -99,7 +99,7 @@ def attentions(report: Report) -> dict[str, Callable[["Sample"], Tensor]]:
     declared = "#include <torch/extension.h>\nstd::vector<torch::Tensor> call(torch::Tensor, torch::Tensor, torch::Tensor, "
     declared += "torch::Tensor, c10::optional<torch::Tensor>);"
     try:
-        kernel = load_inline("maskset_bench", declared, cuda_sources=_SOURCE, functions=["call"])
+        kernel: Any = load_inline("maskset_bench", declared, cuda_sources=_SOURCE, functions=["call"])
     except (RuntimeError, OSError) as error:
         report.remark(f"The CUDA kernel is not measured: it could not be compiled ({str(error).splitlines()[0]}).")
         return {}

@@ -9,7 +9,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from maskset.evaluation.average_precision import average_precision
 from maskset.structures import Category, Instances, Masks
 
 SIZE, CLASSES, RESULTS, PEER = (480, 640), 80, 100, "pycocotools"
+_KINDS: tuple[tuple[str, Literal["segm", "bbox"], str], ...] = (("mask", "segm", "bbox"), ("box", "bbox", "segmentation"))
 ALLOWED = 600 / 5000  # seconds for an image
 NUMBERS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large")
 
@@ -60,8 +61,8 @@ def theirs(truth: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, f
     numbers = {}
     with contextlib.redirect_stdout(io.StringIO()):
         # With boxes and masks in one row it would take the box's area for the mask's.
-        for kind, name, left_out in (("mask", "segm", "bbox"), ("box", "bbox", "segmentation")):
-            coco = COCO()
+        for kind, name, left_out in _KINDS:
+            coco: Any = COCO()
             coco.dataset = truth
             coco.createIndex()
             own = coco.loadRes([{key: value for key, value in row.items() if key not in (left_out, "area")} for row in rows])

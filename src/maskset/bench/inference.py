@@ -47,9 +47,10 @@ def run(report: Report, quick: bool) -> None:
         times = in_turn(ways, 0 if quick else 60)
         report.compare(f"{place}, {precision}", DDETR, times, peaks(ways) if device == "cuda" else None)
     if device == "cpu":
-        measured = [in_new_process(memory, name, pixels, quick) for name in (["maskset solq"] if quick else models)]
-        report.compare(f"memory of a process, {place}, float32", DDETR, {}, {name: peak - before for name, before, peak in measured})
-        for name, before, peak in measured:
+        memories = {name: in_new_process(memory, name, pixels, quick) for name in (["maskset solq"] if quick else models)}
+        grown = {name: peak - before for name, (before, peak) in memories.items()}
+        report.compare(f"memory of a process, {place}, float32", DDETR, {}, grown)
+        for name, (before, peak) in memories.items():
             report.remark(f"Memory of {name}: {before:,.0f} MiB before, {peak:,.0f} MiB at most.")
     bars(report, place)
 
@@ -91,9 +92,8 @@ def deformable_detr(quick: bool) -> Any:
     torch.manual_seed(0)
     small = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64} if quick else {}
     backbone = {**timm_backbone(quick), "out_indices": [2, 3, 4]}
-    return DeformableDetrForObjectDetection(
-        DeformableDetrConfig(num_labels=91, backbone_config=backbone, with_box_refine=True, **small)
-    ).eval()
+    settings: dict[str, Any] = {"num_labels": 91, "backbone_config": backbone, "with_box_refine": True, **small}
+    return DeformableDetrForObjectDetection(DeformableDetrConfig(**settings)).eval()
 
 
 def mask2former(quick: bool) -> Any:
@@ -105,7 +105,8 @@ def mask2former(quick: bool) -> Any:
     torch.manual_seed(0)
     small = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 64, "dim_feedforward": 64} if quick else {}
     backbone = {**timm_backbone(quick), "out_indices": [1, 2, 3, 4]}
-    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(num_labels=80, backbone_config=backbone, **small)).eval()
+    settings: dict[str, Any] = {"num_labels": 80, "backbone_config": backbone, **small}
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**settings)).eval()
 
 
 def timm_backbone(quick: bool) -> dict[str, Any]:
@@ -170,7 +171,8 @@ def results(name: str, model: Any, pixels: Tensor, most: int = MOST, dtype: torc
     from transformers import Mask2FormerImageProcessor
 
     post = Mask2FormerImageProcessor().post_process_instance_segmentation
-    return [one["segmentation"] for one in post(output, 0.0, target_sizes=sizes, return_binary_maps=True)]
+    with pixels.device:  # where it makes tensors of its own
+        return [one["segmentation"] for one in post(output, 0.0, target_sizes=sizes, return_binary_maps=True)]
 
 
 def counts(name: str, found: list[Any]) -> list[int]:
@@ -196,13 +198,13 @@ def agree(report: Report, model: System, pixels: Tensor) -> None:
         report.agree(f"logits and boxes of SOLQ with {name} and reference attention", apart, 1e-3)
 
 
-def memory(name: str, pixels: Tensor, quick: bool) -> tuple[str, float, float]:
-    """Return the model's name, and the memory of this process before it computes and at most, MiB."""
+def memory(name: str, pixels: Tensor, quick: bool) -> tuple[float, float]:
+    """Return the memory of this process before a model computes, and at most, MiB."""
     model = MODELS[name](quick)
     results(name, model, noise(1, (64, 64)))  # loads what is loaded late
     before, _ = resident()
     results(name, model, pixels)
-    return name, before, resident()[1]
+    return before, resident()[1]
 
 
 def bars(report: Report, place: str) -> None:

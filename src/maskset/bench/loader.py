@@ -9,6 +9,7 @@ import json
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +50,11 @@ def run(report: Report, quick: bool) -> None:
     report.bar("images read for training, per core: Pillow and dense masks", 4, report.faster(case, "maskset"))
 
 
-def ours(data: Dataset) -> list[tuple[Tensor, Tensor]]:
-    """Return the pixels of all images, and the masks that SOLQ's loss reads."""
-    return [(pixels, crop(found.masks, found.boxes, CROP)) for pixels, found in (resized(data, i) for i in range(len(data)))]
+def ours(data: Dataset) -> None:
+    """Make the pixels of all images, and the masks that SOLQ's loss reads."""
+    for index in range(len(data)):
+        _, found = resized(data, index)
+        crop(found.masks, found.boxes, CROP)
 
 
 def resized(data: Dataset, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
@@ -59,9 +62,10 @@ def resized(data: Dataset, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instance
     return resize(*data.read(index), SHORT_SIDE, LONG_SIDE)
 
 
-def theirs(data: Dataset, polygons: list[list[Polygon]]) -> list[tuple[Tensor, Tensor]]:
-    """Return the pixels of all images, and their masks."""
-    return [usual(data, polygons, index) for index in range(len(data))]
+def theirs(data: Dataset, polygons: list[list[Polygon]]) -> None:
+    """Make the pixels of all images, and their masks."""
+    for index in range(len(data)):
+        usual(data, polygons, index)
 
 
 def usual(data: Dataset, polygons: list[list[Polygon]], index: int) -> tuple[Float[Tensor, "3 h w"], Float[Tensor, "T h w"]]:
@@ -70,10 +74,11 @@ def usual(data: Dataset, polygons: list[list[Polygon]], index: int) -> tuple[Flo
     size = fitted_size((record.height, record.width), SHORT_SIDE, LONG_SIDE)
     assert record.file is not None
     with Image.open(record.file) as picture:
-        picture = picture.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
+        picture = picture.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     pixels = (pixels - torch.tensor(settings.mean).view(3, 1, 1)) / torch.tensor(settings.std).view(3, 1, 1)
-    drawn = [coco_mask.decode(coco_mask.frPyObjects([polygon], record.height, record.width)) for polygon in polygons[index]]
+    coco: Any = coco_mask
+    drawn = [coco.decode(coco.frPyObjects([polygon], record.height, record.width)) for polygon in polygons[index]]
     masks = torch.from_numpy(np.concatenate(drawn, 2)).permute(2, 0, 1).float()
     return pixels, F.interpolate(masks[:, None], size=size, mode="nearest")[:, 0]
 
@@ -90,29 +95,38 @@ def agree(report: Report, data: Dataset, polygons: list[list[Polygon]]) -> None:
 
 
 def write(folder: Path, count: int, size: tuple[int, int]) -> list[list[Polygon]]:
-    """Write JPEGs of clouds, with polygons as COCO annotations, and return the polygons of each image."""
+    """Write JPEGs with polygons as COCO annotations, and return the polygons of each image."""
     rng = np.random.default_rng(0)
     (folder / "annotations").mkdir()
     (folder / "train").mkdir()
     images, annotations, polygons = [], [], []
     for index in range(count):
-        clouds = sum(
-            F.interpolate(torch.from_numpy(rng.normal(0, cells, (1, 3, 480 // cells, 640 // cells))), size, mode="bilinear")
-            for cells in (60, 20, 8, 3)
-        )
-        pixels = (128 + clouds[0] + torch.from_numpy(rng.normal(0, 4, (3, *size)))).clamp(0, 255).byte()
         name = f"{index:06d}.jpg"
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / "train" / name, quality=90)
+        Image.fromarray(clouds(rng, size)).save(folder / "train" / name, quality=90)
         images.append({"id": index, "file_name": name, "height": size[0], "width": size[1]})
         polygons.append([star(rng, size) for _ in range(5 + index % 3)])
-        for polygon in polygons[-1]:
-            (x0, y0), (x1, y1) = (bound(np.reshape(polygon, (-1, 2)), axis=0) for bound in (np.min, np.max))
-            box = [x0, y0, x1 - x0, y1 - y0]
-            known = {"id": len(annotations) + 1, "image_id": index, "category_id": 1, "iscrowd": 0, "area": float(box[2] * box[3])}
-            annotations.append({**known, "bbox": [float(side) for side in box], "segmentation": [polygon]})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "star"}]}
+        annotations += [annotation(polygon, index) for polygon in polygons[-1]]
+    numbered = [{"id": number, **row} for number, row in enumerate(annotations, 1)]
+    content = {"images": images, "annotations": numbered, "categories": [{"id": 1, "name": "star"}]}
     (folder / "annotations" / "instances_train.json").write_text(json.dumps(content))
     return polygons
+
+
+def clouds(rng: np.random.Generator, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Return a picture with details of all sizes, which JPEG takes as many bytes for as for a photo."""
+    pixels = torch.from_numpy(rng.normal(128, 4, (1, 3, *size)))
+    for cells in (60, 20, 8, 3):
+        detail = torch.from_numpy(rng.normal(0, cells, (1, 3, 480 // cells, 640 // cells)))
+        pixels = pixels + F.interpolate(detail, size, mode="bilinear")
+    return pixels[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def annotation(polygon: Polygon, image: int) -> dict[str, Any]:
+    """Return a polygon as a row of a COCO file."""
+    points = np.reshape(polygon, (-1, 2))
+    (x0, y0), (width, height) = points.min(0).tolist(), np.ptp(points, 0).tolist()
+    known = {"image_id": image, "category_id": 1, "iscrowd": 0, "area": width * height}
+    return {**known, "bbox": [x0, y0, width, height], "segmentation": [polygon]}
 
 
 def star(rng: np.random.Generator, size: tuple[int, int]) -> Polygon:

@@ -9,6 +9,7 @@ of 100 whole masks against pycocotools.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,9 @@ def box_masks(report: Report, drawn: Drawn, seconds: float) -> None:
     case, peer = f"{len(drawn.fields)} box masks to text", f"torchvision's paste, {PYCOCOTOOLS}"
     sampled = "grid_sample over the image, " + PYCOCOTOOLS
     found = Masks.from_rle(pasted(drawn), drawn.size).dense()
-    report.agree("pasted masks and grid_sample over the whole image, share of all pixels", apart(found, sampled_masks(drawn)), 1e-6)
+    report.agree(
+        "pasted masks and grid_sample over the whole image, share of all pixels", apart(found, sampled_masks(drawn)), 1e-6
+    )
     rounded = apart(found, torchvision_masks(drawn))
     report.remark(f"torchvision moves boxes to whole pixels: {100 * rounded:.3f} % of all pixels are others.")
     ways = {
@@ -145,7 +148,10 @@ def codes(report: Report, drawn: Drawn, seconds: float) -> None:
     report.agree("masks of DCT codes", (codec.decode(kept).flatten(1) - kept @ matrix).abs().max().item(), 1e-4)
     both = {
         "encode": {"dense matrix": lambda: masks.flatten(1) @ matrix.T, "maskset, separable": lambda: codec.encode(masks)},
-        "decode": {"dense matrix": lambda: (kept @ matrix).view(-1, SIDE, SIDE), "maskset, separable": lambda: codec.decode(kept)},
+        "decode": {
+            "dense matrix": lambda: (kept @ matrix).view(-1, SIDE, SIDE),
+            "maskset, separable": lambda: codec.decode(kept),
+        },
     }
     for what, ways in both.items():
         case = f"DCT {what}, {len(masks)} masks"
@@ -163,7 +169,8 @@ def run_lengths(report: Report, drawn: Drawn, seconds: float) -> None:
         ("encode", partial(coco_text, dense), partial(encoded, dense)),
         ("decode", partial(coco_dense, text, drawn.size), partial(decoded, text, drawn.size)),
     ):
-        report.compare(f"run lengths, {what} {len(dense)} masks", PYCOCOTOOLS, in_turn({PYCOCOTOOLS: theirs, "maskset": ours}, seconds / 4))
+        times = in_turn({PYCOCOTOOLS: theirs, "maskset": ours}, seconds / 4)
+        report.compare(f"run lengths, {what} {len(dense)} masks", PYCOCOTOOLS, times)
 
 
 def encoded(dense: Bool[Tensor, "n h w"]) -> list[str]:
@@ -178,12 +185,14 @@ def decoded(text: Sequence[str], size: tuple[int, int]) -> Bool[Tensor, "n h w"]
 
 def coco_text(dense: Bool[Tensor, "n h w"]) -> list[str]:
     """Return pycocotools' text of each mask."""
-    return [one["counts"].decode() for one in coco_mask.encode(np.asfortranarray(dense.permute(1, 2, 0).numpy().view(np.uint8)))]
+    rows: Any = coco_mask.encode(np.asfortranarray(dense.permute(1, 2, 0).numpy().view(np.uint8)))
+    return [row["counts"].decode() for row in rows]
 
 
 def coco_dense(text: Sequence[str], size: tuple[int, int]) -> np.ndarray:
     """Return pycocotools' masks of each text, [h w n]."""
-    return coco_mask.decode([{"size": list(size), "counts": one.encode()} for one in text])
+    rows: Any = [{"size": list(size), "counts": one.encode()} for one in text]
+    return coco_mask.decode(rows)
 
 
 def apart(masks: Bool[Tensor, "n h w"], others: Bool[Tensor, "n h w"]) -> float:

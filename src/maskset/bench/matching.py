@@ -49,7 +49,7 @@ def run(report: Report, quick: bool) -> None:
     report.agree("costs of all slots and objects, absolute", apart, 1e-4)
     ways = {PEER: partial(all_pairs, problem), "maskset, padded": partial(padded, problem)}
     report.compare(CASE, PEER, in_turn(ways, 0 if quick else 10), peaks(ways))
-    solved = in_turn({"SciPy, one image and layer after the other": partial(match, ours, problem.counts)}, 0 if quick else 3)
+    solved = in_turn({"SciPy, one problem after the other": partial(match, ours, problem.counts)}, 0 if quick else 3)
     report.compare("assignment of 6 layers", None, solved)
     report.bar("cost of matching, 16 images, 459 objects: time", 10, report.faster(CASE, "maskset, padded"))
 
@@ -68,7 +68,9 @@ def made(counts: Sequence[int], slots: int, layers: int, classes: int = 91) -> P
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def boxes(*shape: int) -> Tensor:
-        return torch.cat([torch.rand(*shape, 2, generator=generator), torch.rand(*shape, 2, generator=generator) * 0.4 + 0.01], -1)
+        return torch.cat(
+            [torch.rand(*shape, 2, generator=generator), torch.rand(*shape, 2, generator=generator) * 0.4 + 0.01], -1
+        )
 
     logits = torch.randn(layers, len(counts), slots, classes, generator=generator) - 3
     predicted = boxes(layers, len(counts), slots)

@@ -73,9 +73,8 @@ def _peak(way: Way) -> float:
         result = way()  # kept until the end: its memory belongs to the call
     del result
     now = highest = 0
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    found: Any = profiler.profiler
+    events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         highest = max(highest, now)

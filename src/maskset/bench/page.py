@@ -130,9 +130,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     numeric = [all(row[i][:1] in ("", "*") or row[i][0].isdigit() for row in cells[1:]) for i in range(len(heads))]
+    rule = ["-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
     lines = [
-        "| " + " | ".join(f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in zip(row, widths, numeric, strict=True)) + " |"
+        [f" {cell:{'>' if right else '<'}{width}} " for cell, width, right in zip(row, widths, numeric, strict=True)]
         for row in cells
     ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return "\n".join(f"|{'|'.join(line)}|" for line in (lines[0], rule, *lines[1:]))

@@ -16,7 +16,7 @@ import torch
 
 from maskset.files import written
 
-_PACKAGES = ("maskset", "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "pycocotools", "faster-coco-eval", "triton")
+_PACKAGES = ("maskset", "torch", "torchvision", "timm", "transformers", "numpy", "pycocotools", "faster-coco-eval", "triton")
 
 
 class Disagreement(ValueError):
@@ -129,8 +129,8 @@ class Report:
         for way in times or peaks:
             rounds, peak = times.get(way, ()), peaks.get(way)
             usual, least = (median(rounds), min(rounds)) if rounds else (None, None)
-            faster = median(times[peer]) / usual if peer in times and usual is not None else None
-            smaller = peaks[peer] / peak if peer in peaks and peak else None
+            faster = median(times[peer]) / usual if peer and times.get(peer) and usual else None
+            smaller = peaks[peer] / peak if peer and peer in peaks and peak else None
             self.figures.append(Figure(case, way, _thousand(usual), _thousand(least), len(rounds), peak, faster, smaller))
             parts = [] if usual is None else [f"{1000 * usual:.4g} ms ({len(rounds)} rounds)"]
             parts += [] if peak is None else [f"{peak:.4g} MiB"]
@@ -231,7 +231,8 @@ def _commit() -> str:
     """Return the commit of the source that runs, with "-dirty" if it has changed since; "unknown" outside of a repository."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout.strip()
+        folder = Path(__file__).parents[1]
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=folder).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")

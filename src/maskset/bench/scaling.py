@@ -22,7 +22,11 @@ from maskset.files import written
 from maskset.structures import ImageBatch, Instances, ModelOutput, SlotPredictions
 from maskset.systems import System, build
 
-SIZES, SLOTS, OBJECTS = (480, 640, 800, 1120, 1600), (100, 300, 600, 1000), (1, 10, 100, 300, 1000)  # sizes: the short side, pixels
+SIZES, SLOTS, OBJECTS = (
+    (480, 640, 800, 1120, 1600),
+    (100, 300, 600, 1000),
+    (1, 10, 100, 300, 1000),
+)  # sizes: the short side, pixels
 USUAL = {"size": 480, "slots": 300, "objects": 50}
 _TICKS = 5
 
@@ -70,7 +74,9 @@ def loss(model: System, slots: int, objects: int) -> Way:
     return partial(gradient, model, layers, images.to(device), [one.to(device) for one in found])
 
 
-def gradient(model: System, layers: Iterable[tuple[Tensor, ...]], images: ImageBatch, found: list[Instances]) -> list[Tensor | None]:
+def gradient(
+    model: System, layers: Iterable[tuple[Tensor, ...]], images: ImageBatch, found: list[Instances]
+) -> list[Tensor | None]:
     """Return the gradient of the loss for every prediction."""
     given = [[one.detach().requires_grad_() for one in layer] for layer in layers]
     terms = model.loss(ModelOutput([SlotPredictions(*layer) for layer in given]), images, found)

@@ -1,10 +1,10 @@
 """A training step: forward, loss and backward, without the optimiser; its memory and its time against the straightforward way.
 
-Straightforward: deformable attention by grid_sample, SOIT's instance-aware transformer step by step in PyTorch, and the masks of
-all decoder layers drawn at once and kept for one backward pass. Memory: ResNet-50 models of SOIT and ISDA, one image of 800 x 1066
-pixels with 50 objects, mask losses on all 6 decoder layers, float32; each step in a process of its own: the greatest while it
-computes, less what it had with libraries, weights and image. Time: the small recipes on 4 images of 256 x 256 pixels. On a GPU
-also all five systems with ResNet-50 in bfloat16, against transformers' Mask2Former and torchvision's Mask R-CNN.
+Straightforward: deformable attention by grid_sample, SOIT's instance-aware transformer step by step in PyTorch, and the masks
+of all decoder layers drawn at once and kept for one backward pass. Memory: ResNet-50 models of SOIT and ISDA, one image of 800
+x 1066 pixels with 50 objects, mask losses on all 6 decoder layers, float32; each step in a process of its own: the greatest
+while it computes, less what it had with libraries, weights and image. Time: the small recipes on 4 images of 256 x 256 pixels.
+On a GPU also all five systems with ResNet-50 in bfloat16, against transformers' Mask2Former and torchvision's Mask R-CNN.
 """
 
 import os
