@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _NAME = "CUDA kernel"
 _SOURCE = r"""
 #include <torch/extension.h>
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAStream.h>
 
 // Calls f(cell, x share, y share, its sign in x, in y) for the cells around a place that lie in the level.
 template <class F> __device__ void around(float x, float y, int h, int w, F f) {
@@ -72,7 +72,7 @@ std::vector<torch::Tensor> call(torch::Tensor v, torch::Tensor shapes, torch::Te
   int S = v.size(1), M = v.size(2), Q = p.size(1), L = p.size(3), P = p.size(4);
   int64_t rows = p.size(0) * Q * M;
   dim3 block(32, 8), grid((rows + 7) / 8);
-  auto stream = at::cuda::getCurrentCUDAStream();
+  auto stream = c10::cuda::getCurrentCUDAStream();
   const float *V = v.data_ptr<float>(), *X = p.data_ptr<float>(), *A = a.data_ptr<float>();
   const int* H = shapes.data_ptr<int>();
   if (!gradient) {

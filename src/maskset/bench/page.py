@@ -51,8 +51,8 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 def with_summary(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a text with the bars of the results between its marks."""
     before, _, rest = text.partition(START)
-    tables = "\n\n".join(summary([result for result in results.values() if "benchmark" in result]))
-    return f"{before}{START}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
+    tables = summary([result for result in results.values() if "benchmark" in result])
+    return before + "\n\n".join([START, *tables, END]) + rest.partition(END)[2]
 
 
 def summary(results: Sequence[Mapping[str, Any]] | Any) -> list[str]:

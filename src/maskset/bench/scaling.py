@@ -52,7 +52,7 @@ def solq(slots: int, quick: bool) -> System:
     """Return SOLQ with so many slots."""
     torch.manual_seed(0)
     config = recipes.get("solq-tiny" if quick else "solq-r50").model
-    model = build(replace(config, pretrained=False, num_queries=slots, num_classes=91)).eval()
+    model = build(replace(config, num_queries=slots, num_classes=91)).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

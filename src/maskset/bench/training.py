@@ -91,7 +91,7 @@ def step_alone(name: str, way: str, quick: bool) -> Cost:
     size, objects = ((96, 128), 5) if quick else ((800, 1066), 50)
     torch.manual_seed(0)
     config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
-    model = build(replace(config, pretrained=False)).train()
+    model = build(config).train()
     batch = example(model, size, objects, images=1)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with straightforward() if way == PEER else ExitStack():
