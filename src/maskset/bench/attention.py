@@ -145,13 +145,14 @@ def cpu_bars(report: Report) -> None:
     inference, training = (next(f.case for f in report.figures if what in f.case) for what in ("inference", "backward"))
     missing = "" if report.figure(inference, "maskset, c") else "no C kernel here"
     asked = (12, 10) if report.threads == 1 else (8, 8)
-    for what, case, least in (("inference", inference, asked[0]), ("forward and backward", training, asked[1])):
-        reached = report.faster(case, "maskset, c")
-        report.bar(f"attention of an encoder, {what}, {report.threads} thread(s): C kernel, time", least, reached, missing)
-    if report.threads == 1:
-        for what, case in (("inference", inference), ("forward and backward", training)):
-            report.bar(f"the same, {what}: C kernel, memory", 10, report.smaller(case, "maskset, c"), missing)
-        report.bar("the same, inference: embedding_bag, time", 2.5, report.faster(inference, "maskset, bag"))
+    what = f"attention of an encoder, {report.threads} thread{'s' * (report.threads > 1)}"
+    for step, case, least in (("inference", inference, asked[0]), ("forward and backward", training, asked[1])):
+        report.bar(f"{what}, {step}: time, C kernel", least, report.faster(case, "maskset, c"), missing)
+    if report.threads > 1:
+        return
+    for step, case in (("inference", inference), ("forward and backward", training)):
+        report.bar(f"{what}, {step}: memory, C kernel", 10, report.smaller(case, "maskset, c"), missing)
+    report.bar(f"{what}, inference: time, embedding_bag", 2.5, report.faster(inference, "maskset, bag"))
 
 
 def gpu_bars(report: Report) -> None:

@@ -49,7 +49,7 @@ def run(report: Report, quick: bool, images: int = 500) -> None:
 
 def ours(data: "Generated", found: Sequence[Instances]) -> dict[str, float]:
     """Return maskset's numbers."""
-    metrics = average_precision(data, (row for index, one in enumerate(found) for row in one.to_coco(index)), RESULTS)
+    metrics = average_precision(data, enumerate(found), RESULTS)
     return {f"{kind}_{name}": getattr(metrics, f"{kind}_{name}") for kind in ("mask", "box") for name in NUMBERS}
 
 

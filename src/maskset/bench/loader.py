@@ -114,7 +114,7 @@ def write(folder: Path, count: int, size: tuple[int, int]) -> list[list[Polygon]
 
 def clouds(rng: np.random.Generator, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     """Return a picture with details of all sizes, which JPEG takes as many bytes for as for a photo."""
-    pixels = torch.from_numpy(rng.normal(128, 4, (1, 3, *size)))
+    pixels = torch.from_numpy(rng.normal(128, 16, (1, 3, *size)))
     for cells in (60, 20, 8, 3):
         detail = torch.from_numpy(rng.normal(0, cells, (1, 3, 480 // cells, 640 // cells)))
         pixels = pixels + F.interpolate(detail, size, mode="bilinear")

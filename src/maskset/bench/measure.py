@@ -91,7 +91,9 @@ def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def resident() -> tuple[float, float]:
-    """Return the resident memory of this process and the greatest so far, MiB, as Linux counts them."""
+    """Return the resident memory of this process and the greatest so far, MiB, as Linux counts them; on a GPU that of tensors."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     now, greatest = (int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
     return now, greatest

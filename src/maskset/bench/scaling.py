@@ -23,7 +23,7 @@ from maskset.structures import ImageBatch, Instances, ModelOutput, SlotPredictio
 from maskset.systems import System, build
 
 SIZES, SLOTS, OBJECTS = (
-    (480, 640, 800, 1120, 1600),
+    (480, 800, 1120, 1600),
     (100, 300, 600, 1000),
     (1, 10, 100, 300, 1000),
 )  # sizes: the short side, pixels

@@ -16,14 +16,14 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskset import native, recipes
 from maskset.bench import inference
 from maskset.bench.measure import Way, in_new_process, in_turn, peaks, resident
 from maskset.bench.report import Report
 from maskset.data.shapes import CATEGORIES, ShapesDataset
-from maskset.layers.deformable import CHOICE
+from maskset.layers.deformable import CHOICE, DeformableAttention
 from maskset.structures import ImageBatch, Instances, Masks
 from maskset.systems import System, build, isda, soit
 
@@ -91,8 +91,8 @@ def step_alone(name: str, way: str, quick: bool) -> Cost:
     size, objects = ((96, 128), 5) if quick else ((800, 1066), 50)
     torch.manual_seed(0)
     config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
-    model = build(config).train()
-    batch = example(model, size, objects, images=1)
+    model = off_centre(build(config).train()).to(device())
+    batch = on_device(example(model, size, objects, images=1))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with straightforward() if way == PEER else ExitStack():
         before, _ = resident()
@@ -101,6 +101,24 @@ def step_alone(name: str, way: str, quick: bool) -> Cost:
         taken = time.perf_counter() - start
     norm = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm().item()
     return Cost(before, resident()[1], taken, norm)
+
+
+def device() -> str:
+    """Return where to compute."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(batch: Batch) -> Batch:
+    """Return the batch where it is computed."""
+    return batch[0].to(device()), [one.to(device()) for one in batch[1]]
+
+
+def off_centre(model: System) -> System:
+    """Return the model with other offsets: untrained ones end on the centres of cells, where their gradient jumps."""
+    for module in model.modules():
+        if isinstance(module, DeformableAttention):
+            nn.init.normal_(module.sampling_offsets.weight, std=0.02)
+    return model
 
 
 def example(model: System, size: tuple[int, int], objects: int, images: int) -> Batch:
@@ -128,12 +146,12 @@ def seconds(report: Report, name: str, quick: bool) -> None:
     """Compare the time of both ways of a system's small recipe."""
     torch.manual_seed(0)
     side, count = (64, 1) if quick else (256, 4)
-    model = build(recipes.get(f"{name}-{'tiny' if quick else 'small'}").model, None)
-    model = build(replace(model.config, num_classes=len(CATEGORIES)), CATEGORIES).train()
+    config = recipes.get(f"{name}-{'tiny' if quick else 'small'}").model
+    model = build(replace(config, num_classes=len(CATEGORIES)), CATEGORIES).train().to(device())
     data = ShapesDataset("train", count, (side, side))
     examples = [data.read(i) for i in range(count)]
     images = ImageBatch.from_images([pixels for pixels, _ in examples], model.input.divisor).normalised(model.input)
-    batch = images, [found for _, found in examples]
+    batch = on_device((images, [found for _, found in examples]))
     with straightforward():
         expected = total(model, batch).item()
     report.agree(f"{name}: loss of the small model, relative", abs(total(model, batch).item() - expected) / expected, 1e-3)
@@ -154,11 +172,10 @@ def step(model: System, batch: Batch) -> None:
 
 def throughput(report: Report, images: int, size: tuple[int, int], quick: bool = False) -> None:
     """Compare steps of whole models with ResNet-50 in bfloat16, 10 objects in each image."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     ways: dict[str, Way] = {}
     for name in inference.MODELS:
         if name != inference.DDETR:
-            ways[name] = whole_step(name, inference.MODELS[name](quick).train().to(device), images, size, device)
+            ways[name] = whole_step(name, inference.MODELS[name](quick).train().to(device()), images, size)
     case = f"training step, {images} images of {size[0]} x {size[1]}, bfloat16"
     report.compare(case, inference.M2F, in_turn(ways, 0 if quick else 60), peaks(ways))
     for name in ways:
@@ -167,11 +184,10 @@ def throughput(report: Report, images: int, size: tuple[int, int], quick: bool =
             report.remark(f"{name}: {1000 * images / found.milliseconds:.1f} images/s in training.")
 
 
-def whole_step(name: str, model: torch.nn.Module, images: int, size: tuple[int, int], device: str) -> Way:
+def whole_step(name: str, model: nn.Module, images: int, size: tuple[int, int]) -> Way:
     """Return a forward and backward pass of a model."""
     some = build(recipes.get("solq-tiny").model)
-    batch = example(some, size, 10, images)
-    pixels, found = batch[0].to(device), [one.to(device) for one in batch[1]]
+    pixels, found = on_device(example(some, size, 10, images))
     dense = [one.masks.dense() for one in found]
 
     def loss() -> Tensor:
@@ -186,7 +202,7 @@ def whole_step(name: str, model: torch.nn.Module, images: int, size: tuple[int, 
         return torch.stack(list(model(list(pixels.pixels), targets).values())).sum()
 
     def call() -> None:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device(), torch.bfloat16):
             value = loss()
         value.backward()
         model.zero_grad()
