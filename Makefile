@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help demo test test-all lint types docs clean
+.PHONY: help demo test test-all lint types docs bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,13 @@ types: .venv/installed  ## static types
 
 docs: .venv/installed  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: .venv/installed  ## measure everything that benchmarks/ tells: an hour on a quiet machine
+	for name in attention inference training masks loader evaluation matching twin scaling; do \
+		$(BIN)/maskset bench $$name --out benchmarks || exit; \
+	done
+	$(BIN)/maskset bench attention --threads 2 --out benchmarks
+	cp benchmarks/scaling.svg docs/assets/scaling.svg
 
 clean:  ## remove what the commands above made
 	rm -rf .venv site demo .pytest_cache .ruff_cache src/maskset.egg-info

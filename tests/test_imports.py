@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": PARTS | {"systems", "data", "checkpoint", "inference", "evaluation", "recipes", "training"},
     "training.config": {"config", "systems"},
     "comparison": GROUND | {"systems.base", "data", "checkpoint", "inference", "evaluation", "recipes", "training", "comparison"},
+    "bench": PARTS | {"native", "systems", "data", "evaluation", "recipes", "bench"},
     "flags": {"config"},
     "demo": GROUND | {"recipes", "data", "checkpoint", "inference", "evaluation", "training"},
 }

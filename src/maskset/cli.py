@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if name not in COMMANDS:
         raise ValueError(f"there is no command {name}{_nearest(name, COMMANDS)} (`maskset --help` lists them).")
     command = COMMANDS[name]
-    parser = _Parser(prog=f"maskset {name}", description=command.call.__doc__, allow_abbrev=False)
+    parser = _Parser(prog=f"maskset {name}", description=command.help, allow_abbrev=False)
     command.flags(parser, rest)
     return command, parser.parse(rest)
 
@@ -98,7 +98,7 @@ def _in_one_line(error: Exception) -> str:
 def _overview(names: Sequence[str] = ()) -> str:
     names = names or list(COMMANDS)
     width = max(map(len, names)) + 2
-    lines = [f"  {name:{width}}{(COMMANDS[name].call.__doc__ or '').splitlines()[0]}" for name in names]
+    lines = [f"  {name:{width}}{COMMANDS[name].help.splitlines()[0]}" for name in names]
     return "\n".join(
         [
             "usage: maskset COMMAND ... [--debug]",

@@ -89,6 +89,7 @@ def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], least: float, thr
         least: a value of `maps` that the threshold cannot be reached from.
         threshold: what a pixel must exceed.
     """
+    steps = _changing(steps, (maps.shape[1], maps.shape[2]))
     resizes = [step for step in steps if isinstance(step, tuple)]
     size = rle.check_size((len(resizes[-1][0]), len(resizes[-1][1])))
     together = native.library() is not None and isinstance(steps[-1], tuple)
@@ -101,6 +102,18 @@ def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], least: float, thr
         return Masks(_painted_together(maps.contiguous(), rows, columns, steps, threshold), size)
     each = zip(maps, rows.tolist(), columns.tolist(), strict=True)
     return Masks([_painted(*one, steps, threshold, size) for one in each], size)
+
+
+def _changing(steps: Sequence[Step], size: tuple[int, int]) -> Sequence[Step]:
+    """Return the steps without resizes of maps of `size` that leave every cell where it is; one resize stays in any case."""
+    kept: list[Step] = []
+    for step in steps:
+        if isinstance(step, tuple):
+            if all(torch.equal(places, torch.arange(cells).float()) for places, cells in zip(step, size, strict=True)):
+                continue
+            size = len(step[0]), len(step[1])
+        kept.append(step)
+    return kept if any(isinstance(step, tuple) for step in kept) else steps
 
 
 def _painted(

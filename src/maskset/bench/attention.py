@@ -1,0 +1,163 @@
+"""The core of multi-scale deformable attention, without its projections, against transformers' function.
+
+8 heads of 32 channels, 4 levels, 4 points. Encoder: every cell of an image of 640 x 800 pixels is a query that looks around
+itself, 1 to 4 cells away in 8 directions with a standard deviation of 1. Decoder: 300 queries anywhere. On a GPU 16 images of
+800 x 1066 pixels, values in bfloat16 and locations in float32, beside a direct CUDA kernel of one thread for each number.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskset.bench.measure import Way, in_turn, peaks
+from maskset.bench.report import Report
+from maskset.layers.deformable import FUSED, deformable_attention, implementations, using
+
+HEADS, WIDTH, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
+PEER = "transformers"
+Attention = Callable[["Sample"], Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The inputs of one attention, and a gradient of its output."""
+
+    value: Float[Tensor, "B S M D"]
+    shapes: tuple[tuple[int, int], ...]
+    locations: Float[Tensor, "B Q M L P 2"]
+    weights: Float[Tensor, "B Q M L P"]
+    gradient: Float[Tensor, "B Q M*D"]
+
+    def cast(self, dtype: torch.dtype) -> "Sample":
+        """Return the same numbers in another precision, all of them."""
+        values = {name: getattr(self, name).to(dtype) for name in ("value", "locations", "weights", "gradient")}
+        return replace(self, **values)
+
+
+def run(report: Report, quick: bool) -> None:
+    """Measure every implementation that works on this machine."""
+    reasons = implementations()
+    for name, reason in reasons.items():
+        report.remark(f"Implementation {name}: {'works here' if reason is None else reason}.")
+    gpu = torch.cuda.is_available()
+    device, size, images = ("cuda", (800, 1066), 16) if gpu else ("cpu", (640, 800), 1)
+    usable = [name for name, reason in reasons.items() if reason is None and FUSED.get(name, device) == device]
+    attentions = {PEER: transformers_attention, **{f"maskset, {name}": partial(ours, name) for name in usable}}
+    if quick:
+        size, images = (64, 96), 1
+    if gpu:
+        from maskset.bench import cuda
+
+        attentions |= cuda.attentions(report)
+    for place, queries in (("encoder", None), ("decoder", 300)):
+        measure(report, place, sample(size, images, queries, device), attentions, seconds=0 if quick else 25)
+    if gpu:
+        cuda.bandwidth(report, sample(size, images, None, device), [way for way in attentions if way != PEER])
+        return gpu_bars(report)
+    cpu_bars(report)
+
+
+def ours(name: str, sample: Sample) -> Tensor:
+    """Return maskset's attention in one implementation."""
+    with using(name):
+        return deformable_attention(sample.value, sample.shapes, sample.locations, sample.weights)
+
+
+def transformers_attention(sample: Sample) -> Tensor:
+    """Return what DeformableDetr, and all other models of transformers that have this attention, compute."""
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+    shapes = torch.tensor(sample.shapes, device=sample.value.device)
+    starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+    attention = MultiScaleDeformableAttention()
+    return attention(sample.value, shapes, list(sample.shapes), starts, sample.locations, sample.weights, 64)
+
+
+def sample(size: tuple[int, int], images: int, queries: int | None, device: str) -> Sample:
+    """Return the inputs of an encoder, or of a decoder with so many queries, for images of `size` (height, width)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = tuple((math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in STRIDES)
+    total = sum(height * width for height, width in shapes)
+    centres = cells(shapes) if queries is None else torch.rand(queries, 2, generator=generator)
+    angle = torch.arange(HEADS) * (2 * math.pi / HEADS)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    direction = (direction / direction.abs().amax(-1, keepdim=True))[:, None, None] * torch.arange(1, POINTS + 1)[:, None]
+    many = (images, len(centres), HEADS, len(STRIDES), POINTS)
+    offsets = direction + torch.randn(*many, 2, generator=generator)
+    wide = torch.tensor([(width, height) for height, width in shapes])[:, None]
+    places = centres[:, None, None, None] * wide - 0.5 + offsets  # in cells
+    # The gradient of a place jumps where it meets a cell's centre, so none may be nearer than rounding moves it.
+    near = (places - places.round()).abs() < 0.01
+    locations = (torch.where(near, places.round() + 0.02, places) + 0.5) / wide
+    weights = torch.randn(*many, generator=generator).flatten(3).softmax(-1).view(many)
+    value = torch.randn(images, total, HEADS, WIDTH, generator=generator)
+    gradient = torch.randn(images, len(centres), HEADS * WIDTH, generator=generator)
+    return Sample(value.to(device), shapes, locations.to(device), weights.to(device), gradient.to(device))
+
+
+def cells(shapes: tuple[tuple[int, int], ...]) -> Float[Tensor, "S 2"]:
+    """Return the centre x, y of every cell of all levels, as fractions."""
+    centres = []
+    for height, width in shapes:
+        y, x = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+        centres.append(torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).view(-1, 2))
+    return torch.cat(centres)
+
+
+def measure(report: Report, place: str, sample: Sample, attentions: dict[str, Attention], seconds: float) -> None:
+    """Compare the attentions in inference and in training."""
+    exact = with_gradients(transformers_attention, sample.cast(torch.float64))
+    for name, attention in attentions.items():
+        found = with_gradients(attention, sample)
+        apart = max(((one - other).abs().max() / other.abs().max()).item() for one, other in zip(found, exact, strict=True))
+        what = f"{place}, output and gradients: {name} and {PEER} in float64, relative to the greatest value"
+        report.agree(what, apart, 1e-4)
+    given = replace(sample, value=sample.value.bfloat16()) if sample.value.is_cuda else sample
+    taken = {name: given if name == "maskset, triton" else sample for name in attentions}  # others want one precision of all
+    ways: dict[str, Way] = {name: partial(attention, taken[name]) for name, attention in attentions.items()}
+    with torch.no_grad():
+        report.compare(case(place, "inference", sample), PEER, in_turn(ways, seconds), peaks(ways))
+    ways = {name: partial(with_gradients, attention, taken[name]) for name, attention in attentions.items()}
+    report.compare(case(place, "forward and backward", sample), PEER, in_turn(ways, seconds), peaks(ways))
+
+
+def with_gradients(attention: Attention, sample: Sample) -> tuple[Tensor, ...]:
+    """Return the output, and the gradients of value, locations and weights."""
+    value, locations, weights = (one.detach().requires_grad_() for one in (sample.value, sample.locations, sample.weights))
+    output = attention(replace(sample, value=value, locations=locations, weights=weights))
+    gradient = sample.gradient.to(output.dtype)
+    return output.detach(), *torch.autograd.grad(output, [value, locations, weights], gradient)
+
+
+def case(place: str, what: str, sample: Sample) -> str:
+    """Return the name of a case."""
+    images, queries = sample.locations.shape[:2]
+    return f"{place}, {what}: {images} x {queries:,} queries"
+
+
+def cpu_bars(report: Report) -> None:
+    """Compare with what was asked for: other ratios with one thread than with more."""
+    inference, training = (next(f.case for f in report.figures if what in f.case) for what in ("inference", "backward"))
+    missing = "" if report.figure(inference, "maskset, c") else "no C kernel here"
+    asked = (12, 10) if report.threads == 1 else (8, 8)
+    what = f"attention of an encoder, {report.threads} thread{'s' * (report.threads > 1)}"
+    for step, case, least in (("inference", inference, asked[0]), ("forward and backward", training, asked[1])):
+        report.bar(f"{what}, {step}: time, C kernel", least, report.faster(case, "maskset, c"), missing)
+    if report.threads > 1:
+        return
+    for step, case in (("inference", inference), ("forward and backward", training)):
+        report.bar(f"{what}, {step}: memory, C kernel", 10, report.smaller(case, "maskset, c"), missing)
+    report.bar(f"{what}, inference: time, embedding_bag", 2.5, report.faster(inference, "maskset, bag"))
+
+
+def gpu_bars(report: Report) -> None:
+    """Compare with what was asked for in milliseconds, as ratios of those to what was reached."""
+    for what, asked in (("inference", 3.0), ("forward and backward", 15.0)):
+        found = next((f for f in report.figures if f"encoder, {what}" in f.case and f.way == "maskset, triton"), None)
+        reached = None if found is None or not found.milliseconds else asked / found.milliseconds
+        report.bar(f"attention of an encoder on a GPU, {what}: Triton kernel, {asked:g} ms divided by its time", 1, reached)

@@ -1,0 +1,222 @@
+"""Whole models of untrained weights with ResNet-50, from normalised pixels to results, against three of other packages.
+
+One image of 480 x 640 pixels (on a GPU 8 of 800 x 1066), in float32 and under autocast to bfloat16. What is timed: maskset's five
+systems, to 100 objects with masks at the image's size as text of COCO's files; transformers' DeformableDetr, to 100 boxes (it has
+no masks), and Mask2Former, to 100 dense masks at the image's size; torchvision's Mask R-CNN, to 100 dense masks at the image's
+size. Memory is that of a process of its own: the greatest while it computes, less what it had with libraries and weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskset import recipes
+from maskset.bench.measure import Way, in_new_process, in_turn, peaks, resident
+from maskset.bench.report import Report
+from maskset.layers.deformable import FUSED, implementations, using
+from maskset.masks.logit_pca import LogitPcaCodec
+from maskset.structures import ImageBatch
+from maskset.systems import System, build
+from maskset.systems.istr import Istr, Stage
+
+SYSTEMS = ("solq", "soit", "isda", "istr", "sotr")
+DDETR, M2F, MRCNN = "transformers' DeformableDetr", "transformers' Mask2Former", "torchvision's Mask R-CNN"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST = 100  # results of an image
+
+
+def run(report: Report, quick: bool) -> None:
+    """Measure all models in both precisions, and the memory of each."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, size = (1, (64, 96)) if quick else (8, (800, 1066)) if device == "cuda" else (1, (480, 640))
+    models = {name: make(quick) for name, make in MODELS.items()}
+    models = {name: model.to(device) for name, model in models.items()}
+    pixels = noise(images, size).to(device)
+    most = 10 if quick else MOST
+    agree(report, models["maskset solq"], pixels)
+    for name in (MRCNN, *(f"maskset {name}" for name in SYSTEMS)):
+        found = counts(name, results(name, models[name], pixels, most))
+        report.agree(f"{name}: results that an image lacks of {most}", most - min(found), 0)
+    report.remark(
+        "SOTR is at its worst here: untrained scores do not tell good cells from bad ones, so the masks of all 3,872 are drawn; "
+        "trained weights leave a few hundred."
+    )
+    place = f"{images} image{'s' * (images > 1)} of {size[0]} x {size[1]}"
+    for precision, dtype in PRECISIONS.items():
+        ways: dict[str, Way] = {name: partial(results, name, model, pixels, most, dtype) for name, model in models.items()}
+        times = in_turn(ways, 0 if quick else 60)
+        report.compare(f"{place}, {precision}", DDETR, times, peaks(ways) if device == "cuda" else None)
+    if device == "cpu":
+        memories = {name: in_new_process(memory, name, pixels, quick) for name in (["maskset solq"] if quick else models)}
+        grown = {name: peak - before for name, (before, peak) in memories.items()}
+        report.compare(f"memory of a process, {place}, float32", DDETR, {}, grown)
+        for name, (before, peak) in memories.items():
+            report.remark(f"Memory of {name}: {before:,.0f} MiB before, {peak:,.0f} MiB at most.")
+    bars(report, place)
+
+
+def noise(images: int, size: tuple[int, int]) -> Tensor:
+    """Return normalised pixels [B 3 h w]."""
+    return torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def system(name: str, quick: bool) -> System:
+    """Return one of maskset's systems, such that no score is too low."""
+    torch.manual_seed(0)
+    config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
+    config = replace(config, num_classes=91)
+    if name == "sotr":
+        config = replace(config, score_threshold=0.0, kept_threshold=0.0)
+    model = build(config).eval()
+    if isinstance(model, Istr):
+        steady(model)
+    return model
+
+
+@torch.no_grad()
+def steady(model: Istr) -> None:
+    """Learn the model's code from noise, and keep its boxes at 4 % of the image: untrained, they leave it."""
+    assert isinstance(model.codec, LogitPcaCodec)
+    model.codec.fit((torch.rand(200, model.codec.size, model.codec.size) > 0.5).float())
+    model.query_boxes.copy_(torch.tensor([0.5, 0.5, 0.2, 0.2]))
+    for stage in model.stages:
+        assert isinstance(stage, Stage)
+        for parameter in stage.box_head[1].parameters():
+            nn.init.zeros_(parameter)
+
+
+def deformable_detr(quick: bool) -> Any:
+    """Return transformers' DeformableDetr, with its refinement of boxes, as SOLQ has it."""
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
+
+    torch.manual_seed(0)
+    small = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64} if quick else {}
+    backbone = {**timm_backbone(quick), "out_indices": [2, 3, 4]}
+    settings: dict[str, Any] = {"num_labels": 91, "backbone_config": backbone, "with_box_refine": True, **small}
+    return DeformableDetrForObjectDetection(DeformableDetrConfig(**settings)).eval()
+
+
+def mask2former(quick: bool) -> Any:
+    """Return transformers' Mask2Former."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it warns of backbones other than Swin
+    torch.manual_seed(0)
+    small = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 64, "dim_feedforward": 64} if quick else {}
+    backbone = {**timm_backbone(quick), "out_indices": [1, 2, 3, 4]}
+    settings: dict[str, Any] = {"num_labels": 80, "backbone_config": backbone, **small}
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**settings)).eval()
+
+
+def timm_backbone(quick: bool) -> dict[str, Any]:
+    """Return how transformers is told which untrained ResNet to use."""
+    name = "resnet18" if quick else "resnet50"
+    return {"model_type": "timm_backbone", "backbone": name, "features_only": True, "use_pretrained_backbone": False}
+
+
+def mask_rcnn(quick: bool) -> Any:
+    """Return torchvision's Mask R-CNN, which keeps the size of its images here and leaves no box out for its score."""
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    torch.manual_seed(0)
+    few = {"rpn_post_nms_top_n_test": 50, "box_detections_per_img": 10} if quick else {}
+    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, box_score_thresh=0.0, **few).eval()
+    model.transform = Listed()
+    return model
+
+
+class Listed(torch.nn.Module):
+    """Mask R-CNN's first and last step, without resizing and normalising: the pixels come normalised, and masks are pasted."""
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[Any, Any]:
+        """Return images as the model keeps them."""
+        from torchvision.models.detection.image_list import ImageList
+
+        return ImageList(torch.stack(images), [(image.shape[1], image.shape[2]) for image in images]), targets
+
+    def postprocess(self, found: list[dict[str, Tensor]], sizes: Any, original: Any) -> list[dict[str, Tensor]]:
+        """Return masks at the size of the images; in training there are none."""
+        from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+        for one, size in zip(found, original, strict=not self.training):
+            one["masks"] = paste_masks_in_image(one["masks"], one["boxes"], size) >= 0.5
+        return found
+
+
+MODELS: dict[str, Callable[[bool], Any]] = {
+    DDETR: deformable_detr,
+    M2F: mask2former,
+    MRCNN: mask_rcnn,
+    **{f"maskset {name}": partial(system, name) for name in SYSTEMS},
+}
+
+
+@torch.inference_mode()
+def results(name: str, model: Any, pixels: Tensor, most: int = MOST, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Return what a model finds in each image, at most so many: boxes, or masks at the image's size."""
+    sizes = [(pixels.shape[2], pixels.shape[3])] * len(pixels)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        if isinstance(model, System):
+            images = ImageBatch(pixels, torch.tensor(sizes, device=pixels.device))
+            found = model.postprocess(model(images), images, sizes, most)
+            return [one.to_coco() for one in found]
+        if name == MRCNN:
+            return model(list(pixels))
+        output = model(pixels)
+    if name == DDETR:
+        from transformers import DeformableDetrImageProcessor as Processor
+
+        return Processor().post_process_object_detection(output, 0.0, sizes, most)
+    from transformers import Mask2FormerImageProcessor
+
+    post = Mask2FormerImageProcessor().post_process_instance_segmentation
+    with pixels.device:  # where it makes tensors of its own
+        return [one["segmentation"] for one in post(output, 0.0, target_sizes=sizes, return_binary_maps=True)]
+
+
+def counts(name: str, found: list[Any]) -> list[int]:
+    """Return how many masks each image has."""
+    return [len(one["masks"]) if name == MRCNN else len(one) for one in found]
+
+
+@torch.inference_mode()
+def agree(report: Report, model: System, pixels: Tensor) -> None:
+    """Check that SOLQ says the same with every implementation of its attention."""
+    images = ImageBatch(pixels, torch.tensor([pixels.shape[2:]] * len(pixels), device=pixels.device))
+    outputs = {}
+    usable = [name for name, reason in implementations().items() if reason is None]
+    for name in (name for name in usable if FUSED.get(name, pixels.device.type) == pixels.device.type):
+        with using(name):
+            last = model(images).layers[-1]
+            assert last.boxes is not None
+            outputs[name] = torch.cat([last.class_logits, last.boxes], -1)
+    for name, output in outputs.items():
+        if name == "reference":
+            continue
+        apart = (output - outputs["reference"]).abs().max().item()
+        report.agree(f"logits and boxes of SOLQ with {name} and reference attention", apart, 1e-3)
+
+
+def memory(name: str, pixels: Tensor, quick: bool) -> tuple[float, float]:
+    """Return the memory of this process before a model computes, and at most, MiB."""
+    model = MODELS[name](quick)
+    results(name, model, noise(1, (64, 64)))  # loads what is loaded late
+    before, _ = resident()
+    results(name, model, pixels)
+    return before, resident()[1]
+
+
+def bars(report: Report, place: str) -> None:
+    """Compare SOLQ with what was asked for."""
+    for precision in PRECISIONS:
+        case = f"{place}, {precision}"
+        for peer, least in ((DDETR, 2), (M2F, 2), (MRCNN, 1)):
+            report.bar(f"whole SOLQ, {precision}: time, {peer}", least, report.faster(case, "maskset solq", peer))
+    case = f"memory of a process, {place}, float32"
+    for peer in (DDETR, M2F, MRCNN):
+        report.bar(f"whole SOLQ: memory, {peer}", 1, report.smaller(case, "maskset solq", peer))

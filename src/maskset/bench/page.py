@@ -1,0 +1,138 @@
+"""The page of all results, made from their files: what was asked and reached, then every benchmark's tables."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maskset.files import written
+
+START, END = "<!-- from maskset bench -->", "<!-- end -->"  # in the README: what is between them comes from here
+_HEAD = """\
+# Benchmarks
+
+Made from the files in [results](results) by `maskset bench NAME --out benchmarks`; do not edit. `make bench` measures everything
+again. All ways of a case take turns in one process; times are medians of the rounds, in milliseconds, with the least in
+parentheses. Memory is MiB. "x faster" and "x smaller" are ratios to the way for which they are 1.0."""
+
+
+def write(folder: Path) -> list[Path]:
+    """Write the README.md of a folder from its results, and the marked part of the README.md beside it; return what changed."""
+    results = read(folder / "results")
+    texts = {folder / "README.md": page(results)}
+    beside = folder.absolute().parent / "README.md"
+    if beside.is_file() and START in beside.read_text(encoding="utf-8"):
+        texts[beside] = with_summary(beside.read_text(encoding="utf-8"), results)
+    for path, text in texts.items():
+        with written(path) as part:
+            part.write_text(text, encoding="utf-8")
+    return list(texts)
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return all results of a folder by their file's name."""
+    return {file.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page, in Markdown."""
+    ours = {name: result for name, result in results.items() if "benchmark" in result}
+    others = {name: result for name, result in results.items() if "benchmark" not in result}
+    parts = [_HEAD, *summary(ours.values())]
+    for name, result in ours.items():
+        parts += [f"## [{name.removesuffix('.json')}](results/{name})", *section(result)]
+    if others:
+        parts += ["## Other results", "From other commands, which the files name with all that they found."]
+        rows = [[f"[{name}](results/{name})", f"`{command}`"] for name, result in others.items() for command in _commands(result)]
+        parts.append(_table(["file", "command"], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def with_summary(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a text with the bars of the results between its marks."""
+    before, _, rest = text.partition(START)
+    tables = summary([result for result in results.values() if "benchmark" in result])
+    return before + "\n\n".join([START, *tables, END]) + rest.partition(END)[2]
+
+
+def summary(results: Sequence[Mapping[str, Any]] | Any) -> list[str]:
+    """Return the table of all bars, and where they were measured."""
+    rows, places = [], []
+    for result in results:
+        place = _place(result)
+        if result["bars"] and place not in places:
+            places.append(place)
+        for bar in result["bars"]:
+            reached = "not measured here" if bar["reached"] is None else f"**{_number(bar['reached'])}x**"
+            if bar["remark"]:
+                reached += f" ({bar['remark']})"
+            rows.append([bar["what"], f"{_number(bar['asked'])}x", reached, f"`{result['command'].partition(' --out')[0]}`"])
+    if not rows:
+        return []
+    return [_table(["what", "asked", "reached", "command"], rows), f"Measured on: {'; '.join(places)}."]
+
+
+def section(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paragraphs and tables of one benchmark."""
+    yield result["about"]
+    threads = result["threads"]
+    yield (
+        f"`{result['command']}`, {result['minutes']:.1f} minutes, {threads} thread{'s' * (threads != 1)}, {_place(result)}, "
+        f"commit {result['commit']}; {', '.join(f'{name} {version}' for name, version in result['versions'].items())}."
+    )
+    if result["agreements"]:
+        rows = [[one["what"], f"{one['difference']:.2g}", f"{one['allowed']:.2g}"] for one in result["agreements"]]
+        yield _table(["results that agree", "difference", "allowed"], rows)
+    for case in dict.fromkeys(figure["case"] for figure in result["figures"]):
+        yield _case(case, [figure for figure in result["figures"] if figure["case"] == case])
+    yield from result["remarks"]
+    if result["benchmark"] == "scaling":
+        yield "![Time and memory against image size, slots and objects](scaling.svg)"
+
+
+def _case(case: str, figures: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of one case, without columns that have nothing in them."""
+    heads = [case, "ms", "x faster", "MiB", "x smaller"]
+    rows = []
+    for one in figures:
+        time = "" if one["milliseconds"] is None else f"{_number(one['milliseconds'])} ({_number(one['least_milliseconds'])})"
+        rows.append([one["way"], time, *(_number(one[name]) for name in ("faster", "peak_mib", "smaller"))])
+    kept = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
+    return _table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _number(value: float | None) -> str:
+    """Return a number with three digits, or more before the point."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def _place(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    return f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, Python {machine['python']}"
+
+
+def _commands(value: Any) -> Iterator[str]:
+    """Yield every command that a file of another form names."""
+    if isinstance(value, dict):
+        if isinstance(value.get("command"), str):
+            yield value["command"]
+        for one in value.values():
+            yield from _commands(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _commands(one)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown whose columns are aligned for those who read it as it is."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    numeric = [all(row[i][:1] in ("", "*") or row[i][0].isdigit() for row in cells[1:]) for i in range(len(heads))]
+    rule = ["-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
+    lines = [
+        [f" {cell:{'>' if right else '<'}{width}} " for cell, width, right in zip(row, widths, numeric, strict=True)]
+        for row in cells
+    ]
+    return "\n".join(f"|{'|'.join(line)}|" for line in (lines[0], rule, *lines[1:]))

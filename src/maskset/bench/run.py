@@ -1,0 +1,62 @@
+"""One benchmark from beginning to end: measured, told, written."""
+
+import importlib
+import inspect
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from maskset.bench import page
+from maskset.bench.measure import require
+from maskset.bench.report import Report, save
+from maskset.config import ConfigError
+
+
+def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = None, images: int | None = None) -> Report:
+    """Return what a benchmark found, after it has been told on stdout and, where that is asked for, written.
+
+    Args:
+        name: one of `maskset.bench.BENCHES`.
+        quick: with small inputs, once: only to see that results agree.
+        threads: of the CPU.
+        out: folder whose `results` get a file and whose README.md is written anew.
+        images: how many are evaluated; for `evaluation` only.
+
+    Raises:
+        ConfigError: `threads` or `images` is less than 1, or a package is missing.
+        maskset.bench.report.Disagreement: maskset and a peer do not compute the same.
+    """
+    if threads < 1 or (images is not None and images < 1):
+        raise ConfigError(f"threads and images must be at least 1, got {threads} and {images}.")
+    if quick and out is not None:
+        raise ConfigError("the figures of --quick are not worth keeping: leave out --quick or --out.")
+    require("transformers", "matplotlib")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that are started, and of what is not PyTorch's
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory would speak on stderr
+    torch.set_num_threads(threads)
+    module = importlib.import_module(f"maskset.bench.{name}")
+    start, report = time.monotonic(), Report(name, _about(module.__doc__ or ""), threads)
+    module.run(report, quick, **({} if images is None else {"images": images}))
+    command = " ".join(["maskset bench", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])])
+    result = report.to_dict(command, start)
+    heads = ["Small inputs, once: the results agree, the figures mean nothing."] if quick else page.summary([result])
+    print("", *heads, *page.section(result), sep="\n\n")
+    if out is not None:
+        print(f"\nwritten: {', '.join(str(file) for file in [save(result, out / 'results'), *page.write(out)])}")
+        if hasattr(module, "draw"):
+            print(f"written: {module.draw(result, out)}")
+    return report
+
+
+def _about(text: str) -> str:
+    return " ".join(inspect.cleandoc(text).split())
+
+
+def _flags(quick: bool, threads: int, images: int | None) -> list[str]:
+    """Return the flags that were given, as one would type them."""
+    flags = ["--quick"] if quick else []
+    if threads != 1:
+        flags.append(f"--threads {threads}")
+    return flags + ([] if images is None else [f"--images {images}"])

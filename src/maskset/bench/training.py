@@ -1,0 +1,210 @@
+"""A training step: forward, loss and backward, without the optimiser; its memory and its time against the straightforward way.
+
+Straightforward: deformable attention by grid_sample, SOIT's instance-aware transformer step by step in PyTorch, and the masks
+of all decoder layers drawn at once and kept for one backward pass. Memory: ResNet-50 models of SOIT and ISDA, one image of 800
+x 1066 pixels with 50 objects, mask losses on all 6 decoder layers, float32; each step in a process of its own: the greatest
+while it computes, less what it had with libraries, weights and image. Time: the small recipes on 4 images of 256 x 256 pixels.
+On a GPU also all five systems with ResNet-50 in bfloat16, against transformers' Mask2Former and torchvision's Mask R-CNN.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from maskset import native, recipes
+from maskset.bench import inference
+from maskset.bench.measure import Way, in_new_process, in_turn, peaks, resident
+from maskset.bench.report import Report
+from maskset.data.shapes import CATEGORIES, ShapesDataset
+from maskset.layers.deformable import CHOICE, DeformableAttention
+from maskset.structures import ImageBatch, Instances, Masks
+from maskset.systems import System, build, isda, soit
+
+PEER, OURS = "straightforward", "maskset"
+Batch = tuple[ImageBatch, list[Instances]]
+
+
+def run(report: Report, quick: bool) -> None:
+    """Measure memory, then time."""
+    for name in ("soit",) if quick else ("soit", "isda"):
+        memory(report, name, quick)
+    for name in ("solq", "soit", "isda"):
+        seconds(report, name, quick)
+    if torch.cuda.is_available():
+        throughput(report, images=16, size=(800, 1066))
+
+
+@contextmanager
+def straightforward() -> Iterator[None]:
+    """Compute training steps in the straightforward way inside of a `with` block."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, {CHOICE: "reference", native.HIDE: "off"}))
+        for module in (soit, isda):
+            stack.enter_context(patch.object(module, "in_pieces", all_at_once))
+        yield
+
+
+def all_at_once(values: Callable, pieces: Sequence[Tensor], shared: Tensor) -> Tensor:
+    """Return what `maskset.losses.in_pieces` returns, by ordinary means."""
+    return torch.stack([values(i, piece, shared) for i, piece in enumerate(pieces)])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step took.
+
+    Attributes:
+        before: memory of the process before it, MiB.
+        peak: at most, MiB.
+        seconds: of the step, once.
+        norm: of the gradient.
+    """
+
+    before: float
+    peak: float
+    seconds: float
+    norm: float
+
+
+def memory(report: Report, name: str, quick: bool) -> None:
+    """Compare the memory of both ways of a system."""
+    costs = {way: in_new_process(step_alone, name, way, quick) for way in (PEER, OURS)}
+    one, other = costs[OURS], costs[PEER]
+    report.agree(f"{name}: norm of the gradient, relative", abs(one.norm - other.norm) / other.norm, 1e-3)
+    case = f"memory of a training step, {name}"
+    report.compare(case, PEER, {}, {way: cost.peak - cost.before for way, cost in costs.items()})
+    for way, cost in costs.items():
+        text = f"{cost.before:,.0f} MiB before, {cost.peak:,.0f} MiB at most, {cost.seconds:.1f} s (once)"
+        report.remark(f"Training step of {name}, {way}: {text}.")
+    report.bar(f"{case}: {PEER}", 3, report.smaller(case, OURS))
+
+
+def step_alone(name: str, way: str, quick: bool) -> Cost:
+    """Return what one step costs, the first that this process does."""
+    size, objects = ((96, 128), 5) if quick else ((800, 1066), 50)
+    torch.manual_seed(0)
+    config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
+    model = off_centre(build(config).train()).to(device())
+    batch = on_device(example(model, size, objects, images=1))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with straightforward() if way == PEER else ExitStack():
+        before, _ = resident()
+        start = time.perf_counter()
+        gradients = torch.autograd.grad(total(model, batch), parameters, allow_unused=True)
+        taken = time.perf_counter() - start
+    norm = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm().item()
+    return Cost(before, resident()[1], taken, norm)
+
+
+def device() -> str:
+    """Return where to compute."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(batch: Batch) -> Batch:
+    """Return the batch where it is computed."""
+    return batch[0].to(device()), [one.to(device()) for one in batch[1]]
+
+
+def off_centre(model: System) -> System:
+    """Return the model with other offsets: untrained ones end on the centres of cells, where their gradient jumps."""
+    for module in model.modules():
+        if isinstance(module, DeformableAttention):
+            nn.init.normal_(module.sampling_offsets.weight, std=0.02)
+    return model
+
+
+def example(model: System, size: tuple[int, int], objects: int, images: int) -> Batch:
+    """Return pictures of noise with objects, discs of many sizes."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    y, x = torch.arange(height)[:, None], torch.arange(width)[None]
+    pixels, found = [], []
+    for _ in range(images):
+        places = torch.rand(objects, 3, generator=generator)
+        discs = [torch.hypot(y - height * cy, x - width * cx) < height * (0.025 + 0.16 * radius) for cy, cx, radius in places]
+        masks = Masks.from_dense(torch.stack(discs))
+        found.append(Instances(torch.arange(objects) % model.config.num_classes, masks.boxes(), masks))
+        pixels.append(torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator))
+    return ImageBatch.from_images(pixels, model.input.divisor).normalised(model.input), found
+
+
+def total(model: System, batch: Batch) -> Tensor:
+    """Return the loss."""
+    images, found = batch
+    return torch.stack(list(model.loss(model(images), images, found).values())).sum()
+
+
+def seconds(report: Report, name: str, quick: bool) -> None:
+    """Compare the time of both ways of a system's small recipe."""
+    torch.manual_seed(0)
+    side, count = (64, 1) if quick else (256, 4)
+    config = recipes.get(f"{name}-{'tiny' if quick else 'small'}").model
+    model = build(replace(config, num_classes=len(CATEGORIES)), CATEGORIES).train().to(device())
+    data = ShapesDataset("train", count, (side, side))
+    examples = [data.read(i) for i in range(count)]
+    images = ImageBatch.from_images([pixels for pixels, _ in examples], model.input.divisor).normalised(model.input)
+    batch = on_device((images, [found for _, found in examples]))
+    with straightforward():
+        expected = total(model, batch).item()
+    report.agree(f"{name}: loss of the small model, relative", abs(total(model, batch).item() - expected) / expected, 1e-3)
+
+    def plain() -> None:
+        with straightforward():
+            step(model, batch)
+
+    case = f"training step of {name}-small, {count} images of {side} x {side}"
+    report.compare(case, PEER, in_turn({PEER: plain, OURS: partial(step, model, batch)}, 0 if quick else 12))
+
+
+def step(model: System, batch: Batch) -> None:
+    """Compute gradients and forget them."""
+    total(model, batch).backward()
+    model.zero_grad()
+
+
+def throughput(report: Report, images: int, size: tuple[int, int], quick: bool = False) -> None:
+    """Compare steps of whole models with ResNet-50 in bfloat16, 10 objects in each image."""
+    ways: dict[str, Way] = {}
+    for name in inference.MODELS:
+        if name != inference.DDETR:
+            ways[name] = whole_step(name, inference.MODELS[name](quick).train().to(device()), images, size)
+    case = f"training step, {images} images of {size[0]} x {size[1]}, bfloat16"
+    report.compare(case, inference.M2F, in_turn(ways, 0 if quick else 60), peaks(ways))
+    for name in ways:
+        found = report.figure(case, name)
+        if found and found.milliseconds:
+            report.remark(f"{name}: {1000 * images / found.milliseconds:.1f} images/s in training.")
+
+
+def whole_step(name: str, model: nn.Module, images: int, size: tuple[int, int]) -> Way:
+    """Return a forward and backward pass of a model."""
+    some = build(recipes.get("solq-tiny").model)
+    pixels, found = on_device(example(some, size, 10, images))
+    dense = [one.masks.dense() for one in found]
+
+    def loss() -> Tensor:
+        if isinstance(model, System):
+            return total(model, (ImageBatch.from_images(list(pixels.pixels), model.input.divisor), found))
+        if name == inference.M2F:
+            labels = [one.labels for one in found]
+            return model(pixels.pixels, mask_labels=[masks.float() for masks in dense], class_labels=labels).loss
+        targets = [
+            {"boxes": one.boxes, "labels": one.labels + 1, "masks": masks.byte()} for one, masks in zip(found, dense, strict=True)
+        ]
+        return torch.stack(list(model(list(pixels.pixels), targets).values())).sum()
+
+    def call() -> None:
+        with torch.autocast(device(), torch.bfloat16):
+            value = loss()
+        value.backward()
+        model.zero_grad()
+
+    return call

@@ -1,0 +1,52 @@
+"""Every benchmark runs in its quick form, and what it computes is what its peers compute."""
+
+import pytest
+import torch
+
+from maskset import cli
+from maskset.bench import BENCHES, measure
+from maskset.bench.report import Disagreement
+from maskset.bench.run import run
+
+
+@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.filterwarnings("ignore")  # other packages warn as they like
+def test_a_quick_benchmark_finds_that_results_agree_and_writes_nothing(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", name, "--quick"]) == 0
+    output = capsys.readouterr().out
+    assert "the results agree" in output
+    assert ("agree: " in output) == (name != "scaling")  # which has nobody to agree with
+    assert not list(tmp_path.iterdir())
+
+
+def test_ways_that_differ_are_not_compared(monkeypatch):
+    from maskset.bench import matching
+
+    monkeypatch.setattr(matching, "giou_cost", lambda boxes, targets: torch.zeros(()))
+    with pytest.raises(Disagreement, match="costs of all slots and objects, absolute: they differ by"):
+        run("matching", quick=True)
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, capsys):
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", "matching", "--quick"]) == 2
+    assert "transformers and matplotlib: pip install 'maskset[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threads", "0"], "must be at least 1, got 0"),
+        (["--images", "0"], "must be at least 1"),
+        (["--quick", "--out", "here"], "leave out --quick or --out"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flags, message, capsys):
+    assert cli.main(["bench", "evaluation", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_evaluation_has_a_number_of_images(capsys):
+    assert cli.main(["bench", "twin", "--images", "5"]) == 2
+    assert "there is no flag --images" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Ratios, files and the page that is made of them."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from maskset.bench import BENCHES, page
+from maskset.bench.report import Disagreement, Report, save
+
+ROOT = Path(__file__).parents[2]
+
+
+def report(reached: float | None = 4.0) -> Report:
+    """Return a report of a case with a peer of 8 ms and 100 MiB."""
+    made = Report("matching", "What is compared.")
+    made.agree("both", 0.0, 1e-4)
+    made.compare("case", "peer", {"peer": [0.008, 0.007, 0.02], "ours": [0.002, 0.002, 0.001]}, {"peer": 100.0, "ours": 50.0})
+    made.bar("a | ratio", 3, reached, "" if reached else "no GPU")
+    return made
+
+
+def result(**changed) -> dict:
+    return json.loads(json.dumps(report().to_dict("maskset bench matching --out benchmarks", time.monotonic()))) | changed
+
+
+def test_ratios_are_those_of_the_medians():
+    made = report()
+    assert made.faster("case", "ours") == made.faster("case", "ours", "peer") == pytest.approx(4)
+    assert made.smaller("case", "ours") == made.smaller("case", "ours", "peer") == pytest.approx(2)
+    assert made.faster("case", "peer", "ours") == pytest.approx(1 / 4)
+    assert made.faster("case", "nobody") is made.faster("another case", "ours") is made.faster("case", "ours", "nobody") is None
+
+
+@pytest.mark.parametrize("difference", [1.0, float("nan")])
+def test_a_difference_that_is_too_great_or_unknown_is_refused(difference):
+    with pytest.raises(Disagreement, match="codes: they differ by"):
+        Report("x", "").agree("codes", difference, 0.5)
+
+
+def test_a_result_says_where_it_comes_from():
+    found = result()
+    assert found["machine"]["cores"] > 0
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", found["commit"])
+    assert found["versions"].keys() >= {"torch", "transformers", "pycocotools"}
+
+
+@pytest.mark.parametrize(("changed", "name"), [({}, "matching"), ({"threads": 2}, "matching-2-threads")])
+def test_each_number_of_threads_and_a_gpu_have_a_file_of_their_own(tmp_path, changed, name):
+    assert save(result(**changed), tmp_path / "results") == tmp_path / "results" / f"{name}.json"
+    on_gpu = result(machine={**result()["machine"], "gpu": "H200"})
+    assert save(on_gpu, tmp_path / "results").name == "matching-gpu.json"
+
+
+def test_the_page_shows_bars_figures_and_other_files(tmp_path):
+    save(result(), tmp_path / "results")
+    (tmp_path / "results" / "codecs.json").write_text(json.dumps({"command": "maskset codecs compare DATA", "scores": []}))
+    page.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert re.search(r"\| a \\\| ratio +\| +3\.00x \| \*\*4\.00x\*\* +\| `maskset bench matching` ", text)
+    assert re.search(r"\| ours +\| +2\.00 \(1\.00\) \| +4\.00 \| +50\.0 \| +2\.00 \|", text)
+    assert "`maskset codecs compare DATA`" in text
+
+
+def test_a_bar_that_could_not_be_measured_says_why():
+    (table, _) = page.summary([json.loads(json.dumps(report(None).to_dict("maskset bench matching", time.monotonic())))])
+    assert "not measured here (no GPU)" in table
+
+
+def test_the_marked_part_of_the_readme_beside_is_written_anew_and_nothing_else(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{page.START}\nold numbers\n{page.END}\nafter\n")
+    save(result(), tmp_path / "benchmarks" / "results")
+    page.write(tmp_path / "benchmarks")
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{page.END}\nafter\n")
+    assert "old numbers" not in text
+    assert "**4.00x**" in text
+    page.write(tmp_path / "benchmarks")
+    assert readme.read_text() == text
+
+
+def test_the_committed_page_and_the_readme_are_what_the_committed_results_give():
+    results = page.read(ROOT / "benchmarks" / "results")
+    assert (ROOT / "benchmarks" / "README.md").read_text() == page.page(results), "run any `maskset bench NAME --out benchmarks`"
+    readme = (ROOT / "README.md").read_text()
+    assert page.START in readme
+    assert readme == page.with_summary(readme, results)
+
+
+def test_curves_of_the_documentation_are_those_that_were_measured_last():
+    drawn, shown = ROOT / "benchmarks" / "scaling.svg", ROOT / "docs" / "assets" / "scaling.svg"
+    assert drawn.exists() == shown.exists()
+    assert not drawn.exists() or drawn.read_bytes() == shown.read_bytes(), "make bench copies them"
+
+
+def test_make_bench_runs_every_benchmark():
+    loop = re.search(r"for name in (.*); do", (ROOT / "Makefile").read_text())
+    assert loop is not None
+    assert loop[1].split() == list(BENCHES)
+
+
+def test_curves_are_drawn_from_figures_alone(tmp_path):
+    from maskset.bench import scaling
+
+    made = Report("scaling", "")
+    made.compare("inference, slots", None, {"100": [0.1], "300": [0.2]}, {"100": 10.0, "300": 20.0})
+    made.compare("loss, slots", None, {"100": [0.1], "300": [0.2]}, {"100": 10.0, "300": 20.0})
+    found = made.to_dict("", time.monotonic())
+    first = scaling.draw(found, tmp_path).read_bytes()
+    assert first == scaling.draw(found, tmp_path).read_bytes()
+    assert b"<svg" in first
