@@ -97,7 +97,7 @@ def pasted(drawn: Drawn) -> list[str]:
 
 def texts(masks: Masks) -> list[str]:
     """Return the text of each mask."""
-    return [rle.to_string(counts, masks.size) for counts in masks.rle()]
+    return rle.to_strings(masks.rle(), masks.size)
 
 
 def torchvision_masks(drawn: Drawn) -> Bool[Tensor, "n h w"]:
