@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from maskset import native
-
-SOURCES = sorted(path for path in Path(native.__file__).parent.glob("*.c") if path.name != "module.c")
+FOLDER = Path(__file__).parents[2] / "src" / "maskset" / "native"  # an installed package has no sources
+SOURCES = sorted(path for path in FOLDER.glob("*.c") if path.name != "module.c")
 DRIVER = Path(__file__).with_name("driver.c")
 FLAGS = ["-std=c11", "-g", "-O0", "-DPLAIN", "-fopenmp-simd", "-fno-sanitize-recover=all"]
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
@@ -16,7 +15,7 @@ SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
 
 def built(folder: Path, *sources: Path, into: str) -> subprocess.CompletedProcess:
     compiler = shutil.which("cc") or pytest.skip("there is no C compiler")
-    command = [compiler, *FLAGS, SANITIZERS, f"-I{SOURCES[0].parent}", *map(str, sources), "-lm", "-o", str(folder / into)]
+    command = [compiler, *FLAGS, SANITIZERS, f"-I{FOLDER}", *map(str, sources), "-lm", "-o", str(folder / into)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -34,7 +33,7 @@ def test_no_function_reads_or_writes_what_is_not_its_own_or_does_what_c_leaves_u
 def test_the_driver_calls_every_function_of_the_library():
     exported = {
         word.split("(")[0].replace("NAME", "")
-        for path in [*SOURCES, *SOURCES[0].parent.glob("*_body.h")]
+        for path in [*SOURCES, *FOLDER.glob("*_body.h")]
         for line in path.read_text().splitlines()
         if "EXPORT" in line
         for word in line.replace("NAME(", "").replace(")(", "(").split()
