@@ -25,6 +25,11 @@ def levels_of(boxes: Float[Tensor, "n 4"], count: int = len(STRIDES)) -> Int[Ten
     return level.nan_to_num(0.0).clamp(0, count - 1).long()
 
 
+def readable(levels: Sequence[Float[Tensor, "B C _ _"]], dtype: torch.dtype) -> list[Float[Tensor, "B C _ _"]]:
+    """Return the levels in the type and the order in which torchvision's kernels read them, for many calls one copy."""
+    return [level.to(dtype, memory_format=torch.contiguous_format) for level in levels]
+
+
 def pyramid_roi_align(
     levels: Sequence[Float[Tensor, "B C _ _"]], boxes: Float[Tensor, "B N 4"], size: int
 ) -> Float[Tensor, "B*N C s s"]:

@@ -23,7 +23,7 @@ from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionAttention, RegionEncoder, Tower, image_feature, move, reset_stage
-from maskset.layers.roi import pyramid_roi_align
+from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss, sum_by_layer
 from maskset.masks import learnt
 from maskset.masks.boxed import crop, paste_soft
@@ -165,7 +165,7 @@ class Istr(System):
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every stage, class logits [B N K], boxes [B N 4] and mask embeddings [B N D]."""
         check_canvas(images, self.input.divisor)
-        levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
+        levels = readable(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
         objects = self._object_features(levels, images)  # [B N C]
         # Width, height, width, height of each image
         pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)

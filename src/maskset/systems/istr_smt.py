@@ -23,7 +23,7 @@ from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, image_feature, move, reset_stage
-from maskset.layers.roi import pyramid_roi_align
+from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss
 from maskset.masks import learnt
 from maskset.masks.autoencoder import CONTEXT_CHANNELS, AutoencoderCodec
@@ -175,7 +175,7 @@ class IstrSmt(System):
         Results need codes and context of the last stage only: in evaluation mode the others have none.
         """
         check_canvas(images, self.input.divisor)
-        levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
+        levels = readable(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
         paddings = None
         if self.config.masked_pooling:
             paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
