@@ -18,6 +18,7 @@ def test_run_lengths_are_those_of_pycocotools(seed):
     size = (masks.shape[1], masks.shape[2])
     counts = rle.encode(masks)
     assert torch.equal(rle.decode(counts, size), masks)
+    assert torch.equal(rle.areas(counts), masks.sum((1, 2)))
     for mask, runs in zip(masks, counts, strict=True):
         reference = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
         assert rle.to_string(runs, size) == reference["counts"].decode()
@@ -32,6 +33,8 @@ def test_full_empty_and_no_masks_survive():
     assert [c.tolist() for c in rle.encode(masks)] == [[12], [0, 12]]
     assert torch.equal(rle.decode(rle.encode(masks), (3, 4)), masks)
     assert rle.decode([], (3, 4)).shape == (0, 3, 4)
+    assert rle.areas(rle.encode(masks)).tolist() == [0, 12]
+    assert rle.areas([]).tolist() == []
 
 
 def test_long_runs_survive_the_text():
@@ -100,5 +103,5 @@ def test_the_nearest_index_is_torchs():
 @pytest.mark.parametrize(("first", "end"), [(0, 9), (3, 4), (2, 7), (0, 0), (9, 9)])
 def test_some_columns_are_those_of_the_whole(first, end):
     masks = torch.rand(5, 7, 9, generator=torch.Generator().manual_seed(0)) > 0.5
-    cut = [rle.columns(counts, 7, first, end) for counts in rle.encode(masks)]
-    assert torch.equal(rle.decode(cut, (7, end - first)), masks[:, :, first:end])
+    found = rle.decode(rle.encode(masks), (7, 9), columns=torch.arange(first, end))
+    assert torch.equal(found, masks[:, :, first:end])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,7 +17,8 @@ from maskset.checkpoint import write_tensors
 from maskset.config import ConfigError
 from maskset.data import open_data
 from maskset.data.dataset import Dataset
-from maskset.evaluation.average_precision import average_precision
+from maskset.evaluation.average_precision import measured
+from maskset.evaluation.overlaps import Overlaps, overlaps
 from maskset.files import check_new, written
 from maskset.masks import MaskCodec, learnt
 from maskset.masks.autoencoder import AutoencoderCodec
@@ -284,26 +285,26 @@ def _crops(data: Dataset, size: int, most: int, what: str, progress: bool) -> It
 @torch.no_grad()
 def _scores(name: str, data: Dataset, codes: Sequence[Code], codecs: Sequence[MaskCodec], progress: bool) -> Iterator[CodeScore]:
     """Yield the score of each code on all objects of a data set."""
-    overlaps: list[list[Tensor]] = [[] for _ in codes]
-    results: list[list[dict[str, Any]]] = [[] for _ in codes]
+    ious: list[list[Tensor]] = [[] for _ in codes]
+    compared: list[list[Overlaps]] = [[] for _ in codes]
     areas = torch.cat([data.areas(index) for index in range(len(data))])
     for index in shown(range(len(data)), len(data), f"coding {name}") if progress else range(len(data)):
         objects = data.objects(index)
         truth = Masks(objects.masks.rle(), objects.masks.size)  # polygons are drawn once, not for every code
         for i, codec in enumerate(codecs):
             masks = reconstructed(codec, truth, objects.boxes)
-            overlaps[i].append(_overlaps(truth, masks))
+            ious[i].append(_overlaps(truth, masks))
             found = Instances(objects.labels, objects.boxes, masks, torch.ones(len(objects)), data.categories)
-            results[i] += found.to_coco(index)
+            compared[i].append(overlaps(data, index, found))
     most = max(1, int(data.counts().max()))
-    for code, overlap, rows in zip(codes, overlaps, results, strict=True):
-        ious, metrics = torch.cat(overlap), average_precision(data, rows, most)
+    for code, parts, images in zip(codes, ious, compared, strict=True):
+        iou, metrics = torch.cat(parts), measured(images, data.categories, most)
         yield CodeScore(
             data=name,
             code=code,
-            objects=len(ious),
-            iou=_mean(ious),
-            **{f"iou_{size}": _mean(ious[(areas >= least) & (areas < end)]) for size, (least, end) in SIZES.items()},
+            objects=len(iou),
+            iou=_mean(iou),
+            **{f"iou_{size}": _mean(iou[(areas >= least) & (areas < end)]) for size, (least, end) in SIZES.items()},
             mask_ap=metrics.mask_ap,
             mask_ap_small=metrics.mask_ap_small,
             mask_ap_medium=metrics.mask_ap_medium,

@@ -2,7 +2,8 @@
 
 A mask of height h and width w is a list of counts that sum to h * w. They count equal pixels column by column (down, then
 right), first of the background, then of the mask, and so on in turn: COCO's convention, so a count of 0 opens a mask whose
-first pixel is set. Here counts are one-dimensional int32 tensors, on any device.
+first pixel is set. Here counts are one-dimensional int32 tensors, on any device. On a CPU the C library reads and writes them
+(`maskset.native.runs`); what is here is for other devices, and where there is no library.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor
 
+from maskset import native
+from maskset.native import runs
+
 Counts = Int32[Tensor, "_"]
+Shown = Int64[Tensor, "_"]  # rows or columns
 Polygons = tuple[np.ndarray, ...]  # the parts of one object, each float64 [n, 2], x and y in pixels
 LONGEST_OUTLINE = 2**22  # pixels; pycocotools takes about 60 bytes for each
+_PIXELS = 2**26  # that are decoded at a time
 
 
 class MaskError(ValueError):
@@ -23,8 +29,15 @@ class MaskError(ValueError):
 
 
 def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
-    """Return the run lengths of each mask, on the device of the masks."""
+    """Return the run lengths of each mask, on the device of the masks.
+
+    Raises:
+        MaskError: a mask has too many pixels, see `check_size`.
+    """
     count, height, width = masks.shape
+    check_size((height, width))
+    if native.serves(masks.device):
+        return runs.encode(masks)
     flat = masks.transpose(1, 2).reshape(count, height * width)
     if flat.shape[1] == 0:
         return [torch.zeros(0, dtype=torch.int32, device=masks.device) for _ in range(count)]
@@ -35,12 +48,33 @@ def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
     return [torch.diff(end, prepend=end.new_zeros(1)) for end in ends]
 
 
-def decode(counts: Sequence[Counts], size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
-    """Return dense masks of `size` (height, width); every element of `counts` must sum to height * width."""
+def decode(
+    counts: Sequence[Counts], size: tuple[int, int], rows: Shown | None = None, columns: Shown | None = None
+) -> Bool[Tensor, "T h w"]:
+    """Return dense masks, on the device of the counts.
+
+    Args:
+        counts: run lengths; each must sum to height * width.
+        size: height and width of the masks.
+        rows: which of the rows to show, from top to bottom, some perhaps several times; None: all.
+        columns: which of the columns, in any order.
+    """
+    device = counts[0].device if len(counts) else torch.device("cpu")
+    if native.serves(device):
+        return runs.dense(runs.view(counts, size, rows, columns))
     height, width = size
-    device = counts[0].device if len(counts) else None
+    if columns is not None and len(columns):  # only the columns that are looked at are decoded
+        first, end = int(columns.min()), int(columns.max()) + 1
+        counts, width, columns = [_columns(one, height, first, end) for one in counts], end - first, columns - first
+    masks = _decode(counts, height, width, device)
+    if rows is not None:
+        masks = masks[:, rows.to(device)]
+    return masks if columns is None else masks[:, :, columns.to(device)]
+
+
+def _decode(counts: Sequence[Counts], height: int, width: int, device: torch.device) -> Bool[Tensor, "T h w"]:
     if not len(counts):
-        return torch.zeros(0, height, width, dtype=torch.bool)
+        return torch.zeros(0, height, width, dtype=torch.bool, device=device)
     lengths = torch.tensor([len(c) for c in counts], device=device)
     starts = lengths.cumsum(0) - lengths
     flat = torch.cat(list(counts))
@@ -49,10 +83,25 @@ def decode(counts: Sequence[Counts], size: tuple[int, int]) -> Bool[Tensor, "T h
     return pixels.view(len(counts), width, height).transpose(1, 2)
 
 
-def columns(counts: Counts, height: int, first: int, end: int) -> Counts:
+def _columns(counts: Counts, height: int, first: int, end: int) -> Counts:
     """Return the run lengths of the columns from `first` up to `end` (exclusive): one stretch of the whole, nothing decoded."""
     ends = counts.cumsum(0).clamp(first * height, end * height).to(torch.int32)
     return torch.diff(ends, prepend=ends.new_tensor([first * height]))
+
+
+def viewed(counts: Sequence[Counts], size: tuple[int, int], rows: Shown | None, columns: Shown | None) -> list[Counts]:
+    """Return the run lengths of some rows and columns of masks, see `decode`.
+
+    Raises:
+        MaskError: a mask would have too many pixels, see `check_size`.
+    """
+    shown = [side if which is None else len(which) for side, which in zip(size, (rows, columns), strict=True)]
+    check_size((shown[0], shown[1]))
+    if native.serves(counts[0].device if len(counts) else torch.device("cpu")):
+        return runs.viewed(runs.view(counts, size, rows, columns))
+    few = max(1, _PIXELS // max(1, size[0] * size[1]))
+    parts = (decode(counts[i : i + few], size, rows, columns) for i in range(0, len(counts), few))
+    return [one for part in parts for one in encode(part)]
 
 
 def placed(window: Bool[Tensor, "h w"], left: int, top: int, size: tuple[int, int]) -> Counts:
@@ -73,6 +122,20 @@ def area(counts: Counts) -> int:
     return int(counts[1::2].sum())
 
 
+def areas(counts: Sequence[Counts]) -> Int64[Tensor, "T"]:
+    """Return the number of pixels set in each mask, on the device of the masks."""
+    if not len(counts):
+        return torch.zeros(0, dtype=torch.int64)
+    if native.serves(counts[0].device):
+        return runs.measure(counts, height=1)[:, 4]
+    flat = torch.cat(list(counts)).long()
+    lengths = torch.tensor([len(one) for one in counts], device=flat.device)
+    starts = lengths.cumsum(0) - lengths
+    mask = torch.arange(len(counts), device=flat.device).repeat_interleave(lengths)
+    is_set = (torch.arange(len(flat), device=flat.device) - starts[mask]) % 2
+    return lengths.new_zeros(len(counts)).index_add(0, mask, flat * is_set)
+
+
 def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
     """Return the tight box x0 y0 x1 y1 of a mask in pixels, x1 and y1 exclusive; all zero if no pixel is set."""
     ends = counts.cpu().numpy().astype(np.int64).cumsum()
@@ -87,12 +150,27 @@ def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
     return float(left), float(top), float(right + 1), float(bottom + 1)
 
 
+def boxes(counts: Sequence[Counts], height: int) -> Float[Tensor, "T 4"]:
+    """Return the box of each mask, as `box` does, on the CPU."""
+    on_cpu = [one.cpu() for one in counts]
+    if native.serves(torch.device("cpu")):
+        return runs.measure(on_cpu, height)[:, :4].float()
+    return torch.tensor([box(one, height) for one in on_cpu], dtype=torch.float32).view(-1, 4)
+
+
 def to_string(counts: Counts, size: tuple[int, int]) -> str:
     """Return the compressed text of COCO files for the run lengths of a mask of `size` (height, width)."""
+    return to_strings([counts], size)[0]
+
+
+def to_strings(counts: Sequence[Counts], size: tuple[int, int]) -> list[str]:
+    """Return the compressed text of each mask, all of them of `size` (height, width)."""
+    if native.serves(torch.device("cpu")):
+        return runs.to_strings([one.cpu() for one in counts])
     from pycocotools import mask as coco_mask
 
-    uncompressed: Any = {"counts": counts.tolist(), "size": list(size)}
-    return coco_mask.frPyObjects(uncompressed, *size)["counts"].decode()
+    uncompressed: Any = [{"counts": one.tolist(), "size": list(size)} for one in counts]
+    return [one["counts"].decode() for one in coco_mask.frPyObjects(uncompressed, *size)] if len(counts) else []
 
 
 def from_string(text: str | bytes) -> Counts:
@@ -104,25 +182,54 @@ def from_string(text: str | bytes) -> Counts:
     Raises:
         MaskError: a character is outside of '0' to 'o', or the text ends inside a number.
     """
-    data = np.frombuffer(text.encode("ascii", "replace") if isinstance(text, str) else text, dtype=np.uint8).astype(np.int64) - 48
+    written = text.encode("ascii", "replace") if isinstance(text, str) else text
+    if native.serves(torch.device("cpu")):
+        counts = runs.from_string(written)
+        if isinstance(counts, int):
+            raise MaskError(f"the run-length text {_WRONG_TEXT[counts]}.")
+        return counts
+    return _from_string(written)
+
+
+_WRONG_TEXT = {
+    -1: "holds characters outside of '0' to 'o'",
+    -2: "ends inside a number",
+    -3: "holds a number of more than 32 bits",
+    -4: "holds a run length of more than 32 bits",
+}
+
+
+def _from_string(text: bytes) -> Counts:
+    data = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
     if not len(data):
         return torch.zeros(0, dtype=torch.int32)
     if data.min() < 0 or data.max() > 63:
-        raise MaskError("the run-length text holds characters outside of '0' to 'o'.")
+        raise MaskError(f"the run-length text {_WRONG_TEXT[-1]}.")
     last = (data & 32) == 0
     if not last[-1]:
-        raise MaskError("the run-length text ends inside a number.")
+        raise MaskError(f"the run-length text {_WRONG_TEXT[-2]}.")
     stops = np.flatnonzero(last) + 1
     starts = np.concatenate([[0], stops[:-1]])
     place = np.arange(len(data)) - np.repeat(starts, stops - starts)
     if place.max() > 6:
-        raise MaskError("the run-length text holds a number of more than 32 bits.")
+        raise MaskError(f"the run-length text {_WRONG_TEXT[-3]}.")
     numbers = np.add.reduceat((data & 31) << (5 * place), starts)
     negative = (data[stops - 1] & 16) != 0
     numbers -= np.where(negative, np.int64(1) << (5 * (stops - starts)), 0)
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
     return _as_counts(numbers)
+
+
+def check_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of an image whose masks can be written as run lengths.
+
+    Raises:
+        MaskError: it has more pixels than a run length can count.
+    """
+    if size[0] * size[1] > 2**31 - 1:
+        raise MaskError(f"an image of {size[0]} x {size[1]} (height x width) pixels has more than run lengths count (2^31 - 1).")
+    return size
 
 
 def check(counts: Counts, size: tuple[int, int]) -> Counts:
@@ -161,13 +268,24 @@ def from_polygons(polygons: Polygons, size: tuple[int, int]) -> Counts:
     """Return the run lengths of the union of polygons, rasterised as COCO does, in an image of `size` (height, width).
 
     Raises:
-        MaskError: a coordinate is not finite or lies so far outside of the image that the rasteriser could not be trusted.
+        MaskError: a coordinate is not finite or far outside of the image, see `check_polygons`.
     """
+    return rasterised([polygons], size)[0]
+
+
+def rasterised(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
+    """Return the run lengths of each mask, see `from_polygons`."""
+    check_size(size)
+    for polygons in masks:
+        check_polygons(polygons, size)
+    if native.serves(torch.device("cpu")):
+        parts = [part for polygons in masks for part in polygons]
+        points = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *parts]))
+        return runs.rasterised(points, [len(part) for part in parts], [len(polygons) for polygons in masks], size)
     from pycocotools import mask as coco_mask
 
-    check_polygons(polygons, size)
-    rles = coco_mask.frPyObjects([part.reshape(-1).tolist() for part in polygons], *size)
-    return from_string(coco_mask.merge(rles)["counts"])
+    drawn = [coco_mask.frPyObjects([part.reshape(-1).tolist() for part in polygons], *size) for polygons in masks]
+    return [from_string(coco_mask.merge(parts)["counts"]) for parts in drawn]
 
 
 def check_polygons(polygons: Polygons, size: tuple[int, int]) -> Polygons:
@@ -178,13 +296,13 @@ def check_polygons(polygons: Polygons, size: tuple[int, int]) -> Polygons:
     """
     if not polygons:
         raise MaskError("the list of polygons is empty.")
-    reach = 2 * max(size) + 100  # real annotations overshoot by a few pixels; the rasteriser's time and memory grow with this
+    reach = 2 * max(size) + 100  # real annotations overshoot by a few pixels; pycocotools' time and memory grow with this
     for part in polygons:
         if part.ndim != 2 or part.shape[1] != 2 or len(part) < 3:
             raise MaskError(f"a polygon needs three or more x y pairs, got {part.size} numbers.")
-        if not np.isfinite(part).all():
-            raise MaskError("a polygon's coordinate is not finite.")
-        if np.abs(part).max() > reach:
+        if not np.abs(part).max() <= reach:
+            if not np.isfinite(part).all():
+                raise MaskError("a polygon's coordinate is not finite.")
             raise MaskError(
                 f"a polygon's coordinate is {part.flat[np.abs(part).argmax()]:g}, far outside of {size[1]} x {size[0]} pixels."
             )

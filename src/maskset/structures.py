@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from maskset import rle
+from maskset.native.runs import View, view
 from maskset.rle import Counts, Index, Polygons
 
 Device = torch.device | str
@@ -226,29 +227,24 @@ class Masks:
 
     def dense(self) -> Bool[Tensor, "T h w"]:
         """Return the pixels, on the device where the run lengths are (polygons: on the CPU)."""
-        runs, (height, width), columns = self._source_runs(), self._source_size, self._columns
-        if columns is not None and len(columns):  # only the columns that are looked at are decoded
-            first, end = int(columns.min()), int(columns.max()) + 1
-            runs, width, columns = [rle.columns(counts, height, first, end) for counts in runs], end - first, columns - first
-        masks = rle.decode(runs, (height, width))
-        if self._rows is not None:
-            masks = masks[:, self._rows.to(masks.device)]
-        return masks if columns is None else masks[:, :, columns.to(masks.device)]
+        return rle.decode(self._source_runs(), self._source_size, self._rows, self._columns)
 
     def rle(self) -> list[Counts]:
         """Return the run lengths of each mask (see `maskset.rle`)."""
-        if self._is_source:
-            return self._source_runs()
-        chunk = max(1, 2**26 // max(1, self._source_size[0] * self._source_size[1]))
-        return [counts for i in range(0, len(self), chunk) for counts in rle.encode(self[i : i + chunk].dense())]
+        runs = self._source_runs()
+        return runs if self._is_source else rle.viewed(runs, self._source_size, self._rows, self._columns)
+
+    def view(self) -> View:
+        """Return what the C library reads; the masks must be on the CPU."""
+        return view(self._source_runs(), self._source_size, self._rows, self._columns)
 
     def areas(self) -> Int[Tensor, "T"]:
         """Return the number of pixels of each mask."""
-        return torch.tensor([rle.area(counts) for counts in self.rle()], dtype=torch.int64)
+        return rle.areas(self.rle()).cpu()
 
     def boxes(self) -> Float[Tensor, "T 4"]:
         """Return the tight box of each mask, x0 y0 x1 y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
-        return torch.tensor([rle.box(counts, self.size[0]) for counts in self.rle()], dtype=torch.float32).view(-1, 4)
+        return rle.boxes(self.rle(), self.size[0])
 
     def polygons(self) -> list[list[np.ndarray]]:
         """Return the outlines of each mask, [n 2] of x and y in pixels: as they came, or traced along the pixels' edges.
@@ -278,10 +274,10 @@ class Masks:
         return self._view(change(torch.cat(runs)).split(lengths), self._rows, self._columns)
 
     def _source_runs(self) -> list[Counts]:
-        return [
-            shape if isinstance(shape, Tensor) else rle.from_polygons(shape, self._source_size).to(self.device)
-            for shape in self._shapes
-        ]
+        polygons = {id(shape): shape for shape in self._shapes if not isinstance(shape, Tensor)}  # each is drawn once
+        drawn = rle.rasterised(list(polygons.values()), self._source_size) if polygons else []
+        device, runs = self.device, dict(zip(polygons, drawn, strict=True))
+        return [shape if isinstance(shape, Tensor) else runs[id(shape)].to(device) for shape in self._shapes]
 
     @property
     def _is_source(self) -> bool:
@@ -355,15 +351,15 @@ class Instances(_Tensors):
     def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
         """Return COCO annotations (or results, where there are scores): boxes x y w h, masks as compressed run lengths."""
         size, runs = self.masks.size, self.masks.rle()
-        rows = []
+        areas, texts, rows = rle.areas(runs).tolist(), rle.to_strings(runs, size), []
         for i, (label, (x0, y0, x1, y1)) in enumerate(zip(self.labels.tolist(), self.boxes.tolist(), strict=True)):
             row: dict[str, Any] = {
                 "image_id": image_id,
                 "category_id": self.categories[label].coco_id if self.categories else label,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": rle.area(runs[i]),
+                "area": areas[i],
                 "iscrowd": 0,
-                "segmentation": {"size": list(size), "counts": rle.to_string(runs[i], size)},
+                "segmentation": {"size": list(size), "counts": texts[i]},
             }
             if self.scores is not None:
                 row["score"] = float(self.scores[i])

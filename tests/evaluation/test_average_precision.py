@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import pickle
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from fakes import Listed, discs, found
 
 from maskset.data import open_data
-from maskset.evaluation.average_precision import average_precision
+from maskset.evaluation.average_precision import average_precision, mask_ap
+from maskset.evaluation.overlaps import overlaps
 from maskset.structures import Category, Instances, Masks
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -41,12 +43,17 @@ def disturbed(objects: Instances, rng: np.random.Generator) -> Instances:
     return Instances(torch.from_numpy(labels), masks.boxes(), masks, scores.float(), objects.categories)
 
 
-def generated(images=8, seed=0) -> tuple[Listed, list[dict]]:
+def generated(images=8, seed=0) -> tuple[Listed, list[tuple[int, Instances]]]:
     """Return a data set with crowds and an empty image, and results for it."""
     rng = np.random.default_rng(seed)
     objects = [crowded(rng, count=0 if i == 2 else 14) for i in range(images)]
     data = Listed(objects, [crowded(rng, count=2) for _ in objects])
-    return data, [row for i, one in enumerate(objects) for row in disturbed(one, rng).to_coco(i)]
+    return data, [(i, disturbed(one, rng)) for i, one in enumerate(objects)]
+
+
+def rows(results: Iterable[tuple[int, Instances]]) -> list[dict]:
+    """Return results as a COCO file has them."""
+    return [row for i, one in results for row in one.to_coco(i)]
 
 
 def pycocotools(truth: dict, results: Iterable[dict], kind: str, max_detections: int) -> dict[str, float]:
@@ -55,12 +62,12 @@ def pycocotools(truth: dict, results: Iterable[dict], kind: str, max_detections:
     from pycocotools.cocoeval import COCOeval
 
     left_out = "bbox" if kind == "segm" else "segmentation"  # with both, pycocotools takes the box's area for the mask's
-    rows = [{key: value for key, value in row.items() if key not in (left_out, "area")} for row in results]
+    kept = [{key: value for key, value in row.items() if key not in (left_out, "area")} for row in results]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        measured = COCOeval(coco, coco.loadRes(rows), kind)
+        measured = COCOeval(coco, coco.loadRes(kept), kind)
         measured.params.maxDets = [1, 10, max_detections]
         measured.evaluate()
         measured.accumulate()
@@ -76,14 +83,14 @@ def pycocotools(truth: dict, results: Iterable[dict], kind: str, max_detections:
 
 def as_coco(data: Listed) -> dict:
     """Return a data set as the content of a COCO file."""
-    rows = []
+    annotations = []
     for i in range(len(data)):
-        rows += [{**row, "iscrowd": 0} for row in data.objects(i).to_coco(i)]
-        rows += [{**row, "iscrowd": 1} for row in data.crowds(i).to_coco(i)]
+        annotations += [{**row, "iscrowd": 0} for row in data.objects(i).to_coco(i)]
+        annotations += [{**row, "iscrowd": 1} for row in data.crowds(i).to_coco(i)]
     return {
         "images": [{"id": i, "height": one.height, "width": one.width} for i, one in enumerate(data.images)],
         "categories": [{"id": one.coco_id, "name": one.name} for one in data.categories],
-        "annotations": [{**row, "id": number} for number, row in enumerate(rows, 1)],
+        "annotations": [{**row, "id": number} for number, row in enumerate(annotations, 1)],
     }
 
 
@@ -99,7 +106,7 @@ def test_the_numbers_are_those_of_pycocotools(max_detections):
     data, results = generated()
     metrics = average_precision(data, results, max_detections)
     assert 0.1 < metrics.mask_ap < 0.9
-    check_all(metrics, as_coco(data), results, max_detections)
+    check_all(metrics, as_coco(data), rows(results), max_detections)
 
 
 def test_fewer_results_than_ten_can_count():
@@ -114,20 +121,18 @@ def test_fewer_results_than_ten_can_count():
 def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_file_itself(name):
     data, truth = open_data(REAL / name, "val"), json.loads((REAL / name / "instances_val.json").read_text())
     rng, chosen = np.random.default_rng(1), [i for i, image in enumerate(data.images) if image.height < 450][:20]
-    results = [row for i in chosen for row in disturbed(data.objects(i), rng).to_coco(i)]
+    results = [(i, disturbed(data.objects(i), rng)) for i in chosen]
     metrics = average_precision(data, results, 400, chosen)
     ids = [data.images[i].id for i in chosen]
-    for row in results:
-        row["image_id"] = data.images[row["image_id"]].id
     truth["images"] = [row for row in truth["images"] if row["id"] in ids]
     truth["annotations"] = [{**row, "id": row["id"] + 1} for row in truth["annotations"] if row["image_id"] in ids]  # none is 0
-    check_all(metrics, truth, results, 400)
+    check_all(metrics, truth, [{**row, "image_id": data.images[row["image_id"]].id} for row in rows(results)], 400)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs the real images beside the repository")
 def test_the_annotations_themselves_reach_one_when_enough_results_count():
     data = open_data(REAL / "nuclei", "val")
-    results = [row for i in range(len(data)) for row in scored(data.objects(i)).to_coco(i)]
+    results = [(i, scored(data.objects(i))) for i in range(len(data))]
     assert average_precision(data, results, 100).mask_ap == pytest.approx(0.901, abs=1e-3)  # images hold up to 206 nuclei
     metrics = average_precision(data, results, 400)
     assert metrics.mask_ap == metrics.box_ap == metrics.mask_ar == pytest.approx(1, abs=1e-9)
@@ -141,7 +146,7 @@ def scored(objects: Instances) -> Instances:
 
 def test_an_object_counts_as_found_wherever_it_stands_in_the_data():
     objects = found([0], discs([(20, 20, 9)], (40, 40)), None, CLASSES)
-    assert average_precision(Listed([objects]), scored(objects).to_coco(0)).mask_ap == 1  # an annotation id 0 would give 0
+    assert average_precision(Listed([objects]), [(0, scored(objects))]).mask_ap == 1  # an annotation id 0 would give 0
 
 
 def test_without_results_everything_annotated_is_missed():
@@ -152,7 +157,7 @@ def test_without_results_everything_annotated_is_missed():
 
 def test_without_annotations_there_is_no_number():
     data = Listed([found([], discs([], (40, 40)), None, CLASSES)])
-    metrics = average_precision(data, found([1], discs([(20, 20, 9)], (40, 40)), [0.9], CLASSES).to_coco(0))
+    metrics = average_precision(data, [(0, found([1], discs([(20, 20, 9)], (40, 40)), [0.9], CLASSES))])
     assert math.isnan(metrics.mask_ap)
     assert math.isnan(metrics.box_ar)
     assert metrics.objects == 0
@@ -163,7 +168,7 @@ def test_what_is_found_in_a_crowd_is_not_a_mistake():
     person, crowd = discs([(15, 15, 9)], size), discs([(45, 45, 14)], size)
     data = Listed([found([0], person, None, CLASSES)], [found([0], crowd, None, CLASSES)])
     inside = discs([(45, 45, 8)], size)
-    results = found([0, 0], np.concatenate([inside, person]), [0.9, 0.8], CLASSES).to_coco(0)
+    results = [(0, found([0, 0], np.concatenate([inside, person]), [0.9, 0.8], CLASSES))]
     assert average_precision(data, results).mask_ap == 1
     assert average_precision(Listed([data.objects(0)]), results).mask_ap < 1
 
@@ -172,7 +177,7 @@ def test_a_class_has_its_own_numbers_in_the_order_of_the_data():
     size = (40, 40)
     classes = (Category("second", 9), Category("first", 4), Category("absent", 6))  # ids in no order
     objects = found([0, 1], discs([(10, 10, 6), (30, 30, 6)], size), None, classes)
-    metrics = average_precision(Listed([objects]), scored(objects)[:1].to_coco(0))
+    metrics = average_precision(Listed([objects]), [(0, scored(objects)[:1])])
     second, first, absent = metrics.per_class
     assert (second.name, second.objects, second.mask_ap, second.box_ap50) == ("second", 1, 1, 1)
     assert (first.name, first.objects, first.mask_ap50, first.box_ap) == ("first", 1, 0, 0)
@@ -185,14 +190,14 @@ def test_the_annotated_area_decides_what_is_small():
     objects = found([0], discs([(30, 30, 20)], (60, 60)), None, CLASSES)
     data = Listed([objects])
     data.areas = lambda index: torch.tensor([1000.0])
-    metrics = average_precision(data, scored(objects).to_coco(0))
+    metrics = average_precision(data, [(0, scored(objects))])
     assert metrics.mask_ap_small == 1
     assert math.isnan(metrics.mask_ap_medium)
 
 
 def test_only_the_images_that_are_named_are_measured():
     objects = found([0], discs([(20, 20, 9)], (40, 40)), None, CLASSES)
-    metrics = average_precision(Listed([objects, objects]), scored(objects).to_coco(1), images=[1])
+    metrics = average_precision(Listed([objects, objects]), [(1, scored(objects))], images=[1])
     assert (metrics.mask_ap, metrics.images, metrics.objects) == (1, 1, 1)
 
 
@@ -200,3 +205,35 @@ def test_a_limit_below_one_is_refused():
     data, results = generated(images=1)
     with pytest.raises(ValueError, match="max_detections must be at least 1, got 0"):
         average_precision(data, results, 0)
+
+
+def test_results_without_scores_are_refused():
+    data, _ = generated(images=1)
+    with pytest.raises(ValueError, match="results need scores"):
+        average_precision(data, [(0, data.objects(0))])
+
+
+def test_no_image_at_all_gives_no_number():
+    data, _ = generated(images=1)
+    metrics = average_precision(data, [], images=[])
+    assert (metrics.images, metrics.objects) == (0, 0)
+    assert math.isnan(metrics.mask_ap)
+
+
+def test_the_order_in_which_results_come_does_not_matter():
+    data, results = generated()
+    assert average_precision(data, results[::-1]) == average_precision(data, results)
+
+
+def test_an_estimate_is_the_mask_ap_of_its_images():
+    data, results = generated()
+    compared = [overlaps(data, i, one) for i, one in results[:5]]
+    assert mask_ap(compared, CLASSES, 100) == average_precision(data, results[:5], images=range(5)).mask_ap
+
+
+def test_what_is_kept_of_an_image_does_not_grow_with_its_pixels():
+    def kept(side: int) -> int:
+        objects = found([0, 1], discs([(side / 2, side / 2, side / 3)] * 2, (side, side)), [0.9, 0.8], CLASSES)
+        return len(pickle.dumps(overlaps(Listed([objects]), 0, objects)))
+
+    assert kept(20) == kept(500) < 2000

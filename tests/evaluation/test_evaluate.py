@@ -165,6 +165,30 @@ def test_without_a_terminal_progress_is_a_line(capsys):
     assert "evaluating: 5 of 5 images" in capsys.readouterr().err
 
 
+def test_while_it_works_progress_has_the_mask_ap_so_far_each_time_the_images_have_doubled(monkeypatch, capsys):
+    listed = Listed([objects((40, 60), seed) for seed in range(9)])
+    results = answers(listed)
+    results[2], results[5] = results[2][:2], results[5][:1]
+    monkeypatch.setattr("maskset.evaluation.evaluate._FIRST_ESTIMATE", 2)
+    seconds = iter(range(0, 3100, 31))  # a line after every image
+    monkeypatch.setattr("maskset.progress.time.monotonic", lambda: next(seconds))
+    evaluate(Oracle(results), listed)
+    lines = capsys.readouterr().err.splitlines()
+    aps = {n: evaluate(Oracle(results), Listed([listed.objects(i) for i in range(n)]), progress=False).mask_ap for n in (2, 4, 8)}
+    assert aps[2] == 1 > aps[4] > aps[8] > 0
+    notes = {n: f"mask AP ~{ap:.3f} over {n} images" for n, ap in aps.items()}
+    assert [line.partition(", ")[2] for line in lines] == ["", *[notes[2]] * 2, *[notes[4]] * 4, notes[8], ""]
+
+
+def test_on_a_terminal_the_mask_ap_so_far_stands_before_the_bar(monkeypatch, capsys):
+    listed = data()
+    monkeypatch.setattr("maskset.evaluation.evaluate._FIRST_ESTIMATE", 2)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+    evaluate(Oracle(answers(listed)), listed)
+    assert "evaluating, mask AP ~1.000 over 4 images" in capsys.readouterr().err
+
+
 def test_data_that_is_named_is_opened_with_everything_that_was_said_of_it(monkeypatch):
     listed, asked = data(), []
     monkeypatch.setattr("maskset.evaluation.evaluate.open_data", lambda *given: asked.append(given) or listed)

@@ -188,3 +188,14 @@ def test_tensors_that_do_not_fit_together_are_refused_before_a_kernel_reads_them
 
     with pytest.raises(ValueError, match="do not fit together"):
         fused(torch.rand(value), [2, 2], torch.rand(locations), torch.rand(share))
+
+
+def test_an_export_gathers_and_multiplies():
+    query, memory, boxes, padding = (golden("solq", f"msda.module.{n}") for n in ("query", "src", "ref", "padding"))
+    attention = module().eval()
+    program = torch.export.export(attention, (query, boxes, memory, SHAPES, padding))
+    called = {str(node.target) for node in program.graph.nodes}
+    assert "aten.gather.default" in called
+    assert not [name for name in called if "maskset" in name or "embedding_bag" in name or "grid_sample" in name]
+    out = program.module()(query, boxes, memory, SHAPES, padding)
+    torch.testing.assert_close(out, golden("solq", "msda.module.out_boxes"), atol=1e-5, rtol=1e-5)

@@ -1,7 +1,7 @@
 """What every system promises. A new system needs a line in `tiny.TINY` and passes all of this."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from fakes import Listed
 from tiny import TINY, batch, shapes
 
-from maskset import codecs, losses
+from maskset import codecs, losses, native
 from maskset.config import ConfigError
 from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
+from maskset.layers.deformable import implementations, using
 from maskset.masks.quarter import quarter_masks
 from maskset.masks.resample import by_corners, by_factor, paint, paint_probabilities, resample, stretched
 from maskset.masks.soft import central_means
@@ -82,6 +83,26 @@ def test_every_parameter_learns(name):
         silent = [key for key, p in parameters.items() if p.grad is not None and not p.grad.any()]
         optimizer.step()
     assert not silent
+
+
+@every_system
+def test_every_implementation_computes_the_same(name, monkeypatch):
+    def run() -> list[torch.Tensor]:
+        model = awake(tiny(name)).train()
+        images, objects = batch(shapes(2), model.config)
+        torch.manual_seed(0)
+        terms = model.loss(model(images), images, objects)
+        total(terms).backward()
+        return [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    with using("reference"):
+        monkeypatch.setenv(native.HIDE, "off")
+        expected = run()
+    for way in [way for way, why in implementations().items() if why is None and way != "triton"]:
+        monkeypatch.setenv(native.HIDE, "")
+        with using(way):
+            for one, other in zip(run(), expected, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(other.detach().abs().max())), rtol=1e-3)
 
 
 @every_system
@@ -334,14 +355,12 @@ def test_four_images_are_learnt_by_heart(name):
     assert reached >= 0.9 * possible
 
 
-def best_results(model: System, examples: Examples) -> list[dict]:
-    """Return the annotations as results, each with the mask that is left of it where the system makes its target of it."""
-    results = []
+def best_results(model: System, examples: Examples) -> Iterator[tuple[int, Instances]]:
+    """Yield the annotations as results, each with the mask that is left of it where the system makes its target of it."""
     for index in range(len(examples)):
         found = examples.objects(index)
         masks = LEFT[model.config.system](model, found)
-        results += dataclasses.replace(found, masks=masks, scores=torch.ones(len(found))).to_coco(index)
-    return results
+        yield index, dataclasses.replace(found, masks=masks, scores=torch.ones(len(found)))
 
 
 def after_the_code(model: Solq | Istr, found: Instances) -> Masks:

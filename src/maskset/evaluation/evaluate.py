@@ -1,6 +1,6 @@
 """Evaluation: a model on annotated images, measured by COCO's average precision."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,15 @@ from maskset.data import open_data
 from maskset.data.dataset import DataError, Dataset
 from maskset.data.transforms import fitted_size
 from maskset.distributed import active, world_size
-from maskset.evaluation.average_precision import Row, average_precision
+from maskset.evaluation.average_precision import mask_ap, measured
 from maskset.evaluation.metrics import Metrics
+from maskset.evaluation.overlaps import Overlaps, overlaps
 from maskset.inference.predict import ready, run
 from maskset.progress import shown
 from maskset.structures import Category, Device, Instances
 from maskset.systems.base import System
+
+_FIRST_ESTIMATE = 16  # images; fewer say too little
 
 
 def evaluate(
@@ -49,7 +52,7 @@ def evaluate(
         skip_broken: leave out what `open_data` finds broken, and images that cannot be read.
         batch_size: most images computed at once; None chooses by their size.
         device: see `maskset.predict`.
-        progress: whether to show how far it is on stderr.
+        progress: whether to show on stderr how far it is, and the mask AP so far (of several processes, that of the first).
 
     Raises:
         maskset.data.dataset.DataError: the data cannot be read, or no class of the model is in it.
@@ -62,12 +65,11 @@ def evaluate(
     share = _share(dataset, model)
     unreadable: dict[int, str] = {}
     answers = found_in(model, dataset, share, max_detections, batch_size, unreadable)
-    if progress and (not active() or distributed.get_rank() == 0):
-        answers = shown(answers, len(share), "evaluating")
-    found = {index: one.to_coco(index) for index, one in answers}
+    progress = progress and (not active() or distributed.get_rank() == 0)
+    compared = _compared(dataset, answers, len(share), max_detections, progress)
     of_model, of_data = ({category.name: None for category in one.categories} for one in (model, dataset))
     return replace(
-        _measured(dataset, found, unreadable, max_detections),
+        _gathered(dataset, compared, unreadable, max_detections),
         missing_in_model=tuple(name for name in of_data if name not in of_model),
         missing_in_data=tuple(name for name in of_model if name not in of_data),
     )
@@ -141,31 +143,51 @@ def _share(dataset: Dataset, model: System) -> list[int]:
     return order[distributed.get_rank() :: world_size()] if active() else order
 
 
+def _compared(
+    dataset: Dataset, answers: Iterable[tuple[int, Instances]], total: int, max_detections: int, progress: bool
+) -> dict[int, Overlaps]:
+    """Return what was found in each image compared with what is annotated; the masks are not kept.
+
+    Where progress is shown, it has the mask AP of the images so far, computed each time that they are twice as many: altogether
+    that takes less than what is computed at the end.
+    """
+    compared: dict[int, Overlaps] = {}
+    note, due = "", _FIRST_ESTIMATE
+    if progress:
+        answers = shown(answers, total, "evaluating", note=lambda: note)
+    for index, found in answers:
+        compared[index] = overlaps(dataset, index, found)
+        if progress and len(compared) == due < total:
+            ap = mask_ap(list(compared.values()), dataset.categories, max_detections)
+            note, due = f", mask AP ~{ap:.3f} over {due} images", 2 * due
+    return compared
+
+
 def _renamed(found: Instances, labels: Sequence[int], categories: tuple[Category, ...]) -> Instances:
     """Return what was found with the data's classes, without what the data has no class for."""
     renamed = torch.tensor(labels)[found.labels]
     return replace(found, labels=renamed, categories=categories)[renamed >= 0]
 
 
-def _measured(dataset: Dataset, found: dict[int, list[Row]], unreadable: dict[int, str], max_detections: int) -> Metrics:
+def _gathered(dataset: Dataset, compared: dict[int, Overlaps], unreadable: dict[int, str], max_detections: int) -> Metrics:
     """Return the metrics of what this process, or all of them together, found in each image or could not read."""
     if not active():
-        return _metrics(dataset, found, unreadable, max_detections)
+        return _metrics(dataset, compared, unreadable, max_detections)
     first = distributed.get_rank() == 0
     parts: list[Any] = [None] * world_size()
-    distributed.gather_object((found, unreadable), parts if first else None)
+    distributed.gather_object((compared, unreadable), parts if first else None)
     answer: list[Any] = [None]
     if first:
-        found = {index: rows for part, _ in parts for index, rows in part.items()}
+        compared = {index: one for part, _ in parts for index, one in part.items()}
         unreadable = {index: problem for _, part in parts for index, problem in part.items()}
-        answer = [_metrics(dataset, found, unreadable, max_detections)]
+        answer = [_metrics(dataset, compared, unreadable, max_detections)]
     distributed.broadcast_object_list(answer)
     return answer[0]
 
 
-def _metrics(dataset: Dataset, found: dict[int, list[Row]], unreadable: dict[int, str], max_detections: int) -> Metrics:
-    images = sorted(found)
-    metrics = average_precision(dataset, [row for index in images for row in found[index]], max_detections, images)
+def _metrics(dataset: Dataset, compared: dict[int, Overlaps], unreadable: dict[int, str], max_detections: int) -> Metrics:
+    images = sorted(compared)  # the order decides between equal scores
+    metrics = measured([compared[index] for index in images], dataset.categories, max_detections)
     unread = [unreadable[index] for index in sorted(unreadable)]
     opened = [problem for problem in dataset.skipped if problem not in unreadable.values()]
     counts = dataset.counts()[images]

@@ -1,6 +1,7 @@
 """Pictures of objects: masks, boxes, names and scores over the image, in colours that colour-blind people can tell apart."""
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from maskset import rle
@@ -101,7 +102,7 @@ def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, colour: Colour, l
     height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
     x0, y0, x1, y1 = (int(value) for value in rle.box(counts, height))
     x0, y0, x1, y1 = max(x0 - 2, 0), max(y0 - 2, 0), min(x1 + 2, width), min(y1 + 2, height)
-    mask = rle.decode([rle.columns(counts, height, x0, x1)], (height, x1 - x0))[0, y0:y1].numpy()
+    mask = rle.decode([counts], (height, width), columns=torch.arange(x0, x1))[0, y0:y1].numpy()
     if scale > 1:  # with a smooth edge instead of stairs
         soft = Image.fromarray(mask.astype(np.uint8) * 255)
         mask = np.array(soft.resize(((x1 - x0) * scale, (y1 - y0) * scale), Image.Resampling.BICUBIC)) > 127

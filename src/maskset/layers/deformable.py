@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,10 +53,7 @@ def deformable_attention(
 
 def implementations() -> dict[str, str | None]:
     """Return every implementation by name, with why it does not work on this machine, or None where it does."""
-    no_gpu = None if torch.cuda.is_available() else "there is no GPU"
-    no_triton = None if importlib.util.find_spec("triton") else "Triton is not installed: `pip install triton`"
-    fused = {"c": native.why_not(), "triton": no_triton or no_gpu}
-    return {**fused, **dict.fromkeys(PLAIN)}
+    return {name: _why_not(name) for name in (*FUSED, *PLAIN)}
 
 
 @contextmanager
@@ -73,16 +71,29 @@ def _fastest(value: Tensor) -> str:
     if torch.compiler.is_exporting():
         return "gather"
     for name, device in FUSED.items():
-        if value.device.type == device and implementations()[name] is None:
+        if value.device.type == device and _why_not(name) is None:
             return name
     return "bag" if value.shape[3] >= 8 else "reference"  # the bags' lists of rows weigh more than rows of a few numbers
+
+
+def _why_not(name: str) -> str | None:
+    if name == "c":
+        return native.why_not()
+    return _why_no_triton() if name == "triton" else None
+
+
+@cache
+def _why_no_triton() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed: `pip install triton`"
 
 
 def _check(name: str, value: Tensor) -> None:
     """Raise an AttentionError where a fused implementation does not exist, or not for this machine or tensor."""
     if name not in FUSED:
         raise AttentionError(f"there is no implementation {name!r} ({CHOICE}); there are {', '.join([*FUSED, *PLAIN])}.")
-    why = implementations()[name]
+    why = _why_not(name)
     if why is None and value.device.type != FUSED[name]:
         why = f"it is for tensors on {FUSED[name]}, these are on {value.device.type}"
     if why is not None:

@@ -1,11 +1,18 @@
-"""Masks inside boxes: crop them for targets, binarise and paste them for results."""
+"""Masks inside boxes: crop them for targets, binarise and paste them for results.
+
+On a CPU the C library does the work (targets.c, fields.c); what is here is for other devices, and where there is no library.
+"""
+
+import math
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from maskset import rle
+from maskset import native, rle
+from maskset.native import fields as by_fields
+from maskset.native import targets
 from maskset.structures import Masks
 
 
@@ -13,16 +20,21 @@ def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "
     """Return each mask inside its box, resampled to size x size pixels.
 
     Each pixel is the mean of ceil(box / size) bilinear samples along each axis (RoIAlign, half-pixel convention), set where
-    the mean reaches 0.5: the targets of SOLQ. Samples near the border of a box see pixels just outside of it.
+    the mean reaches 0.5: the targets of SOLQ. Samples near the border of a box see pixels just outside of it. A box without an
+    area, or that is not finite, has an empty mask.
 
     Args:
         masks: of one image.
         boxes: x0 y0 x1 y1, pixels of that image.
         size: side S of the result, pixels.
     """
+    if native.serves(masks.device) and native.serves(boxes.device):
+        return targets.crop(masks.view(), boxes, size)
     crops = torch.zeros(len(masks), size, size, dtype=torch.bool, device=boxes.device)
     height, width = masks.size
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        if not (-math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf):
+            continue
         # A window of whole pixels with one to spare gives the same samples as the whole image, for less.
         left, top = max(int(x0) - 2, 0), max(int(y0) - 2, 0)
         right, bottom = min(int(x1) + 3, width), min(int(y1) + 3, height)
@@ -55,7 +67,9 @@ def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size
 
     The field is sampled first and cut afterwards (detectron2's rule, as ISTR uses it): see `paste`, which samples what was cut.
     """
-    height, width = size
+    height, width = rle.check_size(size)
+    if native.library() is not None:  # what becomes of fields on a GPU is wanted on the CPU
+        return Masks(by_fields.paste(fields.float().cpu(), boxes.cpu(), size, threshold), size)
     counts = []
     for field, (x0, y0, x1, y1) in zip(fields, boxes.tolist(), strict=True):
         # A sample half a cell outside of the box still sees half of the outermost cell, hence the margin.

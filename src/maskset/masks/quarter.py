@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from maskset import native
+from maskset.native import targets
 from maskset.structures import Masks
 
 _UNIT = 2048  # what a weight of 1 is: OpenCV has 11 bits
@@ -23,6 +26,8 @@ def quarter_masks(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
     """
     height, width = masks.size
     rows, columns = (_taps(pixels, int(pixels / 4 + 0.5), masks.device) for pixels in (height, width))
+    if native.serves(masks.device):
+        return targets.quarter(masks.view(), rows.on(size[0], height), columns.on(size[1], width))
     found = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
     for one, (left, _, right, _), place in zip(masks, masks.boxes().tolist(), found, strict=True):
         cells = ((columns.high >= left) & (columns.low < right)).nonzero()[:, 0].tolist()
@@ -46,6 +51,12 @@ class _Taps:
         """Return those of a stretch of cells, in pixels from the first that they look at."""
         low, high = self.low[first:end], self.high[first:end]
         return _Taps(low - low[0], high - low[0], self.near[first:end], self.far[first:end])
+
+    def on(self, cells: int, pixels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return low, high, near and far for a grid of so many cells, of which those beyond the image look beyond its pixels."""
+        beyond = (0, cells - len(self.low))
+        low, high = F.pad(self.low, beyond, value=pixels), F.pad(self.high, beyond, value=pixels)
+        return low, high, F.pad(self.near, beyond), F.pad(self.far, beyond)
 
 
 def _taps(pixels: int, cells: int, device: torch.device) -> _Taps:

@@ -5,16 +5,18 @@ cells (0 is the centre of the first cell). What lies between cells is linear; wh
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from maskset import rle
+from maskset import native, rle
+from maskset.native import fields, targets
+from maskset.native.runs import Counts
 from maskset.structures import Masks
 
+_CELLS = 2**22  # that lie between two resizes at a time
 Positions = Float[Tensor, "_"]
 Step = tuple[Positions, Positions] | Callable[[Tensor], Tensor]  # a resize (rows, columns), or a function of each value
 
@@ -42,11 +44,17 @@ def resample(maps: Float[Tensor, "*n h w"], rows: Float[Tensor, "H"], columns: F
 
 
 def _along(maps: Tensor, positions: Positions, axis: int) -> Tensor:
-    positions = positions.to(maps.device).clamp(0, maps.shape[axis] - 1)
-    low = positions.floor().long()
-    high = (low + 1).clamp(max=maps.shape[axis] - 1)
-    share = (positions - low).unsqueeze(-1) if axis == -2 else positions - low
-    return maps.index_select(axis, low) * (1 - share) + maps.index_select(axis, high) * share
+    low, high, near, far = (tap.to(maps.device) for tap in _taps(positions, maps.shape[axis]))
+    near, far = (weight.unsqueeze(-1) if axis == -2 else weight for weight in (near, far))
+    return maps.index_select(axis, low) * near + maps.index_select(axis, high) * far
+
+
+def _taps(positions: Positions, cells: int) -> fields.Taps:
+    """Return the two cells between which each position lies, and what each of them weighs there."""
+    positions = positions.clamp(0, cells - 1)
+    low = positions.floor()
+    share = positions - low
+    return low.long(), (low.long() + 1).clamp(max=cells - 1), 1 - share, share
 
 
 def stretched(masks: Masks, canvas: tuple[int, int], size: tuple[int, int], device: torch.device) -> Float[Tensor, "T H W"]:
@@ -59,6 +67,8 @@ def stretched(masks: Masks, canvas: tuple[int, int], size: tuple[int, int], devi
         device: where to compute.
     """
     rows, columns = by_corners(canvas[0], size[0]), by_corners(canvas[1], size[1])
+    if native.serves(masks.device):
+        return targets.mean(masks.view(), _taps(rows, canvas[0]), _taps(columns, canvas[1])).to(device)
     soft = torch.zeros(len(masks), *size, device=device)
     for i in range(len(masks)):  # one full-size mask at a time
         dense = masks[i].dense().to(device)
@@ -80,26 +90,77 @@ def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], least: float, thr
         threshold: what a pixel must exceed.
     """
     resizes = [step for step in steps if isinstance(step, tuple)]
-    size = (len(resizes[-1][0]), len(resizes[-1][1]))
-    above = maps > least
-    spans = torch.stack([*_spans(above.any(2)), *_spans(above.any(1))], 1).tolist()  # one copy to the host for all objects
-    counts = []
-    for one, (top, bottom, left, right) in zip(maps, spans, strict=True):
-        rows = _windows([step[0] for step in resizes], maps.shape[1], top, bottom)
-        columns = _windows([step[1] for step in resizes], maps.shape[2], left, right)
-        if rows is None or columns is None:
-            counts.append(torch.tensor([size[0] * size[1]], dtype=torch.int32))
-            continue
-        window = one[rows[0].source, columns[0].source]
-        pieces = iter(zip(rows, columns, strict=True))
-        for step in steps:
-            if isinstance(step, tuple):
-                row, column = next(pieces)
-                window = resample(window, row.positions, column.positions)
-            else:
-                window = step(window)
-        counts.append(rle.placed(window > threshold, columns[-1].first, rows[-1].first, size).cpu())
-    return Masks(counts, size)
+    size = rle.check_size((len(resizes[-1][0]), len(resizes[-1][1])))
+    together = native.library() is not None and isinstance(steps[-1], tuple)
+    if together:
+        maps = maps.float().cpu()  # the masks are wanted there in any case
+    above = (maps > least).view(torch.uint8)  # whose greatest is found ten times as fast as whether there is any
+    rows = _windows([step[0] for step in resizes], maps.shape[1], *_spans(above.amax(2)))
+    columns = _windows([step[1] for step in resizes], maps.shape[2], *_spans(above.amax(1)))
+    if together:
+        return Masks(_painted_together(maps.contiguous(), rows, columns, steps, threshold), size)
+    each = zip(maps, rows.tolist(), columns.tolist(), strict=True)
+    return Masks([_painted(*one, steps, threshold, size) for one in each], size)
+
+
+def _painted(
+    one: Float[Tensor, "h w"],
+    rows: Sequence[Sequence[int]],
+    columns: Sequence[Sequence[int]],
+    steps: Sequence[Step],
+    threshold: float,
+    size: tuple[int, int],
+) -> Counts:
+    """Return the run lengths of one mask."""
+    (_, _, top, bottom), (_, _, left, right) = rows[-1], columns[-1]
+    if bottom <= top or right <= left:
+        return torch.tensor([size[0] * size[1]], dtype=torch.int32)
+    window, pieces = one[rows[0][0] : rows[0][1], columns[0][0] : columns[0][1]], iter(zip(rows, columns, strict=True))
+    for step in steps:
+        if isinstance(step, tuple):
+            axes = zip(step, next(pieces), strict=True)
+            window = resample(window, *(positions[first:end] - start for positions, (start, _, first, end) in axes))
+        else:
+            window = step(window)
+    return rle.placed(window > threshold, left, top, size).cpu()
+
+
+def _painted_together(
+    maps: Float[Tensor, "n h w"],
+    rows: Int[Tensor, "n resizes 4"],
+    columns: Int[Tensor, "n resizes 4"],
+    steps: Sequence[Step],
+    threshold: float,
+) -> list[Counts]:
+    """Return the run lengths of all masks, as many at a time as memory allows."""
+    sizes = ((rows[..., 3] - rows[..., 2]) * (columns[..., 3] - columns[..., 2]))[:, :-1].sum(1)  # between two resizes
+    few = (sizes.cumsum(0) // _CELLS).unique_consecutive(return_counts=True)[1].tolist()
+    parts = zip(maps.split(few), rows.split(few), columns.split(few), strict=True)
+    return [counts for part in parts for counts in _painted_few(*part, steps, threshold)]
+
+
+def _painted_few(
+    maps: Float[Tensor, "n h w"],
+    rows: Int[Tensor, "n resizes 4"],
+    columns: Int[Tensor, "n resizes 4"],
+    steps: Sequence[Step],
+    threshold: float,
+) -> list[Counts]:
+    height, width = maps.shape[1:]
+    cells, apart = maps.flatten(), torch.full((len(maps),), width)
+    begins = torch.arange(len(maps)) * height * width + rows[:, 0, 0] * width + columns[:, 0, 0]
+    pieces = zip(rows.unbind(1), columns.unbind(1), strict=True)
+    for step in steps[:-1]:
+        if isinstance(step, tuple):
+            row, column = next(pieces)
+            taps = _taps(step[0], height), _taps(step[1], width)
+            cells, begins = fields.resize(cells, fields.parts(begins, apart, row, column), *taps)
+            height, width, apart = len(step[0]), len(step[1]), column[:, 3] - column[:, 2]
+        else:
+            cells = step(cells)
+    assert isinstance(steps[-1], tuple)
+    taps = _taps(steps[-1][0], height), _taps(steps[-1][1], width)
+    return fields.cut(cells, fields.parts(begins, apart, *next(pieces)), *taps, threshold)
 
 
 def paint_probabilities(maps: Float[Tensor, "n h w"], stride: int, shown: Sequence[int], size: tuple[int, int]) -> Masks:
@@ -116,40 +177,29 @@ def paint_probabilities(maps: Float[Tensor, "n h w"], stride: int, shown: Sequen
     return paint(maps, steps, least=0.5, threshold=0.5)
 
 
-@dataclass(frozen=True)
-class _Window:
-    """What a resize needs along one axis to make the part of its result that matters.
+def _windows(
+    steps: Sequence[Positions], cells: int, first: Int[Tensor, "n"], end: Int[Tensor, "n"]
+) -> Int[Tensor, "n resizes 4"]:
+    """Return what resizes need along an axis so that all pixels are made that see cells `first` up to `end`.
 
-    Attributes:
-        source: the cells it reads.
-        positions: of the part of the result, in cells from the first one that is read.
-        first: where that part begins in the whole result.
+    That is, for each resize: the first cell that it reads and their end, the first pixel that it makes and their end; four
+    zeros for those that see none.
     """
-
-    source: slice
-    positions: Positions
-    first: int
-
-
-def _windows(steps: Sequence[Positions], cells: int, first: int, end: int) -> list[_Window] | None:
-    """Return what each resize needs so that all pixels are made that see cells `first` up to `end`; None if none does."""
     for positions in steps:  # forward: a pixel sees the cells on both sides of its position
-        first = int(torch.searchsorted(positions, first - 1, right=True))
-        end = int(torch.searchsorted(positions, end))
-        if end <= first:
-            return None
-    windows = []
-    for positions, length in zip(
-        reversed(steps), [*(len(step) for step in reversed(steps[:-1])), cells], strict=True
-    ):  # and back
-        start, stop = int(positions[first]), min(int(positions[end - 1]) + 2, length)
-        windows.append(_Window(slice(start, stop), positions[first:end] - start, first))
+        first, end = torch.searchsorted(positions, (first - 1).float(), right=True), torch.searchsorted(positions, end.float())
+        end = end.masked_fill(end <= first, 0)
+    windows, lengths = [], [cells, *map(len, steps[:-1])]
+    for positions, length in zip(reversed(steps), reversed(lengths), strict=True):  # and back
+        seen = end > first
+        first, end = first * seen, end * seen
+        start, stop = positions[first].long() * seen, (positions[end - 1].long() + 2).clamp(max=length) * seen
+        windows.append(torch.stack([start, stop, first, end], 1))
         first, end = start, stop
-    return windows[::-1]
+    return torch.stack(windows[::-1], 1)
 
 
-def _spans(any_above: Bool[Tensor, "n cells"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
-    """Return the first true cell of each row and the end of the true ones, 0 and 0 where there is none."""
-    flags = any_above.int()
+def _spans(flags: UInt8[Tensor, "n cells"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """Return the first cell of each row that is 1 and the end of those, 0 and 0 where there is none; on the CPU."""
+    flags = flags.cpu()
     first, behind = flags.argmax(1), flags.flip(1).argmax(1)
     return first, (flags.shape[1] - behind) * flags.amax(1)

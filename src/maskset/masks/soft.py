@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskset import native
+from maskset.native import targets
 from maskset.structures import Masks
 
 _PIXELS = 2**26  # that are decoded at a time
@@ -19,6 +21,10 @@ def central_means(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Ten
         factor: an even number.
         size: height and width h, w of the result, on the grid of the padded canvas; blocks outside of the image are 0.
     """
+    if native.serves(masks.device):
+        rows, columns = (factor * torch.arange(cells) + factor // 2 for cells in size)
+        half = [torch.full((cells,), 0.5) for cells in size]
+        return targets.mean(masks.view(), (rows - 1, rows, half[0], half[0]), (columns - 1, columns, half[1], half[1]))
     middle = slice(factor // 2 - 1, None, factor), slice(factor // 2, None, factor)
     chunk = max(1, _PIXELS // max(1, masks.size[0] * masks.size[1]))
     means = torch.zeros(len(masks), *size, device=masks.device)

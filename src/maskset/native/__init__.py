@@ -45,6 +45,11 @@ def why_not() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def serves(device: torch.device) -> bool:
+    """Return whether the library can work on what lies on a device."""
+    return device.type == "cpu" and library() is not None
+
+
 def function(name: str) -> Callable[..., int]:
     """Return a function of the library. It takes contiguous CPU tensors (by address), whole numbers (ptrdiff_t) and structures.
 

@@ -28,4 +28,13 @@
 #define FAST
 #endif
 
+/* Where a file says EXACT, a product and the sum it goes into are rounded one after the other, as PyTorch does. */
+#if defined(__clang__)
+#define EXACT _Pragma("clang fp contract(off)")
+#elif defined(__GNUC__)
+#define EXACT _Pragma("GCC optimize(\"fp-contract=off\")")
+#else
+#define EXACT
+#endif
+
 #endif

@@ -1,0 +1,38 @@
+"""Systems are tested with every implementation of deformable attention that works here, and without the C library.
+
+By default the fastest is taken, and the official numbers are also compared without the C library; `-m slow` takes all others.
+"""
+
+import pytest
+
+from maskset import native
+from maskset.layers.deformable import implementations, using
+
+ATTENTIVE = ("solq", "soit", "isda")  # which have deformable attention
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    name = metafunc.module.__name__.rpartition(".")[2]
+    others = [one for one, why in implementations().items() if why is None and one != "triton"]
+    ways = ["fastest"]
+    if name.endswith("parity") and native.library() is not None:
+        ways += ["no library"]
+    if name == "test_contract" or name in [f"test_{system}_parity" for system in ATTENTIVE]:
+        ways += [pytest.param(one, marks=pytest.mark.slow) for one in others]
+    metafunc.parametrize("_computed_by", ways, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _computed_by(request: pytest.FixtureRequest):
+    for function in vars(request.module).values():
+        if hasattr(function, "cache_clear"):  # what other implementations made
+            function.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "no library":
+            patch.setenv(native.HIDE, "off")
+            yield
+        elif request.param == "fastest":
+            yield
+        else:
+            with using(request.param):
+                yield
