@@ -48,7 +48,9 @@ class Backbone(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
         """Return one map [B C h w] for each stride, finest first."""
-        if torch.is_autocast_enabled(pixels.device.type):  # in float32 it gains little on a CPU, and sums round differently
+        device = pixels.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # In float32 this gains little on a CPU, and convolutions round more.
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         maps = self.body(pixels)
         return [x.permute(0, 3, 1, 2) for x in maps] if self._channels_last else maps

@@ -50,9 +50,11 @@ def pyramid_roi_align(
     of = levels_of(flat, len(levels))
     if boxes.is_meta or torch.compiler.is_compiling():
         return _of_every_level(levels, regions, of, size)
-    places = [(of == i).nonzero()[:, 0] for i in range(len(levels))]
-    parts = [_aligned(level, regions[place], i, size) for i, (level, place) in enumerate(zip(levels, places, strict=True))]
-    return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+    order = of.argsort(stable=True)
+    counts = (of[:, None] == torch.arange(len(levels), device=of.device)).sum(0).tolist()  # the only copy to the host
+    shares = zip(levels, regions[order].split(counts), strict=True)
+    parts = [_aligned(level, share, i, size) for i, (level, share) in enumerate(shares)]
+    return torch.cat(parts).index_select(0, order.argsort())
 
 
 def _of_every_level(

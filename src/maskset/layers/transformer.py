@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maskset.layers.deformable import DeformableAttention, Shapes
 from maskset.layers.positions import frequencies, sine_positions
+from maskset.layers.recompute import Layer
 from maskset.structures import SlotPredictions
 
 
@@ -79,7 +80,7 @@ class FeedForward(nn.Module):
         return self.norm(x + self.dropout(self.down(self.dropout(self.up(x).relu_()))))
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Layer):
     """Every cell looks at a few places of every level, then passes a feed-forward network."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
@@ -111,7 +112,7 @@ class Encoder(nn.Module):
         return Memory(cells, memory.positions, memory.padding, memory.shapes, memory.valid)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Queries look at each other, then at a few places of the memory around their reference, then pass a feed-forward network."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:

@@ -206,8 +206,9 @@ class Istr(System):
         settings = self.config
         count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
         labels = [found.labels for found in objects]
-        boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
-        masks = pad([crop(found.masks, found.boxes, self.codec.size) for found in objects]).float()  # [B T S S]
+        boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
+        masks = pad([crop(found.masks, found.boxes, self.codec.size) for found in objects])  # [B T S S]
+        masks = masks.to(images.pixels.device).float()
         codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
         cost = settings.mask_weight * self._mask_cost(codes, masks)
