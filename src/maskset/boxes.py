@@ -39,8 +39,10 @@ def generalised_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
     IoU minus the share of the smallest enclosing box that neither covers (Rezatofighi et al., CVPR 2019, algorithm 1).
     """
     overlap, union = _overlap_and_union(a, b)
-    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
-    hull = (high - low).clamp(min=0).prod(-1)
+    (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = _sides(a), _sides(b)
+    width = torch.maximum(right, other_right) - torch.minimum(left, other_left)
+    height = torch.maximum(bottom, other_bottom) - torch.minimum(top, other_top)
+    hull = width.clamp_(min=0) * height.clamp_(min=0)
     tiny = torch.finfo(union.dtype).tiny
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
@@ -65,6 +67,13 @@ def scale_of(size: tuple[int, int], like: Tensor) -> Float[Tensor, "4"]:
 
 
 def _overlap_and_union(a: Boxes, b: Boxes) -> tuple[Tensor, Tensor]:
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    overlap = (high - low).clamp(min=0).prod(-1)
+    (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = _sides(a), _sides(b)
+    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
+    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
+    overlap = width.clamp_(min=0) * height.clamp_(min=0)
     return overlap, area(a) + area(b) - overlap
+
+
+def _sides(boxes: Boxes) -> Sequence[Tensor]:
+    """Return left, top, right and bottom of corner boxes, each without gaps: pairs are too short for vector instructions."""
+    return boxes.movedim(-1, 0).contiguous().unbind()

@@ -37,7 +37,7 @@ def class_and_box_terms(
     for_class, for_l1, for_giou = weights
     logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
     predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])  # [L B N 4]
-    padded_labels, padded_boxes = pad(labels), pad(boxes)
+    padded_labels, padded_boxes = pad(labels).to(logits.device), pad(boxes).to(logits.device)
     with torch.no_grad():
         cost = for_class * focal_cost(logits, padded_labels, least=least)
         cost = cost + for_l1 * l1_cost(predicted, padded_boxes)
@@ -74,8 +74,8 @@ def class_and_corner_terms(
     logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
     predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])  # [L B N 4]
     codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None])  # [L B N D]
-    corners, padded_labels, padded_boxes = box_ops.to_corners(predicted), pad(labels), pad(boxes)
-    padded_corners = box_ops.to_corners(padded_boxes)
+    padded_labels, padded_boxes = pad(labels).to(logits.device), pad(boxes).to(logits.device)
+    corners, padded_corners = box_ops.to_corners(predicted), box_ops.to_corners(padded_boxes)
     with torch.no_grad():
         cost = for_class * focal_cost(logits, padded_labels) + mask_cost
         cost = cost + for_l1 * l1_cost(corners, padded_corners)

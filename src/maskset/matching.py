@@ -28,12 +28,14 @@ class Matches:
         image: which image of the batch.
         slot: which slot of the image.
         object: which object of the image.
+        counts: how many pairs each image has, in every layer the same number: what to split the others by.
     """
 
     layer: Int[Tensor, "M"]
     image: Int[Tensor, "M"]
     slot: Int[Tensor, "M"]
     object: Int[Tensor, "M"]
+    counts: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -133,7 +135,7 @@ def match(cost: Float[Tensor, "L B N T"], counts: Sequence[int], predictions: Ma
             slots, objects = linear_sum_assignment(matrix)
             rows += [(layer, image, slot, object) for slot, object in zip(slots.tolist(), objects.tolist(), strict=True)]
     table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(cost.device)
-    return Matches(*table.unbind(1))
+    return Matches(*table.unbind(1), [min(count, host.shape[2]) for count in counts])
 
 
 def _not_finite(

@@ -71,7 +71,22 @@ def test_a_frozen_norm_is_batch_norm_in_evaluation():
     x = torch.randn(2, 5, 3, 4)
     torch.testing.assert_close(frozen(x), norm(x))
     assert not list(frozen.parameters())
-    assert frozen(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_frozen_norm_of_half_precision_computes_in_float32_and_rounds_once():
+    frozen = FrozenBatchNorm(nn.BatchNorm2d(4))
+    for value in frozen.buffers():
+        value.uniform_(0.5, 2)
+    x = torch.randn(2, 4, 5, 3).bfloat16().requires_grad_()
+    gradient = torch.randn(2, 4, 5, 3).bfloat16()
+    exact = x.detach().double().requires_grad_()
+    expected = frozen.double()(exact)
+    expected.backward(gradient.double())
+    found = frozen.float()(x)
+    found.backward(gradient)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.bfloat16(), atol=0, rtol=2**-8)
+    torch.testing.assert_close(x.grad, exact.grad.bfloat16(), atol=0, rtol=2**-8)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What every system promises. A new system needs a line in `tiny.TINY` and passes all of this."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from maskset import codecs, losses, native
 from maskset.config import ConfigError
 from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
+from maskset.layers import recompute
 from maskset.layers.deformable import implementations, using
 from maskset.masks.quarter import quarter_masks
 from maskset.masks.resample import by_corners, by_factor, paint, paint_probabilities, resample, stretched
@@ -272,6 +274,68 @@ def test_a_model_moves_to_another_device_whole(name):
     tensors = [value for part in (output, *output.layers) for value in vars(part).values() if isinstance(value, torch.Tensor)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+WAITS = {"solq": 1, "soit": 2, "isda": 1, "istr": 1, "istr-smt": 2, "sotr": 0}
+
+
+@every_system
+def test_the_loss_waits_for_the_device_where_slots_are_matched_and_nowhere_else(name, monkeypatch):
+    """Tensors of the meta device have no values: whoever asks for one fails. SOIT also matches proposals; ISTR-SMT draws targets
+    in predicted boxes; SOTR matches nothing.
+    """
+    waits, copy = [], torch.Tensor.cpu
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        waits.extend([tensor] * tensor.is_meta)
+        return torch.rand(tensor.shape) if tensor.is_meta else copy(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta device
+    model = tiny(name).train()
+    images, objects = batch([*shapes(3), (torch.zeros(3, 64, 80, dtype=torch.uint8), Instances.empty((64, 80)))], model.config)
+    model.loss(model(images), images, objects)  # the first time a learnt code makes sure that it has been learnt
+    model, images = model.to("meta"), images.to("meta")
+    terms = model.loss(model(images), images, objects)
+    assert len(waits) == WAITS[name]
+    assert all(term.is_meta for term in terms.values())
+
+
+@every_system
+def test_layers_that_are_recomputed_keep_less_and_change_no_bit_of_a_gradient(name):
+    model = awake(tiny(name, **({"dropout": 0.5} if hasattr(TINY[name], "dropout") else {}))).train()
+    images, objects = batch(shapes(2), model.config)
+    start = copy.deepcopy(model.state_dict())  # ISTR-SMT's batch norms would move
+    found = []
+    for _ in range(2):
+        model.load_state_dict(start)
+        model.zero_grad()
+        torch.manual_seed(1)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            output = model(images)
+        total(model.loss(output, images, objects)).backward()
+        gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        found.append((sum(kept), gradients, copy.deepcopy(model.state_dict())))
+        recompute.recompute(model)
+    (most, expected, after), (least, gradients, after_too) = found
+    assert least < most
+    assert gradients.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(gradients[key], expected[key])] == []
+    assert all(torch.equal(after[key], after_too[key]) for key in after)
+
+
+@every_system
+def test_nothing_is_recomputed_in_evaluation_or_without_gradients(name, monkeypatch):
+    model = tiny(name).eval()
+    images, _ = batch(shapes(1), model.config)
+    recompute.recompute(model)
+    monkeypatch.delattr(recompute, "checkpoint")
+    model(images)
+    with torch.no_grad():
+        model.train()(images)
+    with pytest.raises(NameError):
+        model(images)
 
 
 @every_system

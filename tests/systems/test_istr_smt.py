@@ -74,7 +74,7 @@ def test_masks_are_compared_inside_the_predicted_boxes_cut_to_the_image():
     boxes = output.layers[0].boxes.clone()
     boxes[0, 0] = fractions(wide, (64, 80))[0]
     layer = dataclasses.replace(output.layers[0], boxes=boxes)
-    pairs = Matches(*torch.zeros(4, 1, dtype=torch.int64))  # the first slot and the first object
+    pairs = Matches(*torch.zeros(4, 1, dtype=torch.int64), [1])  # the first slot and the first object
     cut = torch.minimum(wide.clamp(min=0), torch.tensor([80.0, 64, 80, 64]))
     found = model._masks_in_predicted_boxes([layer], pairs, [one])
     assert torch.equal(found, crop(one.masks, cut, 32))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -47,6 +48,10 @@ class Backbone(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
         """Return one map [B C h w] for each stride, finest first."""
+        device = pixels.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # In float32 this gains little on a CPU, and convolutions round more.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         maps = self.body(pixels)
         return [x.permute(0, 3, 1, 2) for x in maps] if self._channels_last else maps
 
@@ -75,10 +80,28 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """Return (x - mean) / sqrt(variance + eps) * weight + bias, in the type of x."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        # Unlike batch_norm, this keeps no copy of x for the gradient.
-        return self.activation(torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype))
+        if x.dtype == self.weight.dtype:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            shift = self.bias - self.running_mean * scale
+            # Unlike batch_norm, this keeps no copy of x for the gradient.
+            return self.activation(torch.addcmul(shift[:, None, None], x, scale[:, None, None]))
+        return self.activation(_FixedAffine.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps))
+
+
+class _FixedAffine(torch.autograd.Function):
+    """A frozen batch norm of half precision: one pass that computes in float32, where arithmetic would make maps of that."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(weight, variance)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (weight, variance) = outer, ctx.saved_tensors
+        scale = weight * (variance + ctx.eps).rsqrt()
+        return (gradient * scale[:, None, None]).to(gradient.dtype), None, None, None, None, None
 
 
 class GroupNorm(nn.GroupNorm):

@@ -154,14 +154,16 @@ class DeformableAttention(nn.Module):
         """
         batch, queries, _ = query.shape
         per_head = (batch, queries, self.heads, self.levels, self.points)
-        value = self.value_projection(memory).masked_fill(padding[..., None], 0.0)
+        value = self.value_projection(memory).masked_fill_(padding[..., None], 0.0)
         offsets = self.sampling_offsets(query).view(*per_head, 2).float()
         weights = self.attention_weights(query).view(*per_head[:3], -1).float().softmax(-1).view(per_head)
-        centre = reference[:, :, None, :, None, :2]
         if reference.shape[-1] == 2:
-            cells = torch.tensor([(w, h) for h, w in shapes], device=query.device, dtype=offsets.dtype)
-            locations = centre + offsets / cells[:, None, :]
+            # In rows of L * P * 2 numbers: pairs are too short for vector instructions.
+            cells = torch.tensor([(w, h) * self.points for h, w in shapes], device=query.device, dtype=offsets.dtype).flatten()
+            centres = reference.repeat(1, 1, 1, self.points).flatten(2)[:, :, None]
+            locations = torch.addcdiv(centres, offsets.flatten(3), cells).view(*per_head, 2)
         else:
-            locations = centre + offsets / self.points * reference[:, :, None, :, None, 2:] * 0.5
+            centre, side = reference[:, :, None, :, None].split(2, -1)
+            locations = centre + offsets / self.points * side * 0.5
         value = value.view(batch, -1, self.heads, value.shape[-1] // self.heads)
         return self.output_projection(deformable_attention(value, shapes, locations, weights))

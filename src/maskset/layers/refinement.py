@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskset import boxes as box_ops
+from maskset.layers.recompute import Layer
 
 _WEIGHTS = (2.0, 2.0, 1.0, 1.0)  # that a predicted correction of x, y, width, height is divided by
 _GREATEST_GROWTH = math.log(100_000 / 16)  # of the logarithm of a side in one step
@@ -59,7 +60,7 @@ class RegionAttention(nn.Module):
         return self.attention(objects[:, None], cells, cells, need_weights=False)[0][:, 0]
 
 
-class RegionEncoder(nn.Module):
+class RegionEncoder(Layer):
     """The Transformer encoder of one stage (figure 2): objects look at each other, then at their regions, then pass an MLP.
 
     Args:

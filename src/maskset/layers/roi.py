@@ -25,6 +25,11 @@ def levels_of(boxes: Float[Tensor, "n 4"], count: int = len(STRIDES)) -> Int[Ten
     return level.nan_to_num(0.0).clamp(0, count - 1).long()
 
 
+def readable(levels: Sequence[Float[Tensor, "B C _ _"]], dtype: torch.dtype) -> list[Float[Tensor, "B C _ _"]]:
+    """Return the levels in the type and the order in which torchvision's kernels read them, for many calls one copy."""
+    return [level.to(dtype, memory_format=torch.contiguous_format) for level in levels]
+
+
 def pyramid_roi_align(
     levels: Sequence[Float[Tensor, "B C _ _"]], boxes: Float[Tensor, "B N 4"], size: int
 ) -> Float[Tensor, "B*N C s s"]:
@@ -45,9 +50,11 @@ def pyramid_roi_align(
     of = levels_of(flat, len(levels))
     if boxes.is_meta or torch.compiler.is_compiling():
         return _of_every_level(levels, regions, of, size)
-    places = [(of == i).nonzero()[:, 0] for i in range(len(levels))]
-    parts = [_aligned(level, regions[place], i, size) for i, (level, place) in enumerate(zip(levels, places, strict=True))]
-    return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+    order = of.argsort(stable=True)
+    counts = (of[:, None] == torch.arange(len(levels), device=of.device)).sum(0).tolist()  # the only copy to the host
+    shares = zip(levels, regions[order].split(counts), strict=True)
+    parts = [_aligned(level, share, i, size) for i, (level, share) in enumerate(shares)]
+    return torch.cat(parts).index_select(0, order.argsort())
 
 
 def _of_every_level(

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from maskset.layers.recompute import Layer
+
 PATCH = 4  # pixels, the side of a patch
 WINDOW = 7  # cells, the side of a window
 SHIFT = WINDOW // 2  # cells, how far every second block moves its windows
@@ -136,7 +138,7 @@ class Stage(nn.Module):
         return x, None if self.output_norm is None else self.output_norm(x)
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Attention inside windows, then an MLP, each after a layer norm and beside a residual (figure 3b, equation 3).
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maskset.layers.deformable import DeformableAttention, Shapes
 from maskset.layers.positions import frequencies, sine_positions
+from maskset.layers.recompute import Layer
 from maskset.structures import SlotPredictions
 
 
@@ -42,9 +43,10 @@ def flatten_levels(
     width = levels[0].shape[1]
     positions = [sine_positions(padding, width) + embedding for padding, embedding in zip(paddings, level_embedding, strict=True)]
     valid = [torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], -1) for padding in paddings]
+    cells = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
     return Memory(
-        cells=torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1),
-        positions=torch.cat(positions, 1),
+        cells=cells,
+        positions=torch.cat(positions, 1).to(cells.dtype),  # else all layers would add in float32 under autocast
         padding=torch.cat([padding.flatten(1) for padding in paddings], 1),
         shapes=[(level.shape[2], level.shape[3]) for level in levels],
         valid=torch.stack(valid, 1),
@@ -75,10 +77,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "B n C"]) -> Float[Tensor, "B n C"]:
         """Return x and what the layers make of it, normalised."""
-        return self.norm(x + self.dropout(self.down(self.dropout(self.up(x).relu()))))
+        return self.norm(x + self.dropout(self.down(self.dropout(self.up(x).relu_()))))
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Layer):
     """Every cell looks at a few places of every level, then passes a feed-forward network."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
@@ -110,7 +112,7 @@ class Encoder(nn.Module):
         return Memory(cells, memory.positions, memory.padding, memory.shapes, memory.valid)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Queries look at each other, then at a few places of the memory around their reference, then pass a feed-forward network."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:

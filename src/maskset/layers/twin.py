@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskset.layers.mlp import Mlp
+from maskset.layers.recompute import Layer
 
 _SLOPE = 0.01  # of the leaky ReLUs
 
@@ -123,7 +124,7 @@ class Copies:
         return torch.cat([x[:, :, : self.width + copies.apart], x[:, :, -copies.apart :]], 2), copies
 
 
-class ReleasedLayer(nn.Module):
+class ReleasedLayer(Layer):
     """The layer of the released code: two attentions side by side, then two pairs of convolutions side by side.
 
     Each of the four is multiplied by a gate that starts at 0 (ReZero), and there is no norm and no MLP.
@@ -168,7 +169,7 @@ class ReleasedTransformer(nn.Module):
         return ((x[:, :, : copies.width] + copies.right(x)) / 2).permute(0, 3, 1, 2)
 
 
-class PaperLayer(nn.Module):
+class PaperLayer(Layer):
     """A transformer layer of figure 3: (a) full, (b) pure twin, (c) hybrid twin; a norm before each of its two parts."""
 
     def __init__(self, kind: Literal["full", "pure-twin", "hybrid-twin"], width: int, heads: int) -> None:

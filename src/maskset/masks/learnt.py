@@ -72,12 +72,15 @@ def require_fitted(codec: LearntCodec) -> None:
     Raises:
         ConfigError: it has not.
     """
-    # Compilers cannot branch on a value, and what they compile has run before.
-    if not torch.compiler.is_compiling() and not codec.fitted:
+    # Compilers cannot branch on a value, and what they compile has run before. To ask a GPU again would make the host wait.
+    if torch.compiler.is_compiling() or vars(codec).get("_seen_fitted"):
+        return
+    if not codec.fitted:
         raise ConfigError(
             f"{type(codec).__name__}({codec.size}, {codec.length}) has not been learnt from masks yet: "
             "call fit(masks) first, or load weights that hold it."
         )
+    vars(codec)["_seen_fitted"] = True
 
 
 def load(codec: LearntCodec, path: str | Path) -> None:

@@ -188,7 +188,7 @@ class Isda(System):
         kernels = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         size = (features.shape[2], features.shape[3])
         masks = [central_means(found.masks, settings.mask_stride, size).to(features.device) for found in objects]
-        labels = pad([found.labels for found in objects])
+        labels = pad([found.labels for found in objects]).to(logits.device)
         with torch.no_grad():
             cost = settings.class_weight * focal_cost(logits, labels, least=1e-12)
             cost = cost + settings.mask_weight * _mask_cost(kernels, features, masks)
@@ -252,7 +252,7 @@ def _mask_loss(
     pairs: Matches,
 ) -> Float[Tensor, "L"]:
     """Return the dice loss of each layer's matched slots, summed, in the memory of one layer."""
-    layers, counts = len(kernels), [min(len(wanted), kernels.shape[2]) for wanted in masks]  # pairs are in this order
+    layers, counts = len(kernels), [*pairs.counts]
     chosen = kernels[pairs.layer, pairs.image, pairs.slot].unflatten(0, (layers, sum(counts)))
     objects = pairs.object.unflatten(0, (layers, sum(counts)))
 

@@ -23,7 +23,7 @@ from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionAttention, RegionEncoder, Tower, image_feature, move, reset_stage
-from maskset.layers.roi import pyramid_roi_align
+from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss, sum_by_layer
 from maskset.masks import learnt
 from maskset.masks.boxed import crop, paste_soft
@@ -165,7 +165,7 @@ class Istr(System):
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every stage, class logits [B N K], boxes [B N 4] and mask embeddings [B N D]."""
         check_canvas(images, self.input.divisor)
-        levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
+        levels = readable(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
         objects = self._object_features(levels, images)  # [B N C]
         # Width, height, width, height of each image
         pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)
@@ -206,8 +206,9 @@ class Istr(System):
         settings = self.config
         count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
         labels = [found.labels for found in objects]
-        boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
-        masks = pad([crop(found.masks, found.boxes, self.codec.size) for found in objects]).float()  # [B T S S]
+        boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
+        masks = pad([crop(found.masks, found.boxes, self.codec.size) for found in objects])  # [B T S S]
+        masks = masks.to(images.pixels.device).float()
         codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
         cost = settings.mask_weight * self._mask_cost(codes, masks)

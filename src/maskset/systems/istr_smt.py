@@ -23,7 +23,7 @@ from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, image_feature, move, reset_stage
-from maskset.layers.roi import pyramid_roi_align
+from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss
 from maskset.masks import learnt
 from maskset.masks.autoencoder import CONTEXT_CHANNELS, AutoencoderCodec
@@ -175,7 +175,7 @@ class IstrSmt(System):
         Results need codes and context of the last stage only: in evaluation mode the others have none.
         """
         check_canvas(images, self.input.divisor)
-        levels = self.pyramid(self.backbone(images.pixels))  # strides 4, 8, 16, 32; each [B C h w]
+        levels = readable(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
         paddings = None
         if self.config.masked_pooling:
             paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
@@ -225,10 +225,10 @@ class IstrSmt(System):
         settings = self.config
         count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
         labels = [found.labels for found in objects]
-        boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
+        boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
         codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
-        cost = settings.code_weight * cosine_cost(codes, self._codes_in_own_boxes(objects))
+        cost = settings.code_weight * cosine_cost(codes, self._codes_in_own_boxes(objects, codes.device))
         pairs, sums = class_and_corner_terms(layers, labels, boxes, weights, cost)
         masks = self._masks_in_predicted_boxes(layers, pairs, objects)
         errors = [
@@ -248,9 +248,9 @@ class IstrSmt(System):
     def _decode(self, codes: Float[Tensor, "n D"], context: Float[Tensor, "n c s s"] | None) -> Float[Tensor, "n S S"]:
         return self.codec.decode(codes, context) if isinstance(self.codec, AutoencoderCodec) else self.codec.decode(codes)
 
-    def _codes_in_own_boxes(self, objects: Sequence[Instances]) -> Float[Tensor, "B T D"]:
+    def _codes_in_own_boxes(self, objects: Sequence[Instances], device: torch.device) -> Float[Tensor, "B T D"]:
         """Return the codes that objects have in their annotated boxes."""
-        masks = torch.cat([crop(found.masks, found.boxes, self.codec.size) for found in objects])
+        masks = torch.cat([crop(found.masks, found.boxes, self.codec.size) for found in objects]).to(device)
         return pad(list(self._encode(masks).split([len(found) for found in objects])))
 
     @torch.no_grad()
@@ -260,12 +260,13 @@ class IstrSmt(System):
         """Return what each matched pair's object looks like inside the predicted box, cut to the image."""
         predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])
         chosen = box_ops.to_corners(predicted[pairs.layer, pairs.image, pairs.slot])
-        masks = torch.zeros(len(pairs), self.codec.size, self.codec.size, dtype=torch.bool, device=chosen.device)
-        for i, found in enumerate(objects):
-            of, size = pairs.image == i, found.masks.size
-            corners = box_ops.clip(chosen[of] * box_ops.scale_of(size, chosen), size)
-            masks[of] = crop(found.masks[pairs.object[of].tolist()], corners, self.codec.size)
-        return masks
+        host = torch.cat([chosen, pairs.object[:, None]], 1).cpu()  # where the masks are: one copy for all stages
+        parts, crops = iter(host.split([*pairs.counts] * len(layers))), []
+        for found in [*objects] * len(layers):
+            own, size = next(parts), found.masks.size
+            corners = box_ops.clip(own[:, :4] * box_ops.scale_of(size, own), size)
+            crops.append(crop(found.masks[own[:, 4].int().tolist()], corners, self.codec.size))
+        return torch.cat(crops).to(chosen.device)
 
     def _mask_errors(self, layer: SlotPredictions, pairs: Matches, masks: Bool[Tensor, "M S S"]) -> Float[Tensor, "2"]:
         """Return the summed errors of one stage's matched pairs: of the codes, divided by D, and of the masks."""
@@ -308,8 +309,6 @@ class IstrSmt(System):
 
 def _by_layer(pairs: Matches, masks: Bool[Tensor, "M S S"], layers: int) -> list[tuple[Matches, Bool[Tensor, "_ S S"]]]:
     """Return the pairs of each layer and their masks: an autoencoder's batch norms must see those alone."""
-    parts = []
-    for layer in range(layers):
-        of = pairs.layer == layer
-        parts.append((Matches(pairs.layer[of], pairs.image[of], pairs.slot[of], pairs.object[of]), masks[of]))
-    return parts
+    each = sum(pairs.counts)
+    split = (part.split([each] * layers) for part in (pairs.layer, pairs.image, pairs.slot, pairs.object, masks))
+    return [(Matches(*four, pairs.counts), own) for *four, own in zip(*split, strict=True)]

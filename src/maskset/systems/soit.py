@@ -186,13 +186,12 @@ class Soit(System):
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
             labels = [found.labels for found in objects]
-            sizes = images.sizes.tolist()
-            boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, sizes, strict=True)]
+            boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
             pairs, terms = self._detection_terms(output.layers, labels, boxes)
-            terms |= self._mask_terms(output, images, objects, pairs)
             assert output.proposals is not None  # the first stage only tells objects from background
             anything = [torch.zeros_like(label) for label in labels]
             first = self._detection_terms([output.proposals], anything, boxes)[1]
+            terms |= self._mask_terms(output, images, objects, pairs)  # last: matching waits for the device, this does not
             return name_by_layer(terms, len(output.layers)) | {f"{name}/proposals": term[0] for name, term in first.items()}
 
     def _detection_terms(
@@ -233,13 +232,14 @@ class Soit(System):
         """Yield the matched queries of the layers with mask losses, as many at once as memory allows; at least one piece."""
         assert output.mask_features is not None
         at_once = max(1, _SAMPLES_AT_ONCE // self._samples(output.mask_features))
+        of_slots, of_objects = (part.split([*pairs.counts] * len(output.layers)) for part in (pairs.slot, pairs.object))
         for number in range(len(output.layers) - self.config.mask_loss_layers, len(output.layers)):
             layer = output.layers[number]
             assert layer.mask_params is not None
             assert layer.boxes is not None
             for image in range(len(layer.class_logits)):
-                mine = (pairs.layer == number) & (pairs.image == image)
-                for slots, objects in zip(pairs.slot[mine].split(at_once), pairs.object[mine].split(at_once), strict=True):
+                mine = number * len(pairs.counts) + image
+                for slots, objects in zip(of_slots[mine].split(at_once), of_objects[mine].split(at_once), strict=True):
                     weights, centres = layer.mask_params[image, slots].float(), layer.boxes[image, slots, :2].detach()
                     yield _Piece(number, image, objects, weights, centres)
 

@@ -215,8 +215,8 @@ class Solq(System):
     def _terms(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
         count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
         labels = [found.labels for found in objects]
-        boxes = [box_ops.fractions(found.boxes, size) for found, size in zip(objects, images.sizes.tolist(), strict=True)]
-        codes = torch.cat([self._encode(found) for found in objects])
+        boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
+        codes = self._codes(objects, images.pixels.device)
         terms = self._layer_terms(output.layers, labels, boxes, codes, count)
         if output.proposals is not None:  # the first stage only tells objects from background
             anything = [torch.zeros_like(label) for label in labels]
@@ -246,9 +246,10 @@ class Solq(System):
             terms["mask_code"] = by_layer[-settings.mask_loss_layers :]
         return name_by_layer(terms, len(layers))
 
-    def _encode(self, found: Instances) -> Float[Tensor, "T D"]:
-        """Return the mask vectors that the objects of one image should have (section 3.2)."""
-        return self.codec.encode(crop(found.masks, found.boxes, self.codec.size).float())
+    def _codes(self, objects: Sequence[Instances], device: torch.device) -> Float[Tensor, "M D"]:
+        """Return the mask vectors that the objects of all images should have (section 3.2)."""
+        masks = torch.cat([crop(found.masks, found.boxes, self.codec.size) for found in objects])
+        return self.codec.encode(masks.to(device).float())
 
     def _code_loss(self, vectors: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]) -> Float[Tensor, "M"]:
         """Return the vector loss of each pair: mean absolute error; for flat masks squared error and dice (Table 3a)."""

@@ -65,6 +65,7 @@ class TrainConfig:
     clip_norm: float = 0.1  # greatest norm of the gradient; 0 leaves it alone
     ema_decay: float = 0.0  # decay of the averaged weights that are evaluated and saved; 0 keeps none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; losses and matching are always fp32
+    checkpoint_activations: bool = False  # save memory: the transformer's layers compute all but their inputs twice
     seed: int = 42  # of initialisation, dropout, order and augmentation
     evaluate_every: int = 1  # epochs between evaluations; 0 evaluates only at the end
     checkpoint_every: int = 0  # optimiser steps between checkpoints; 0 writes one at the end of each epoch only

@@ -22,6 +22,7 @@ from maskset.data import DataError, Dataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
 from maskset.files import written
 from maskset.layers.backbone import load_pretrained
+from maskset.layers.recompute import recompute
 from maskset.progress import shown
 from maskset.systems import System, build
 from maskset.training import state
@@ -132,6 +133,8 @@ def open_run(
     model = build(recipe.model, training.categories)
     if not resume:
         lines += _initialise(model, recipe, training, init, accelerator)
+    if config.checkpoint_activations:
+        recompute(model)
     step = accelerator.prepare(Step(model))  # moves the model to its device, which the optimiser must see
     optimizer = accelerator.prepare(build_optimizer(model, config))
     averaged = averaged_copy(model) if config.ema_decay else None

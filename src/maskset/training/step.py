@@ -81,7 +81,7 @@ def _terms(accelerator: Accelerator, step: nn.Module, batch: Batch, place: int) 
     system: System = accelerator.unwrap_model(step).system
     images = batch[0].to(accelerator.device, non_blocking=True).normalised(system.input)
     try:
-        terms = step(images, [found.to(accelerator.device, non_blocking=True) for found in batch[1]])
+        terms = step(images, batch[1])  # objects stay on the host, where the loss draws its targets while a GPU computes
     except MatchingError as error:
         raise NotFinite(str(error), {}, batch, place) from None
     total = torch.stack(list(terms.values())).sum()
