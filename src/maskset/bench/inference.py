@@ -46,8 +46,8 @@ def run(report: Report, quick: bool) -> None:
         "trained weights leave a few hundred."
     )
     report.remark(
-        "SOLQ's transformer is 384 channels wide, as officially, DeformableDetr's and Mask2Former's are 256: the linear maps of an "
-        "encoder layer have 1.6 times as many products. The row of width 256 compares like with like."
+        "SOLQ's transformer is 384 channels wide, as officially, DeformableDetr's and Mask2Former's are 256: an encoder layer's "
+        "linear maps have 1.6 times as many products. The row of width 256 compares like with like."
     )
     place = f"{images} image{'s' * (images > 1)} of {size[0]} x {size[1]}"
     for precision, dtype in PRECISIONS.items():
