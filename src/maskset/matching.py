@@ -135,7 +135,8 @@ def match(cost: Float[Tensor, "L B N T"], counts: Sequence[int], predictions: Ma
             slots, objects = linear_sum_assignment(matrix)
             rows += [(layer, image, slot, object) for slot, object in zip(slots.tolist(), objects.tolist(), strict=True)]
     table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(cost.device)
-    return Matches(*table.unbind(1), [min(count, host.shape[2]) for count in counts])
+    layers, images, slots, objects = table.unbind(1)
+    return Matches(layers, images, slots, objects, [min(count, host.shape[2]) for count in counts])
 
 
 def _not_finite(

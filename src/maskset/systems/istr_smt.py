@@ -311,4 +311,4 @@ def _by_layer(pairs: Matches, masks: Bool[Tensor, "M S S"], layers: int) -> list
     """Return the pairs of each layer and their masks: an autoencoder's batch norms must see those alone."""
     each = sum(pairs.counts)
     split = (part.split([each] * layers) for part in (pairs.layer, pairs.image, pairs.slot, pairs.object, masks))
-    return [(Matches(*four, pairs.counts), own) for *four, own in zip(*split, strict=True)]
+    return [(Matches(layer, image, slot, of, pairs.counts), own) for layer, image, slot, of, own in zip(*split, strict=True)]
