@@ -86,10 +86,13 @@ class ImageBatch(_Tensors):
 
     @classmethod
     def from_images(cls, images: Sequence[Tensor], divisor: int = 1) -> "ImageBatch":
-        """Return a batch of images [3 h w], padded with zero to the largest height and width, rounded up to `divisor`."""
+        """Return a batch of images [3 h w], padded with zero to the largest height and width, rounded up to `divisor`.
+
+        In memory the colours of a pixel stay together, as image files have them.
+        """
         sizes = torch.tensor([tuple(image.shape[-2:]) for image in images]).view(-1, 2)
         height, width = (-(-sizes.amax(0) // divisor) * divisor).tolist()
-        pixels = images[0].new_zeros(len(images), 3, height, width)
+        pixels = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
         for canvas, image in zip(pixels, images, strict=True):
             canvas[:, : image.shape[1], : image.shape[2]] = image
         return cls(pixels, sizes)
@@ -98,14 +101,14 @@ class ImageBatch(_Tensors):
         return len(self.pixels)
 
     def normalised(self, input: Normalisation) -> "ImageBatch":
-        """Return the batch as a model wants it: float32, (pixel / 255 - mean) / std, channels in the model's order."""
+        """Return the batch as a model wants it: float32, (pixel / 255 - mean) / std, planes of channels in the model's order."""
         if self.pixels.dtype != torch.uint8:
             raise ValueError(f"normalised() takes uint8 pixels, got {self.pixels.dtype}: has this batch been normalised before?")
         pixels = self.pixels.flip(1) if input.channel_order == "bgr" else self.pixels
         mean = torch.tensor(input.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(input.std, device=pixels.device).view(3, 1, 1)
-        scaled = (pixels.float() / 255 - mean) / std
-        return ImageBatch(scaled.masked_fill(self.padding((pixels.shape[2], pixels.shape[3]))[:, None], 0.0), self.sizes)
+        planes = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+        return ImageBatch(planes.masked_fill_(self.padding((pixels.shape[2], pixels.shape[3]))[:, None], 0.0), self.sizes)
 
     def padding(self, size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
         """Return where a map of `size` (height, width) over the canvas lies on padding: the nearest pixel, torch's rule."""

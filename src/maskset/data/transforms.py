@@ -138,5 +138,6 @@ def _scale_pixels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(pixels.shape[1:]) == size:
         return pixels
     # Channels-last is 3 to 7 times as fast here; the result is Pillow's bilinear (antialiased) within one level.
-    batch = pixels[None].contiguous(memory_format=torch.channels_last)
+    rows = pixels.permute(1, 2, 0).contiguous()  # of a plain pixels[None], torch would not see that it is channels-last
+    batch = rows[None].permute(0, 3, 1, 2)
     return interpolate(batch, size=size, mode="bilinear", antialias=True)[0]

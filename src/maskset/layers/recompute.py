@@ -1,4 +1,4 @@
-"""Activation checkpointing: layers that forget what they computed, and compute it again for the gradient (Chen et al., 2016)."""
+"""Activation checkpointing (Chen et al., 2016): layers that forget what they computed, and compute it again for the gradient."""
 
 from typing import Any
 

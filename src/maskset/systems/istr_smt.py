@@ -310,10 +310,5 @@ class IstrSmt(System):
 def _by_layer(pairs: Matches, masks: Bool[Tensor, "M S S"], layers: int) -> list[tuple[Matches, Bool[Tensor, "_ S S"]]]:
     """Return the pairs of each layer and their masks: an autoencoder's batch norms must see those alone."""
     each = sum(pairs.counts)
-    parts = []
-    for layer in range(layers):
-        mine = slice(layer * each, (layer + 1) * each)
-        parts.append(
-            (Matches(pairs.layer[mine], pairs.image[mine], pairs.slot[mine], pairs.object[mine], pairs.counts), masks[mine])
-        )
-    return parts
+    split = (part.split([each] * layers) for part in (pairs.layer, pairs.image, pairs.slot, pairs.object, masks))
+    return [(Matches(layer, image, slot, of, pairs.counts), own) for layer, image, slot, of, own in zip(*split, strict=True)]
