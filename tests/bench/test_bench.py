@@ -1,11 +1,13 @@
 """Every benchmark runs in its quick form, and what it computes is what its peers compute."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from maskset import cli
 from maskset.bench import BENCHES, measure
-from maskset.bench.report import Disagreement
+from maskset.bench.report import Disagreement, Report
 from maskset.bench.run import run
 
 
@@ -26,6 +28,19 @@ def test_ways_that_differ_are_not_compared(monkeypatch):
     monkeypatch.setattr(matching, "giou_cost", lambda boxes, targets: torch.zeros(()))
     with pytest.raises(Disagreement, match="costs of all slots and objects, absolute: they differ by"):
         run("matching", quick=True)
+
+
+def test_a_gradient_that_is_no_number_is_no_agreement():
+    from maskset.bench import attention
+
+    def broken(sample: attention.Sample) -> torch.Tensor:
+        locations = sample.locations * 1
+        locations.register_hook(lambda gradient: gradient * torch.nan)
+        return attention.ours("reference", replace(sample, locations=locations))
+
+    ways = {attention.PEER: attention.transformers_attention, "broken": broken}
+    with pytest.raises(Disagreement, match="broken.*they differ by nan"):
+        attention.measure(Report("attention", "", 1), "decoder", attention.sample((64, 96), 1, 20, "cpu"), ways, 0)
 
 
 def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 import torch
 from goldens import golden, notes, weights
@@ -127,6 +128,45 @@ def test_the_operator_obeys_the_rules_of_torch_library():
     )
     torch.library.opcheck(fused, (value, [2, 2, 1, 1], locations, share), test_utils=["test_schema", "test_faketensor"])
     torch.library.opcheck(fused, (value, [2, 2, 1, 1], locations, share), test_utils=["test_autograd_registration"])
+
+
+def test_gradients_of_tensors_with_gaps_lie_as_the_compiler_is_told():
+    if why := native.why_not():
+        pytest.skip(why)
+    from maskset.layers.kernels.op import fused_backward
+
+    value, locations, share, grad = (
+        torch.rand(size).transpose(0, 1) for size in ((5, 2, 2, 4), (3, 2, 2, 2, 1, 2), (3, 2, 2, 2, 1), (3, 2, 8))
+    )
+    arguments = (grad, value, [2, 2, 1, 1], locations, share)
+    torch.library.opcheck(fused_backward, arguments, test_utils=["test_schema", "test_faketensor"])
+
+
+def test_a_compiled_network_has_the_operator_in_its_one_graph(monkeypatch):
+    if why := native.why_not():
+        pytest.skip(why)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the compiler cannot follow the checks
+    called = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    value, locations, share = torch.rand(1, 4, 2, 8), torch.rand(1, 5, 2, 1, 2, 2), torch.rand(1, 5, 2, 1, 2)
+    compiled = torch.compile(
+        lambda *tensors: deformable_attention(tensors[0], [(2, 2)], *tensors[1:]), backend=backend, fullgraph=True
+    )
+    out = compiled(value, locations, share)
+    assert "maskset.deformable_attention.default" in called
+    torch.testing.assert_close(out, deformable_attention(value, [(2, 2)], locations, share))
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(0, 3), (2, 0)])
+def test_no_image_and_no_query_see_nothing(implementation, batch, queries):
+    value, locations, share = (
+        torch.rand(size) for size in ((batch, 4, 2, 8), (batch, queries, 2, 1, 3, 2), (batch, queries, 2, 1, 3))
+    )
+    assert deformable_attention(value, [(2, 2)], locations, share).shape == (batch, queries, 16)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -14,7 +14,7 @@ from maskset.layers.kernels.plain import by_bags, by_samples
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform", exc_type=ImportError)
 
-from maskset.layers.kernels.triton import TILES, UNTUNED, _backward, _forward, backward, forward  # noqa: E402
+from maskset.layers.kernels.triton import TILES, UNTUNED, _backward, _forward, _units_in_one, backward, forward  # noqa: E402
 
 LEVELS = [(5, 7), (3, 2)]
 
@@ -126,6 +126,12 @@ def test_in_fixed_point_what_is_not_finite_becomes_nan(interpreted, place, numbe
     grad_value = interpreted(backward, *arguments)[0]
     interpreted(torch.use_deterministic_algorithms, False)
     assert grad_value.isnan().all()
+
+
+def test_fixed_point_has_room_for_all_that_float16_holds():
+    grad, _, _, locations, weights = case(torch.float16, 4)
+    units = _units_in_one(grad * 100, locations, weights.half() * 60000)
+    assert 0 < units * (grad * 100).abs().amax() * 60000 * locations[0, :, 0, 0].numel() // 2 <= 2.0**62
 
 
 @pytest.mark.parametrize("far", [torch.nan, torch.inf, -torch.inf, 1e30, -1e9, 3.4e38])

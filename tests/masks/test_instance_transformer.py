@@ -134,3 +134,20 @@ def test_the_operator_obeys_the_rules_of_torch_library():
     leaves = [tensor.requires_grad_() for tensor in (cells, cells.clone(), torch.rand(2, 5, 3, 2), torch.rand(2, 5))]
     arguments = (*leaves[:2], *halves, *inside, *leaves[2:], 2)
     torch.library.opcheck(fused, arguments, test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])
+
+
+def test_centres_of_another_type_are_understood_and_what_they_want_is_learnt():
+    features, padding, weights, _ = inputs(8, 4, 4)
+    centres = torch.rand(2, 2).requires_grad_()
+    expected = slow(features, padding, weights, centres, 4, 4)
+    found = instance_transformer(features, padding, weights, centres, 4, 4)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(one.sin().sum(), centres)[0] for one in (found, expected)))
+    with torch.no_grad():
+        torch.testing.assert_close(instance_transformer(features, padding, weights, centres, 4, 4), expected.detach())
+
+
+def test_weights_of_another_type_than_the_map_are_refused():
+    features, padding, weights, centres = inputs(8, 4, 4)
+    with pytest.raises(RuntimeError, match="dtype"):
+        instance_transformer(features, padding, weights.bfloat16(), centres, 4, 4)

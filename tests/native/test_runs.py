@@ -1,5 +1,8 @@
 """Run lengths in C against their plain twins and pycocotools."""
 
+import pickle
+
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -151,3 +154,24 @@ def test_how_many_threads_work_changes_nothing():
         assert torch.equal(view.dense(), masks.flip(2))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_one_of_many_masks_does_not_hold_or_pickle_the_others():
+    masks = Masks.from_dense(torch.cat([random_masks(3)] * 20))
+    assert len(pickle.dumps(masks[0])) < len(pickle.dumps(masks)) / 20
+    for made in (masks, masks.flipped(), Masks.from_polygons([masks[0].polygons()[0]] * 3, masks.size)):
+        assert all(counts.untyped_storage().nbytes() == counts.nbytes for counts in made.rle())
+
+
+def test_whole_numbers_of_any_length_are_understood(both, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # who does not check types gives what he has
+    dense = random_masks(5)
+    size, runs = (dense.shape[1], dense.shape[2]), [counts.long() for counts in rle.encode(dense)]
+    rows, columns = (torch.arange(side, dtype=torch.int32) for side in size)
+    for found in (
+        *both(lambda: Masks.from_dense(dense.long()).dense()),
+        *both(lambda: Masks.from_rle(runs, size).dense()),
+        *both(lambda: Masks(runs, size, rows, columns.flip(0)).flipped().dense()),
+    ):
+        assert torch.equal(found, dense)
+    assert Masks.from_rle(runs, size).areas().tolist() == dense.flatten(1).sum(1).tolist()

@@ -114,7 +114,8 @@ def measure(report: Report, place: str, sample: Sample, attentions: dict[str, At
     exact = with_gradients(transformers_attention, sample.cast(torch.float64))
     for name, attention in attentions.items():
         found = with_gradients(attention, sample)
-        apart = max(((one - other).abs().max() / other.abs().max()).item() for one, other in zip(found, exact, strict=True))
+        each = [(one - other).abs().max() / other.abs().max() for one, other in zip(found, exact, strict=True)]
+        apart = torch.stack(each).max().item()  # NaN if any is
         what = f"{place}, output and gradients: {name} and {PEER} in float64, relative to the greatest value"
         report.agree(what, apart, 1e-4)
     given = replace(sample, value=sample.value.bfloat16()) if sample.value.is_cuda else sample

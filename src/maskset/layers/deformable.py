@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +16,7 @@ from maskset.layers.kernels.plain import Shapes, by_bags, by_gathering, by_sampl
 CHOICE = "MASKSET_ATTENTION"  # this environment variable names the implementation; without it the fastest that works is taken
 PLAIN = {"reference": by_samples, "bag": by_bags, "gather": by_gathering}
 FUSED = {"c": "cpu", "triton": "cuda"}  # which device each is for
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class AttentionError(ValueError):
@@ -82,11 +82,10 @@ def _why_not(name: str) -> str | None:
     return _why_no_triton() if name == "triton" else None
 
 
-@cache
 def _why_no_triton() -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
-    return None if importlib.util.find_spec("triton") else "Triton is not installed: `pip install triton`"
+    return None if _TRITON else "Triton is not installed: `pip install triton`"
 
 
 def _check(name: str, value: Tensor) -> None:

@@ -16,11 +16,16 @@ _TYPES = {torch.float32: "f32", torch.float64: "f64"}
 _GROUPS = 8  # of instances, each of which sums gradients for the map by itself
 
 
-def usable(features: Tensor, heads: int, points: int) -> bool:
-    """Return whether there is a kernel for a map [C h w] on its device, in its type and with so many heads and points."""
+def usable(features: Tensor, weights: Tensor, centres: Tensor, heads: int, points: int) -> bool:
+    """Return whether there is a kernel for a map [C h w] on its device, in its type and with so many heads and points.
+
+    The weights must be of the same type, and nobody may want the gradient of the centres.
+    """
     channels, height, width = features.shape
     fits = channels <= LIMIT and heads * points <= LIMIT and channels % 2 == 0 and channels * height * width < 2**31
-    return features.device.type == "cpu" and features.dtype in _TYPES and fits and native.library() is not None
+    typed = features.dtype in _TYPES and weights.dtype == features.dtype
+    learnt = centres.requires_grad and torch.is_grad_enabled()
+    return features.device.type == "cpu" and typed and fits and not learnt and native.library() is not None
 
 
 @torch.library.custom_op("maskset::instance_transformer", mutates_args=())

@@ -59,7 +59,7 @@ def instance_transformer(
     """
     parts = _parts(weights, features.shape[0], heads, points)
     seen_from = {"relative": centres, "absolute": torch.zeros_like(centres), "none": None}[positions]
-    draw = _drawn_in_one_pass if usable(features, heads, points) else _drawn_by_torch
+    draw = _drawn_in_one_pass if usable(features, weights, centres, heads, points) else _drawn_by_torch
     return draw(features, padding, parts, seen_from, heads, points)
 
 
@@ -116,8 +116,8 @@ def _drawn_in_one_pass(
     return fused(
         cells.contiguous(),
         cells.masked_fill(padding[..., None], 0.0).contiguous(),
-        rows.contiguous(),
-        columns.contiguous(),
+        rows.to(features.dtype).contiguous(),
+        columns.to(features.dtype).contiguous(),
         row_in.byte(),
         column_in.byte(),
         mixing.contiguous(),

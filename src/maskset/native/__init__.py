@@ -8,7 +8,7 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -19,8 +19,7 @@ from torch import Tensor
 HIDE = "MASKSET_NATIVE"  # this environment variable, set to "off", hides the library
 
 
-@cache
-def _loaded() -> ctypes.CDLL | str:
+def _load() -> ctypes.CDLL | str:
     """Return the library, or why there is none."""
     found = importlib.util.find_spec("maskset.native._kernels")
     if found is None or found.origin is None:
@@ -31,18 +30,19 @@ def _loaded() -> ctypes.CDLL | str:
         return f"it cannot be loaded ({error})"
 
 
+_loaded = _load()  # at once: torch.compile could not look into the loading
+
+
 def library() -> ctypes.CDLL | None:
     """Return the C library; None where it cannot or shall not be used."""
-    loaded = _loaded()
-    return None if isinstance(loaded, str) or os.environ.get(HIDE) == "off" else loaded
+    return None if isinstance(_loaded, str) or os.environ.get(HIDE) == "off" else _loaded
 
 
 def why_not() -> str | None:
     """Return why the library cannot be used; None if it can."""
-    loaded = _loaded()
     if os.environ.get(HIDE) == "off":
         return f"{HIDE}=off hides it"
-    return loaded if isinstance(loaded, str) else None
+    return _loaded if isinstance(_loaded, str) else None
 
 
 def serves(device: torch.device) -> bool:
@@ -83,8 +83,12 @@ def in_ranges(work: Callable[[int, int], Any], items: int, least: int = 1) -> No
         work(0, items)
         return
     ends = [items * i // threads for i in range(threads + 1)]
-    for done in [_pool(threads).submit(work, first, end) for first, end in pairwise(ends)]:
-        done.result()
+    parts = [_pool(threads).submit(work, first, end) for first, end in pairwise(ends)]
+    try:
+        for part in parts:
+            part.result()
+    finally:
+        wait(parts)  # also where one fails, or somebody interrupts: all work on the caller's memory
 
 
 @cache

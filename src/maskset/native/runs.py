@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int32, Int64
@@ -66,7 +65,7 @@ class _View(ctypes.Structure):
 
 def flat(counts: Sequence[Counts]) -> tuple[Counts, Int64[Tensor, "_"]]:
     """Return run lengths one after the other, and where those of each mask begin, and at last where they end."""
-    return torch.cat([torch.zeros(0, dtype=torch.int32), *counts]), starts_of([len(one) for one in counts])
+    return torch.cat([torch.zeros(0, dtype=torch.int32), *counts]).int(), starts_of([len(one) for one in counts])
 
 
 def starts_of(lengths: Sequence[int] | Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:
@@ -76,8 +75,8 @@ def starts_of(lengths: Sequence[int] | Int64[Tensor, "_"]) -> Int64[Tensor, "_"]
 
 def view(counts: Sequence[Counts], size: tuple[int, int], rows: Tensor | None = None, columns: Tensor | None = None) -> View:
     """Return the view of masks of `size` (height, width) that shows these rows and columns; None: all."""
-    shown = [torch.arange(side) if which is None else which.cpu() for side, which in zip(size, (rows, columns), strict=True)]
-    return View(*flat(counts), size[0], *shown)
+    shown = (torch.arange(side) if which is None else which for side, which in zip(size, (rows, columns), strict=True))
+    return View(*flat(counts), size[0], *(which.cpu().long() for which in shown))
 
 
 def written(write: Callable[[Tensor, Tensor, Tensor, int, int], Any], rooms: Int64[Tensor, "T"]) -> list[Counts]:
@@ -94,9 +93,8 @@ def written(write: Callable[[Tensor, Tensor, Tensor, int, int], Any], rooms: Int
         if bool((needed <= rooms).all()):
             break
         rooms = needed
-    lengths, numbers = needed.tolist(), out.numpy()
-    kept = [numbers[start : start + length] for start, length in zip(starts.tolist(), lengths, strict=False)]
-    return list(torch.from_numpy(np.concatenate([numbers[:0], *kept])).split(lengths)) if lengths else []
+    ends, numbers = (starts[:-1] + needed).tolist(), out.numpy()  # copies: who keeps one mask does not keep, or pickle, all
+    return [torch.from_numpy(numbers[start:end].copy()) for start, end in zip(starts.tolist(), ends, strict=False)]
 
 
 def probable(columns: Int64[Tensor, "T"]) -> Int64[Tensor, "T"]:
@@ -107,7 +105,7 @@ def probable(columns: Int64[Tensor, "T"]) -> Int64[Tensor, "T"]:
 def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
     """Return the run lengths of each mask."""
     count, height, width = masks.shape
-    work, pixels = native.function("runs_encode"), masks.contiguous()
+    work, pixels = native.function("runs_encode"), masks.bool().contiguous()
 
     def write(out: Tensor, starts: Tensor, needed: Tensor, first: int, end: int) -> None:
         scratch = torch.empty(_BLOCK * height, dtype=torch.uint8)

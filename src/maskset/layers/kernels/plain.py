@@ -47,7 +47,7 @@ def by_bags(
     sums = F.embedding_bag(
         rows.flatten(0, 2), value.reshape(-1, width), mode="sum", per_sample_weights=factors.flatten(0, 2).to(value.dtype)
     )
-    return sums.view(batch, -1, heads * width)
+    return sums.view(batch, locations.shape[1], heads * width)
 
 
 def by_gathering(

@@ -298,6 +298,7 @@ def _units_in_one(grad: Tensor, locations: Tensor, weights: Tensor) -> Float[Ten
     meets in a cell. Nothing is read back from the device.
     """
     samples = locations.shape[1] * locations.shape[4]
-    largest = grad.abs().amax() * weights.abs().amax() * samples
+    exact = torch.promote_types(grad.dtype, torch.float32)  # in float16 the product would leave what there is
+    largest = grad.abs().amax().to(exact) * weights.abs().amax() * samples
     largest = torch.where(locations.amax().isnan(), torch.nan, largest).clamp(min=2.0**-60)  # units in one stay finite
     return 2.0**62 / (largest / torch.frexp(largest).mantissa)  # the power of two above it, exactly
