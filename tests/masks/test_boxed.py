@@ -74,3 +74,8 @@ def test_the_threshold_is_the_middle_of_each_mask():
     fields = torch.tensor([[[0.0, 1], [0.4, 0.6]], [[-3.0, -1], [-2, -1.9]], [[5.0, 5], [5, 5]]])
     expected = [[[False, True], [False, True]], [[False, True], [False, True]], [[False, False], [False, False]]]
     assert binarise(fields).tolist() == expected
+
+
+def test_a_mask_without_a_box_is_refused():
+    with pytest.raises(ValueError, match="got 1 boxes and 2 masks"):
+        crop(Masks.from_dense(torch.ones(2, 4, 4, dtype=torch.bool)), torch.tensor([[0.0, 0, 4, 4]]), 7)

@@ -27,7 +27,12 @@ def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "
         masks: of one image.
         boxes: x0 y0 x1 y1, pixels of that image.
         size: side S of the result, pixels.
+
+    Raises:
+        ValueError: there are not as many boxes as masks.
     """
+    if len(boxes) != len(masks):
+        raise ValueError(f"crop needs a box for each mask, got {len(boxes)} boxes and {len(masks)} masks.")
     if native.serves(masks.device) and native.serves(boxes.device):
         return targets.crop(masks.view(), boxes, size)
     crops = torch.zeros(len(masks), size, size, dtype=torch.bool, device=boxes.device)

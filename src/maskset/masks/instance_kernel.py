@@ -118,5 +118,4 @@ def _sizes(features: Tensor, mixing: Tensor, heads: int) -> Any:
 
 def _inputs(*tensors: Tensor) -> Any:
     """Return a C structure of the tensors' addresses."""
-    assert all(tensor.is_contiguous() for tensor in tensors)
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+    return (ctypes.c_void_p * len(tensors))(*(native.address(tensor) for tensor in tensors))

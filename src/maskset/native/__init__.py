@@ -62,11 +62,20 @@ def function(name: str) -> Callable[..., int]:
     return lambda *arguments: called(*map(_passed, arguments))
 
 
+def address(tensor: Tensor) -> int:
+    """Return where the numbers of a tensor begin, which the caller keeps alive.
+
+    Raises:
+        ValueError: it has gaps, or is not on the CPU.
+    """
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"C takes tensors on the CPU without gaps, got strides {tensor.stride()} on {tensor.device}.")
+    return tensor.data_ptr()
+
+
 def _passed(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        assert argument.is_contiguous()
-        assert argument.device.type == "cpu"
-        return ctypes.c_void_p(argument.data_ptr())
+        return ctypes.c_void_p(address(argument))
     return ctypes.c_ssize_t(argument) if isinstance(argument, int) else argument
 
 
