@@ -394,3 +394,10 @@ def test_weights_from_the_hub_are_those_of_the_named_model(monkeypatch):
     assert load_pretrained(backbone, None).endswith("from timm's hub.")
     assert asked == [("resnet18.tv_in1k", True)]
     assert torch.equal(backbone.body.conv1.weight, state["conv1.weight"])
+
+
+def test_the_order_of_pixels_in_memory_changes_no_bit_of_the_maps():
+    backbone = build_backbone("resnet10t", "group", 0, 0.0).eval()
+    pixels = torch.randn(2, 3, 64, 96)
+    for ours, other in zip(backbone(pixels), backbone(pixels.contiguous(memory_format=torch.channels_last)), strict=True):
+        assert torch.equal(ours, other)

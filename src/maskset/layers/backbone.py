@@ -49,10 +49,10 @@ class Backbone(nn.Module):
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
         """Return one map [B C h w] for each stride, finest first."""
         device = pixels.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            # In float32 this gains little on a CPU, and convolutions round more.
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        maps = self.body(pixels)
+        half = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        # In float32, channels-last gains little on a CPU, and convolutions round more.
+        order = torch.channels_last if half else torch.contiguous_format
+        maps = self.body(pixels.contiguous(memory_format=order))
         return [x.permute(0, 3, 1, 2) for x in maps] if self._channels_last else maps
 
 
