@@ -86,7 +86,8 @@ def memory(report: Report, name: str, quick: bool) -> None:
     for way, cost in costs.items():
         text = f"{cost.before:,.0f} MiB before, {cost.peak:,.0f} MiB at most, {cost.seconds:.1f} s (once)"
         report.remark(f"Training step of {name}, {way}: {text}.")
-    report.bar(f"{case}, layers recomputed: {PEER}", 3, report.smaller(case, FRUGAL))
+    if name == "soit":
+        report.bar(f"{case}, layers recomputed: {PEER}", 3, report.smaller(case, FRUGAL))
 
 
 def step_alone(name: str, way: str, quick: bool) -> Cost:
