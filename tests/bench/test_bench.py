@@ -43,10 +43,19 @@ def test_a_gradient_that_is_no_number_is_no_agreement():
         attention.measure(Report("attention", "", 1), "decoder", attention.sample((64, 96), 1, 20, "cpu"), ways, 0)
 
 
-def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "missing"), [("inference", "transformers"), ("scaling", "matplotlib")])
+def test_a_package_that_is_missing_is_named_with_what_installs_it(name, missing, monkeypatch, capsys):
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["bench", "matching", "--quick"]) == 2
-    assert "transformers and matplotlib: pip install 'maskset[bench]'" in capsys.readouterr().err
+    assert cli.main(["bench", name, "--quick"]) == 2
+    assert f"{missing}: pip install 'maskset[bench]'" in capsys.readouterr().err
+
+
+def test_what_works_on_a_machine_is_told_without_any_peer(monkeypatch, capsys):
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", "attention", "--quick"]) == 2
+    told = capsys.readouterr()
+    assert "Implementation bag: works here" in told.out
+    assert "transformers: pip install" in told.err
 
 
 @pytest.mark.parametrize(

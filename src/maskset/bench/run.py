@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from maskset.bench import page
-from maskset.bench.measure import require
 from maskset.bench.report import Report, save
 from maskset.config import ConfigError
 
@@ -32,7 +31,6 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
         raise ConfigError(f"threads and images must be at least 1, got {threads} and {images}.")
     if quick and out is not None:
         raise ConfigError("the figures of --quick are not worth keeping: leave out --quick or --out.")
-    require("transformers", "matplotlib")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that are started, and of what is not PyTorch's
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory would speak on stderr
     torch.set_num_threads(threads)
