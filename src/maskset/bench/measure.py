@@ -16,6 +16,7 @@ Result = TypeVar("Result")
 Way = Callable[[], Any]
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
+_LONG = 10  # seconds of a round
 
 
 def require(*packages: str) -> None:
@@ -32,20 +33,21 @@ def require(*packages: str) -> None:
 def in_turn(ways: Mapping[str, Way], seconds: float) -> dict[str, list[float]]:
     """Return how long each call of each way took, in seconds.
 
-    The ways take turns, so that whatever else the machine does slows all of them. One call of each comes first and is not
-    counted. There are 3 to 30 rounds, and no new one after `seconds`; where that is 0, one call of each is all.
+    The ways take turns, so that whatever else the machine does slows all of them. One call of each comes first, and is not
+    counted unless a round takes so long that what is only done once weighs little. There are 3 to 30 rounds, and no new one
+    after `seconds`; where that is 0, one call of each is all.
     """
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    if seconds:
-        for way in ways.values():
-            _timed(way)
+    times: dict[str, list[float]] = {name: [_timed(way)] if seconds else [] for name, way in ways.items()}
+    if sum(map(sum, times.values())) < _LONG:
+        times = {name: [] for name in ways}
     start = time.perf_counter()
-    for done in range(1, _MOST_ROUNDS + 1):
+    while True:
         for name, way in ways.items():
             times[name].append(_timed(way))
-        if time.perf_counter() - start >= seconds and (done >= _LEAST_ROUNDS or not seconds):
-            break
-    return times
+        rounds = min(map(len, times.values()))
+        enough = time.perf_counter() - start >= seconds and (rounds >= _LEAST_ROUNDS or not seconds)
+        if enough or rounds == _MOST_ROUNDS:
+            return times
 
 
 def _timed(way: Way) -> float:

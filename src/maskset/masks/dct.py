@@ -62,10 +62,10 @@ class DctCodec(nn.Module):
 
     def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
         """Return the kept part of f = A m A^T for masks with values in [0, 1]."""
-        return (self.rows @ masks @ self.columns.T).flatten(1)[:, self.kept]
+        return (self.rows @ masks @ self.columns.T).flatten(1).index_select(1, self.kept)
 
     def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]:
         """Return A^T f A, with zero for the frequencies that are not kept; the caller chooses the threshold."""
         spectrum = codes.new_zeros(len(codes), len(self.rows) * len(self.columns))
-        spectrum[:, self.kept] = codes
+        spectrum.index_copy_(1, self.kept, codes)
         return self.rows.T @ (spectrum.view(-1, len(self.rows), len(self.columns)) @ self.columns)
