@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskset.bench.measure import Way, in_turn, peaks
+from maskset.bench.measure import Way, in_turn, peaks, require
 from maskset.bench.report import Report
 from maskset.layers.deformable import FUSED, deformable_attention, implementations, using
 
@@ -44,6 +44,7 @@ def run(report: Report, quick: bool) -> None:
     reasons = implementations()
     for name, reason in reasons.items():
         report.remark(f"Implementation {name}: {'works here' if reason is None else reason}.")
+    require("transformers")
     gpu = torch.cuda.is_available()
     device, size, images = ("cuda", (800, 1066), 16) if gpu else ("cpu", (640, 800), 1)
     usable = [name for name, reason in reasons.items() if reason is None and FUSED.get(name, device) == device]

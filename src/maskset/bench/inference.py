@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskset import recipes
-from maskset.bench.measure import Way, in_new_process, in_turn, peaks, resident
+from maskset.bench.measure import Way, in_new_process, in_turn, peaks, require, resident
 from maskset.bench.report import Report
 from maskset.layers.deformable import FUSED, implementations, using
 from maskset.masks.logit_pca import LogitPcaCodec
@@ -34,6 +34,7 @@ DRAWN = 500  # cells of SOTR
 
 def run(report: Report, quick: bool) -> None:
     """Measure all models in both precisions, and the memory of each."""
+    require("transformers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, size = (1, (64, 96)) if quick else (8, (800, 1066)) if device == "cuda" else (1, (480, 640))
     models = {name: make(quick) for name, make in MODELS.items()}

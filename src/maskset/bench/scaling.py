@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskset import recipes
 from maskset.bench.inference import noise, results
-from maskset.bench.measure import Way, in_turn, peaks
+from maskset.bench.measure import Way, in_turn, peaks, require
 from maskset.bench.report import Report
 from maskset.bench.training import example
 from maskset.files import written
@@ -33,6 +33,7 @@ _TICKS = 5
 
 def run(report: Report, quick: bool) -> None:
     """Measure each curve on its own; what does not vary is usual."""
+    require("matplotlib")
     sizes, slots, objects = ((64, 96), (10, 20), (1, 5)) if quick else (SIZES, SLOTS, OBJECTS)
     usual = {"size": 64, "slots": 10, "objects": 5} if quick else USUAL
     model, seconds = solq(usual["slots"], quick), 0 if quick else 10
