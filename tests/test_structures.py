@@ -34,6 +34,15 @@ def test_any_chain_of_flip_crop_and_scale_shows_the_pixels_that_dense_masks_woul
     assert torch.equal(view.boxes(), Masks.from_dense(expected).boxes())
 
 
+def test_masks_are_equal_however_their_run_lengths_are_cut():
+    cut = Masks.from_rle([[2, 1, 0, 3, 4, 0, 2, 0]], (3, 4))
+    whole = Masks.from_rle([[2, 4, 6]], (3, 4))
+    assert cut == whole
+    assert whole == cut
+    assert cut != Masks.from_rle([[2, 5, 5]], (3, 4))
+    assert cut != Masks.from_rle([[2, 4, 6]], (4, 3))
+
+
 def test_masks_keep_polygons_as_they_came():
     polygons = [
         [np.array([[1.0, 1], [6, 1.5], [3, 7]])],

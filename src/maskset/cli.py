@@ -42,9 +42,13 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if _group(name):
+        if rest and not rest[0].startswith("-"):
+            near = _nearest(rest[0], [command.split()[1] for command in _group(name)])
+            raise ValueError(f"there is no command {name} {rest[0]}{near} (`maskset {name} --help` lists them).")
         raise ValueError(f"{name} is several commands: {', '.join(_group(name))} (`maskset {name} --help` explains them).")
     if name not in COMMANDS:
-        raise ValueError(f"there is no command {name}{_nearest(name, COMMANDS)} (`maskset --help` lists them).")
+        known = [*COMMANDS, *(command.split()[0] for command in COMMANDS)]
+        raise ValueError(f"there is no command {name}{_nearest(name, known)} (`maskset --help` lists them).")
     command = COMMANDS[name]
     parser = _Parser(prog=f"maskset {name}", description=command.help, allow_abbrev=False)
     command.flags(parser, rest)

@@ -204,8 +204,10 @@ class Masks:
         """Return whether both show the same pixels, however they are kept."""
         if not isinstance(other, Masks):
             return NotImplemented
-        same = self.size == other.size and len(self) == len(other)
-        return same and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self.rle(), other.rle(), strict=True))
+        if self.size != other.size or len(self) != len(other):
+            return False
+        ours, theirs = (rle.viewed(one.rle(), one.size, None, None) for one in (self, other))  # without runs of no pixels
+        return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -50,25 +50,48 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(name, missing,
     assert f"{missing}: pip install 'maskset[bench]'" in capsys.readouterr().err
 
 
-def test_what_works_on_a_machine_is_told_without_any_peer(monkeypatch, capsys):
+def test_what_works_here_is_told_also_without_the_package_to_compare_with(monkeypatch, capsys):
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench", "attention", "--quick"]) == 2
     told = capsys.readouterr()
-    assert "Implementation bag: works here" in told.out
-    assert "transformers: pip install" in told.err
+    assert "Implementation bag: works here." in told.out
+    assert "compares with transformers: pip install 'maskset[bench]'" in told.err
+
+
+def test_a_choice_in_the_environment_is_part_of_the_command(monkeypatch, capsys):
+    monkeypatch.setenv("MASKSET_NATIVE", "off")
+    run("matching", quick=True)
+    assert "`MASKSET_NATIVE=off maskset bench matching --quick`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--threads", "0"], "must be at least 1, got 0"),
-        (["--images", "0"], "must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1, got 0."),
+        (["--images", "0"], "--images must be at least 1, got 0."),
         (["--quick", "--out", "here"], "leave out --quick or --out"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, message, capsys):
     assert cli.main(["bench", "evaluation", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("README.md", "# My project", "README.md would be written over, and is not from maskset bench: choose another folder"),
+        ("results/half.json", '{"bars": [', "half.json is not JSON"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_anew_is_refused_before_the_work(file, content, message, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / file).write_text(content)
+    assert cli.main(["bench", "matching", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert "agree" not in told.out
+    assert (tmp_path / file).read_text() == content
 
 
 def test_only_evaluation_has_a_number_of_images(capsys):

@@ -64,6 +64,15 @@ def test_the_page_shows_bars_figures_and_other_files(tmp_path):
     assert "`maskset codecs compare DATA`" in text
 
 
+@pytest.mark.parametrize("content", ["3", '["benchmark"]', '{"benchmark": "another program\'s"}'])
+def test_a_file_of_another_program_does_not_spoil_the_page(tmp_path, content):
+    save(result(), tmp_path / "results")
+    (tmp_path / "results" / "other.json").write_text(content)
+    page.write(tmp_path)
+    page.check(tmp_path)
+    assert "**4.00x**" in (tmp_path / "README.md").read_text()
+
+
 def test_a_bar_that_could_not_be_measured_says_why():
     (table, _) = page.summary([json.loads(json.dumps(report(None).to_dict("maskset bench matching", time.monotonic())))])
     assert "not measured here (no GPU)" in table

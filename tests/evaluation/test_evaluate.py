@@ -180,6 +180,18 @@ def test_while_it_works_progress_has_the_mask_ap_so_far_each_time_the_images_hav
     assert [line.partition(", ")[2] for line in lines] == ["", *[notes[2]] * 2, *[notes[4]] * 4, notes[8], ""]
 
 
+def test_where_nothing_is_annotated_there_is_no_estimate(monkeypatch, capsys):
+    listed = data()
+    empty = Listed([one[[]] for one in map(listed.objects, range(len(listed)))])
+    monkeypatch.setattr("maskset.evaluation.evaluate._FIRST_ESTIMATE", 2)
+    seconds = iter(range(0, 3100, 31))
+    monkeypatch.setattr("maskset.progress.time.monotonic", lambda: next(seconds))
+    evaluate(Oracle(answers(listed)), empty)
+    lines = capsys.readouterr().err
+    assert "evaluating: 3 of 5 images" in lines
+    assert "mask AP" not in lines
+
+
 def test_on_a_terminal_the_mask_ap_so_far_stands_before_the_bar(monkeypatch, capsys):
     listed = data()
     monkeypatch.setattr("maskset.evaluation.evaluate._FIRST_ESTIMATE", 2)

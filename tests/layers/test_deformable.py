@@ -213,6 +213,15 @@ def test_without_the_library_the_next_best_is_taken(monkeypatch):
     assert implementations()["c"] == "MASKSET_NATIVE=off hides it"
 
 
+@pytest.mark.parametrize("choice", ["OFF", "0", "false"])
+def test_a_library_that_is_hidden_in_other_words_is_not_used_silently(monkeypatch, choice):
+    monkeypatch.setenv(native.HIDE, choice)
+    with pytest.raises(ValueError, match=f"MASKSET_NATIVE is '{choice}', it must be on or off"):
+        native.why_not()
+    with pytest.raises(ValueError, match="it must be on or off"):
+        native.serves(torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("value", "locations", "share"),
     [

@@ -5,15 +5,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maskset.config import ConfigError
 from maskset.files import written
 
 START, END = "<!-- from maskset bench -->", "<!-- end -->"  # in the README: what is between them comes from here
-_HEAD = """\
-# Benchmarks
-
-Made from the files in [results](results) by `maskset bench NAME --out benchmarks`; do not edit. `make bench` measures everything
+_BEGIN = "# Benchmarks\n\nMade from the files in [results](results) by"
+_HEAD = f"""\
+{_BEGIN} `maskset bench NAME --out benchmarks`; do not edit. `make bench` measures everything
 again. All ways of a case take turns in one process; times are medians of the rounds, in milliseconds, with the least in
 parentheses. Memory is MiB. "x faster" and "x smaller" are ratios to the way for which they are 1.0."""
+
+
+def check(folder: Path) -> None:
+    """Raise a ConfigError if `write` should not do its work in a folder, before what there is to write is measured.
+
+    Raises:
+        ConfigError: somebody else wrote the folder's README.md, or a file of its results cannot be read.
+    """
+    readme = folder / "README.md"
+    if readme.exists() and not readme.read_text(encoding="utf-8", errors="replace").startswith(_BEGIN):
+        raise ConfigError(f"{readme} would be written over, and is not from maskset bench: choose another folder.")
+    read(folder / "results")
 
 
 def write(folder: Path) -> list[Path]:
@@ -30,14 +42,24 @@ def write(folder: Path) -> list[Path]:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return all results of a folder by their file's name."""
-    return {file.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    """Return all results of a folder by their file's name.
+
+    Raises:
+        ConfigError: a file is not JSON.
+    """
+    results = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            results[file.name] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file} is not JSON ({error}): repair or remove it, or choose another folder.") from None
+    return results
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page, in Markdown."""
-    ours = {name: result for name, result in results.items() if "benchmark" in result}
-    others = {name: result for name, result in results.items() if "benchmark" not in result}
+    ours = {name: result for name, result in results.items() if _is_ours(result)}
+    others = {name: result for name, result in results.items() if name not in ours}
     parts = [_HEAD, *summary(ours.values())]
     for name, result in ours.items():
         parts += [f"## [{name.removesuffix('.json')}](results/{name})", *section(result)]
@@ -51,7 +73,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 def with_summary(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a text with the bars of the results between its marks."""
     before, _, rest = text.partition(START)
-    tables = summary([result for result in results.values() if "benchmark" in result])
+    tables = summary([result for result in results.values() if _is_ours(result)])
     return before + "\n\n".join([START, *tables, END]) + rest.partition(END)[2]
 
 
@@ -88,6 +110,10 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
     yield from result["remarks"]
     if result["benchmark"] == "scaling":
         yield "![Time and memory against image size, slots and objects](scaling.svg)"
+
+
+def _is_ours(result: Any) -> bool:
+    return isinstance(result, dict) and result.keys() >= {"benchmark", "machine", "figures", "bars"}
 
 
 def _case(case: str, figures: Sequence[Mapping[str, Any]]) -> str:

@@ -11,6 +11,8 @@ import torch
 from maskset.bench import page
 from maskset.bench.report import Report, save
 from maskset.config import ConfigError
+from maskset.layers.deformable import CHOICE
+from maskset.native import HIDE
 
 
 def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = None, images: int | None = None) -> Report:
@@ -24,20 +26,26 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
         images: how many are evaluated; for `evaluation` only.
 
     Raises:
-        ConfigError: `threads` or `images` is less than 1, or a package is missing.
+        ConfigError: `threads` or `images` is less than 1, a package is missing, or what is in `out` cannot be written anew.
         maskset.bench.report.Disagreement: maskset and a peer do not compute the same.
     """
-    if threads < 1 or (images is not None and images < 1):
-        raise ConfigError(f"threads and images must be at least 1, got {threads} and {images}.")
+    for flag, number in (("--threads", threads), ("--images", images)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{flag} must be at least 1, got {number}.")
     if quick and out is not None:
         raise ConfigError("the figures of --quick are not worth keeping: leave out --quick or --out.")
+    if out is not None:
+        page.check(out)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that are started, and of what is not PyTorch's
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory would speak on stderr
     torch.set_num_threads(threads)
     module = importlib.import_module(f"maskset.bench.{name}")
     start, report = time.monotonic(), Report(name, _about(module.__doc__ or ""), threads)
     module.run(report, quick, **({} if images is None else {"images": images}))
-    command = " ".join(["maskset bench", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])])
+    chosen = [f"{variable}={os.environ[variable]}" for variable in (CHOICE, HIDE) if os.environ.get(variable)]
+    command = " ".join(
+        [*chosen, "maskset bench", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])]
+    )
     result = report.to_dict(command, start)
     heads = ["Small inputs, once: the results agree, the figures mean nothing."] if quick else page.summary([result])
     print("", *heads, *page.section(result), sep="\n\n")

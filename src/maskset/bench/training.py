@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from maskset import native, recipes
 from maskset.bench import inference
-from maskset.bench.measure import Way, in_new_process, in_turn, peaks, resident
+from maskset.bench.measure import Way, in_new_process, in_turn, peaks, require, resident
 from maskset.bench.report import Report
 from maskset.data.shapes import CATEGORIES, ShapesDataset
 from maskset.layers.deformable import CHOICE, DeformableAttention
@@ -35,6 +35,8 @@ Batch = tuple[ImageBatch, list[Instances]]
 
 def run(report: Report, quick: bool) -> None:
     """Measure memory, then time."""
+    if torch.cuda.is_available():
+        require("transformers")
     for name in ("soit",) if quick else ("soit", "isda"):
         memory(report, name, quick)
     for name in ("solq", "soit", "isda"):

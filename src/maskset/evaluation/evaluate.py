@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def _compared(
         compared[index] = overlaps(dataset, index, found)
         if progress and len(compared) == due < total:
             ap = mask_ap(list(compared.values()), dataset.categories, max_detections)
-            note, due = f", mask AP ~{ap:.3f} over {due} images", 2 * due
+            note, due = "" if isnan(ap) else f", mask AP ~{ap:.3f} over {due} images", 2 * due
     return compared
 
 

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HIDE = "MASKSET_NATIVE"  # this environment variable, set to "off", hides the library
+HIDE = "MASKSET_NATIVE"  # this environment variable, "on" or "off", hides the library where it is "off"
 
 
 def _load() -> ctypes.CDLL | str:
     """Return the library, or why there is none."""
     found = importlib.util.find_spec("maskset.native._kernels")
     if found is None or found.origin is None:
-        return "it was not built, for want of a C compiler: install one, then `pip install --force-reinstall --no-deps maskset`"
+        again = "pip install --force-reinstall --no-deps ."
+        return f"it was not built, for want of a C compiler: install one, then maskset again with `{again}` where its source is"
     try:
         return ctypes.CDLL(found.origin)
     except OSError as error:
@@ -35,14 +36,26 @@ _loaded = _load()  # at once: torch.compile could not look into the loading
 
 def library() -> ctypes.CDLL | None:
     """Return the C library; None where it cannot or shall not be used."""
-    return None if isinstance(_loaded, str) or os.environ.get(HIDE) == "off" else _loaded
+    return None if isinstance(_loaded, str) or _hidden() else _loaded
 
 
 def why_not() -> str | None:
     """Return why the library cannot be used; None if it can."""
-    if os.environ.get(HIDE) == "off":
+    if _hidden():
         return f"{HIDE}=off hides it"
     return _loaded if isinstance(_loaded, str) else None
+
+
+def _hidden() -> bool:
+    """Return whether the user hides the library.
+
+    Raises:
+        ValueError: the variable is neither on nor off.
+    """
+    choice = os.environ.get(HIDE) or "on"
+    if choice not in ("on", "off"):
+        raise ValueError(f"{HIDE} is {choice!r}, it must be on or off, which hides the C library.")
+    return choice == "off"
 
 
 def serves(device: torch.device) -> bool:
