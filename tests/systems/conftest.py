@@ -1,6 +1,6 @@
 """Systems are tested with every implementation of deformable attention that works here, and without the C library.
 
-By default the fastest is taken, and the official numbers are also compared without the C library; `-m slow` takes all others.
+By default the fastest is taken, and SOLQ's official numbers are also compared without the C library; `-m slow` does the rest.
 """
 
 import pytest
@@ -16,7 +16,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     others = [one for one, why in implementations().items() if why is None and one != "triton"]
     ways = ["fastest"]
     if name.endswith("parity") and native.library() is not None:
-        ways += ["no library"]
+        ways += [pytest.param("no library", marks=[] if name == "test_solq_parity" else pytest.mark.slow)]
     if name == "test_contract" or name in [f"test_{system}_parity" for system in ATTENTIVE]:
         ways += [pytest.param(one, marks=pytest.mark.slow) for one in others]
     metafunc.parametrize("_computed_by", ways, indirect=True, scope="module")
