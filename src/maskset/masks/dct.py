@@ -55,7 +55,8 @@ class DctCodec(nn.Module):
             torch.tensor(zigzag(size)[:length]).div(size, rounding_mode="floor"),
             torch.tensor(zigzag(size)[:length]) % size,
         )
-        basis, width = dct_basis(size).float(), int(column.max()) + 1
+        basis = dct_basis(size).float()
+        width = min(-(-int(column.max() + 1) // 16) * 16, size)  # a few more than needed: multiples of 16 are multiplied faster
         self.register_buffer("rows", basis[: int(row.max()) + 1], persistent=False)
         self.register_buffer("columns", basis[:width], persistent=False)
         self.register_buffer("kept", row * width + column, persistent=False)
