@@ -42,5 +42,5 @@ bench: .venv/installed  ## measure everything that benchmarks/ tells: an hour on
 	cp benchmarks/scaling.svg docs/assets/scaling.svg
 
 clean:  ## remove what the commands above made
-	rm -rf .venv site demo .pytest_cache .ruff_cache src/maskset.egg-info
+	rm -rf .venv site demo build .pytest_cache .ruff_cache src/maskset.egg-info src/maskset/native/_kernels*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,7 +21,7 @@ def test_run_lengths_are_those_of_pycocotools(seed):
     assert torch.equal(rle.areas(counts), masks.sum((1, 2)))
     for mask, runs in zip(masks, counts, strict=True):
         reference = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
-        assert rle.to_string(runs, size) == reference["counts"].decode()
+        assert rle.to_strings([runs], size)[0] == reference["counts"].decode()
         assert torch.equal(rle.from_string(reference["counts"]), runs)
         assert rle.area(runs) == coco_mask.area(reference)
         x, y, w, h = coco_mask.toBbox(reference)
@@ -40,7 +40,7 @@ def test_full_empty_and_no_masks_survive():
 def test_long_runs_survive_the_text():
     counts = torch.tensor([1_000_000, 1, 2_000_000, 123_456, 7], dtype=torch.int32)
     size = (1, int(counts.sum()))
-    assert torch.equal(rle.from_string(rle.to_string(counts, size)), counts)
+    assert torch.equal(rle.from_string(rle.to_strings([counts], size)[0]), counts)
 
 
 @pytest.mark.parametrize(

@@ -158,11 +158,6 @@ def boxes(counts: Sequence[Counts], height: int) -> Float[Tensor, "T 4"]:
     return torch.tensor([box(one, height) for one in on_cpu], dtype=torch.float32).view(-1, 4)
 
 
-def to_string(counts: Counts, size: tuple[int, int]) -> str:
-    """Return the compressed text of COCO files for the run lengths of a mask of `size` (height, width)."""
-    return to_strings([counts], size)[0]
-
-
 def to_strings(counts: Sequence[Counts], size: tuple[int, int]) -> list[str]:
     """Return the compressed text of each mask, all of them of `size` (height, width)."""
     if native.serves(torch.device("cpu")):

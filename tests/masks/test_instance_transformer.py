@@ -151,3 +151,12 @@ def test_weights_of_another_type_than_the_map_are_refused():
     features, padding, weights, centres = inputs(8, 4, 4)
     with pytest.raises(RuntimeError, match="dtype"):
         instance_transformer(features, padding, weights.bfloat16(), centres, 4, 4)
+
+
+def test_padding_of_any_shape_gives_what_the_steps_give(monkeypatch):
+    features, padding, weights, centres = inputs(8, 4, 4)
+    padding = padding.clone()
+    padding[2, 1] = True
+    found = instance_transformer(features, padding, weights, centres, 4, 4)
+    monkeypatch.setenv(native.HIDE, "off")
+    torch.testing.assert_close(found, instance_transformer(features, padding, weights, centres, 4, 4))

@@ -59,7 +59,8 @@ def instance_transformer(
     """
     parts = _parts(weights, features.shape[0], heads, points)
     seen_from = {"relative": centres, "absolute": torch.zeros_like(centres), "none": None}[positions]
-    draw = _drawn_in_one_pass if usable(features, weights, centres, heads, points) else _drawn_by_torch
+    fast = usable(features, weights, centres, heads, points) and _is_rectangle(~padding)
+    draw = _drawn_in_one_pass if fast else _drawn_by_torch
     return draw(features, padding, parts, seen_from, heads, points)
 
 
@@ -101,13 +102,14 @@ def _drawn_in_one_pass(
     heads: int,
     points: int,
 ) -> Float[Tensor, "n h w"]:
-    """Return the same by the C library. The padding is what lies right of and below the image."""
+    """Return the same by the C library; what is not padding must be a rectangle."""
     offset, offset_bias, attention, attention_bias, output, output_bias = parts
     count, samples, channels = attention.shape
     half = channels // 2
     row_in, column_in = (~padding).any(1), (~padding).any(0)
-    rows, columns = (features.new_zeros(count, 2, len(inside), half) for inside in (row_in, column_in))
-    if centres is not None:
+    if centres is None:
+        rows, columns = (features.new_zeros(count, 2, len(inside), half) for inside in (row_in, column_in))
+    else:
         rows, columns = (_along(inside, centres[:, i], half) for inside, i in ((row_in, 1), (column_in, 0)))
     steps = torch.cat([offset.view(count, samples, 2, channels), attention[:, :, None]], 2)  # [n S 3 C]: x, y, score
     biases = torch.cat([offset_bias.view(count, samples, 2), attention_bias[:, :, None]], 2)
@@ -124,6 +126,11 @@ def _drawn_in_one_pass(
         torch.cat([output, output_bias], 1),
         heads,
     )
+
+
+def _is_rectangle(valid: Bool[Tensor, "h w"]) -> bool:
+    """Return whether a cell is valid wherever its row and its column have a valid one: rows and columns then tell all."""
+    return torch.equal(valid, valid.any(1)[:, None] & valid.any(0))
 
 
 def _along(inside: Bool[Tensor, "cells"], centre: Float[Tensor, "n"], channels: int) -> Float[Tensor, "n 2 cells channels"]:

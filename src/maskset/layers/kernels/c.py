@@ -62,6 +62,6 @@ def _sizes(value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor) ->
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors without gaps and in one type: that of the value's numbers, or float32 where those are shorter."""
+    """Return the tensors without gaps and in one type: float64 where the weights, the last of them, are; else float32."""
     kind = torch.float64 if tensors[-1].dtype == torch.float64 else torch.float32
     return [tensor.detach().to(kind).contiguous() for tensor in tensors]
