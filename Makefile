@@ -9,7 +9,7 @@ BIN := .venv/bin
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-.venv/installed: pyproject.toml constraints.txt $(wildcard src/maskset/native/*.[ch])
+.venv/installed: pyproject.toml constraints.txt $(wildcard src/maskset/kernels/csrc/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -42,5 +42,5 @@ bench: .venv/installed  ## measure everything that benchmarks/ tells: an hour on
 	cp benchmarks/scaling.svg docs/assets/scaling.svg
 
 clean:  ## remove what the commands above made
-	rm -rf .venv site demo build .pytest_cache .ruff_cache src/maskset.egg-info src/maskset/native/_kernels*
+	rm -rf .venv site demo build .pytest_cache .ruff_cache src/maskset.egg-info src/maskset/kernels/_kernels*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,8 +10,8 @@ import torch
 
 from maskset.codecs import reconstructed
 from maskset.data import open_data
-from maskset.masks.dct import DctCodec
-from maskset.structures import Masks
+from maskset.instances import Masks
+from maskset.masks.codecs.dct import DctCodec
 
 
 def iou(masks: Masks, others: Masks) -> torch.Tensor:

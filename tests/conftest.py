@@ -15,8 +15,8 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from maskset.checkpoint import save
     from maskset.data.shapes import CATEGORIES
+    from maskset.recipe import Recipe
     from maskset.systems import build
-    from maskset.training.config import Recipe
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("untrained") / "tiny.safetensors"

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskset.data.dataset import DataError, ImageRecord
-from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.data.dataset import ImageRecord
+from maskset.errors import DataError
+from maskset.instances import Category, Instances, Masks
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System
 
 # Small, and normalised pixels are the pixels / 255.

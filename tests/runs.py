@@ -15,9 +15,9 @@ from tiny import TINY
 from tiny import shapes as images
 
 from maskset.data import shapes
+from maskset.recipe import DataConfig, Recipe, TrainConfig
 from maskset.structures import ImageBatch
 from maskset.systems import build
-from maskset.training.config import DataConfig, Recipe, TrainConfig
 from maskset.training.step import Step, mean, update
 
 SMALLER = {"solq": {"mask_size": 16, "code_length": 16}}

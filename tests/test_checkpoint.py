@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from tiny import TINY, batch, shapes
 
-from maskset.checkpoint import CheckpointError, find, load, read_metadata, save
-from maskset.structures import Category
+from maskset.checkpoint import find, load, read_metadata, save
+from maskset.errors import CheckpointError
+from maskset.instances import Category
+from maskset.recipe import Recipe
 from maskset.systems import build
-from maskset.training.config import Recipe
 
 CATEGORIES = (Category("cat", 7), Category("dög", 0), Category("a, b", 90))
 SMALL = replace(TINY["solq"], backbone="test_resnet")

@@ -10,15 +10,14 @@ from fakes import Listed, discs, found
 from PIL import Image
 
 from maskset import codecs
-from maskset.checkpoint import CheckpointError, load
+from maskset.checkpoint import load
 from maskset.codecs import Code, compare, fit, reconstructed
-from maskset.config import ConfigError
-from maskset.data import DataError
-from maskset.masks import learnt, sparse
-from maskset.masks.dct import DctCodec
-from maskset.masks.pca import PcaCodec
-from maskset.masks.sparse import SparseCodec
-from maskset.structures import Category, Instances, Masks
+from maskset.errors import CheckpointError, ConfigError, DataError
+from maskset.instances import Category, Instances, Masks
+from maskset.masks.codecs import sparse
+from maskset.masks.codecs.dct import DctCodec
+from maskset.masks.codecs.pca import PcaCodec
+from maskset.masks.codecs.sparse import SparseCodec
 
 CLASSES = (Category("disc", 5), Category("ring", 9))
 

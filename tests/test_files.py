@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 from maskset.files import check_file, written
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 import pytest
 
 from maskset import flags
-from maskset.config import ConfigError, config
+from maskset.config import config
+from maskset.errors import ConfigError
 
 
 @config

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.instances import Category, Instances, Masks
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig
 
 CATEGORIES = (Category("cat", 17), Category("dog", 18))

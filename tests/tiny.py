@@ -3,7 +3,8 @@
 import torch
 
 from maskset.data.shapes import ShapesDataset
-from maskset.structures import ImageBatch, Instances
+from maskset.instances import Instances
+from maskset.structures import ImageBatch
 from maskset.systems import Config, InputConfig
 from maskset.systems.isda import IsdaConfig
 from maskset.systems.istr import IstrConfig

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from maskset.conversion import convert
     from maskset.evaluation.evaluate import evaluate
     from maskset.inference.predict import predict
-    from maskset.structures import Instances
+    from maskset.instances import Instances
     from maskset.systems import build
     from maskset.training.train import train
 
 _HOME = {
-    "Instances": "maskset.structures",
+    "Instances": "maskset.instances",
     "build": "maskset.systems",
     "compare": "maskset.comparison.compare",
     "convert": "maskset.conversion",

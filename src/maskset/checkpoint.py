@@ -15,19 +15,16 @@ from typing import Any
 
 from torch import Tensor
 
-from maskset.config import ConfigError, from_dict, to_dict
+from maskset.config import from_dict, to_dict
+from maskset.errors import CheckpointError, ConfigError
 from maskset.files import written
-from maskset.structures import Category
+from maskset.instances import Category
+from maskset.recipe import Recipe
 from maskset.systems import System, build
-from maskset.training.config import Recipe
 
 FORMAT = 1  # counts up when older versions of maskset could not read the file
 HUB_FILE = "model.safetensors"  # what a repository on the hub calls its checkpoint
 _RUN_FILES = ("best.safetensors", "last.safetensors")  # what a run folder is loaded from, in this order
-
-
-class CheckpointError(ValueError):
-    """A file is no checkpoint, is damaged, or does not hold what it should; the message says which and what to do."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from maskset import __version__
 from maskset.commands import COMMANDS, Command
+from maskset.errors import MasksetError
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
@@ -44,11 +45,11 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if _group(name):
         if rest and not rest[0].startswith("-"):
             near = _nearest(rest[0], [command.split()[1] for command in _group(name)])
-            raise ValueError(f"there is no command {name} {rest[0]}{near} (`maskset {name} --help` lists them).")
-        raise ValueError(f"{name} is several commands: {', '.join(_group(name))} (`maskset {name} --help` explains them).")
+            raise MasksetError(f"there is no command {name} {rest[0]}{near} (`maskset {name} --help` lists them).")
+        raise MasksetError(f"{name} is several commands: {', '.join(_group(name))} (`maskset {name} --help` explains them).")
     if name not in COMMANDS:
         known = [*COMMANDS, *(command.split()[0] for command in COMMANDS)]
-        raise ValueError(f"there is no command {name}{_nearest(name, known)} (`maskset --help` lists them).")
+        raise MasksetError(f"there is no command {name}{_nearest(name, known)} (`maskset --help` lists them).")
     command = COMMANDS[name]
     parser = _Parser(prog=f"maskset {name}", description=command.help, allow_abbrev=False)
     command.flags(parser, rest)
@@ -85,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (`{self.prog} --help` lists what it takes).")
+        raise MasksetError(f"{message} (`{self.prog} --help` lists what it takes).")
 
 
 def _nearest(name: str, known: Sequence[str] | dict) -> str:

@@ -14,23 +14,24 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskset.checkpoint import write_tensors
-from maskset.config import ConfigError
 from maskset.data import open_data
 from maskset.data.dataset import Dataset
+from maskset.errors import ConfigError
 from maskset.evaluation.average_precision import measured
 from maskset.evaluation.overlaps import Overlaps, overlaps
 from maskset.files import check_new, written
-from maskset.masks import MaskCodec, learnt
-from maskset.masks.autoencoder import AutoencoderCodec
+from maskset.instances import Instances, Masks
 from maskset.masks.boxed import binarise, crop, paste, paste_soft
-from maskset.masks.dct import DctCodec
-from maskset.masks.flatten import FlattenCodec
-from maskset.masks.learnt import LearntCodec
-from maskset.masks.logit_pca import LogitPcaCodec
-from maskset.masks.pca import PcaCodec
-from maskset.masks.sparse import SparseCodec
+from maskset.masks.codecs import MaskCodec
+from maskset.masks.codecs import files as codec_files
+from maskset.masks.codecs.autoencoder import AutoencoderCodec
+from maskset.masks.codecs.dct import DctCodec
+from maskset.masks.codecs.files import LearntCodec
+from maskset.masks.codecs.flatten import FlattenCodec
+from maskset.masks.codecs.logit_pca import LogitPcaCodec
+from maskset.masks.codecs.pca import PcaCodec
+from maskset.masks.codecs.sparse import SparseCodec
 from maskset.progress import shown
-from maskset.structures import Instances, Masks
 
 FOOTNOTE = """\
 Upper bounds: each annotated mask is cropped to its annotated box, coded, decoded and pasted back; the results have score 1,
@@ -162,11 +163,11 @@ def fit(
     beta: float | None = None,
     steps: int | None = None,
     split: str = "train",
-    most_masks: int = learnt.MOST_MASKS,
+    most_masks: int = codec_files.MOST_MASKS,
     skip_broken: bool = False,
     progress: bool = True,
 ) -> LearntCodec:
-    """Return a code learnt from the masks of a data set, and write it as a file that `maskset.masks.learnt.load` reads.
+    """Return a code learnt from the masks of a data set, and write it as a file that `maskset.masks.codecs.files.load` reads.
 
     Args:
         kind: pca, sparse, logit-pca or autoencoder.
@@ -183,7 +184,7 @@ def fit(
 
     Raises:
         ConfigError: `kind` cannot be learnt, the data has too few masks, or `out` is there already or cannot be written.
-        maskset.data.dataset.DataError: the data cannot be read.
+        maskset.errors.DataError: the data cannot be read.
     """
     if kind not in _LEARNT:
         raise ConfigError(f"a code of kind {kind!r} has nothing to learn; {', '.join(_LEARNT)} do.")
@@ -206,7 +207,13 @@ def fit(
     else:
         codec.fit(masks, most_masks)
     source = f"{Path(data).absolute().name} {split}"
-    metadata = {"format": learnt.FORMAT, "kind": kind, "size": str(codec.size), "length": str(codec.length), "source": source}
+    metadata = {
+        "format": codec_files.FORMAT,
+        "kind": kind,
+        "size": str(codec.size),
+        "length": str(codec.length),
+        "source": source,
+    }
     if isinstance(codec, SparseCodec):
         metadata["beta"] = f"{float(codec.beta):.6g}"
     write_tensors(codec.state_dict(), out, metadata)
@@ -219,7 +226,7 @@ def compare(
     codes: Sequence[Code] = PAPER_CODES,
     split: str = "val",
     learn_from: str = "train",
-    most_masks: int = learnt.MOST_MASKS,
+    most_masks: int = codec_files.MOST_MASKS,
     skip_broken: bool = False,
     progress: bool = True,
 ) -> Comparison:
@@ -241,7 +248,7 @@ def compare(
 
     Raises:
         ConfigError: a size or length is not one that the code can have.
-        maskset.data.dataset.DataError: the data cannot be read.
+        maskset.errors.DataError: the data cannot be read.
     """
     start, scores, left_out = time.monotonic(), [], []
     for one in data:

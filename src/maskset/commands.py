@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from maskset.bench import BENCHES
-from maskset.config import ConfigError
+from maskset.errors import ConfigError, MasksetError
 from maskset.files import check_file, check_folder, check_new
 
 
@@ -60,7 +60,7 @@ def _train(given: Namespace) -> None:
         from maskset.training.train import train
 
     if given.recipe != given.settings_of:  # else another recipe's settings would be trained under its name
-        raise ValueError(f"the recipe comes first: maskset train {given.recipe} --data ... --out ...")
+        raise MasksetError(f"the recipe comes first: maskset train {given.recipe} --data ... --out ...")
     recipe = flags.changed(given.settings, vars(given))
     metrics = train(recipe, given.data, given.out, init=given.init, resume=given.resume, images=given.images)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
@@ -115,7 +115,7 @@ def _predict_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 def _predict(given: Namespace) -> None:
     """Find the objects in images; write them as COCO results, drawn pictures and label images."""
     from maskset.inference.predict import predict_files
-    from maskset.inference.results import save_all
+    from maskset.instances.saving import save_all
 
     skip = given.skip_broken
     found = predict_files(
@@ -157,7 +157,7 @@ def _compare(given: Namespace) -> None:
     print(f"\n{comparison}\n\nwritten to {given.out}")
     if comparison.failed:
         names = ", ".join(one.name for one in comparison.failed)
-        raise ValueError(f"failed: {names} (why is said above). The others are done; the same command tries again.")
+        raise MasksetError(f"failed: {names} (why is said above). The others are done; the same command tries again.")
 
 
 def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:

@@ -8,11 +8,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
+from maskset.errors import ConfigError
+
 Settings = TypeVar("Settings")
-
-
-class ConfigError(ValueError):
-    """A setting does not exist, has the wrong type, or contradicts another one."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

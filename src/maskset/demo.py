@@ -8,7 +8,7 @@ from maskset.data import open_data
 from maskset.evaluation.evaluate import evaluate
 from maskset.evaluation.metrics import Metrics
 from maskset.inference.predict import predict_files
-from maskset.inference.results import save_all
+from maskset.instances.saving import save_all
 from maskset.training.train import train
 
 _PICTURES = 12

@@ -1,12 +1,17 @@
 """Files that are whole or not there: what is written goes beside its place first, and takes it when it is on the disk."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @contextmanager
@@ -62,3 +67,18 @@ def check_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another folder.") from None
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file, whole or not at all."""
+    with written(path) as part:
+        part.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_picture(picture: "Image", path: Path) -> None:
+    """Write a PNG or JPEG file, whole or not at all; the ending chooses which."""
+    with written(path) as part:
+        if path.suffix.lower() == ".png":
+            picture.save(part, "PNG")
+        else:
+            picture.save(part, "JPEG", quality=92, subsampling=0)  # thin coloured lines would fade with fewer colour samples

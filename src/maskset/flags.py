@@ -75,7 +75,7 @@ def changed(settings: Settings, given: Mapping[str, Any]) -> Settings:
         given: the text or texts of each flag by the setting's name; None where the flag was not given.
 
     Raises:
-        maskset.config.ConfigError: a value is not allowed.
+        maskset.errors.ConfigError: a value is not allowed.
     """
     values = to_dict(settings)
     for setting in listed(settings):

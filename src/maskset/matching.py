@@ -13,10 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskset import boxes as box_ops
-
-
-class MatchingError(ValueError):
-    """A cost is NaN or infinite, which means that training has diverged."""
+from maskset.errors import MatchingError
 
 
 @dataclass(frozen=True)

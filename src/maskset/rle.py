@@ -3,7 +3,7 @@
 A mask of height h and width w is a list of counts that sum to h * w. They count equal pixels column by column (down, then
 right), first of the background, then of the mask, and so on in turn: COCO's convention, so a count of 0 opens a mask whose
 first pixel is set. Here counts are one-dimensional int32 tensors, on any device. On a CPU the C library reads and writes them
-(`maskset.native.runs`); what is here is for other devices, and where there is no library.
+(`maskset.kernels.runs`); what is here is for other devices, and where there is no library.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor
 
-from maskset import native
-from maskset.native import runs
+from maskset.errors import MaskError
+from maskset.kernels import library, runs
 
 Counts = Int32[Tensor, "_"]
 Shown = Int64[Tensor, "_"]  # rows or columns
 Polygons = tuple[np.ndarray, ...]  # the parts of one object, each float64 [n, 2], x and y in pixels
 LONGEST_OUTLINE = 2**22  # pixels; pycocotools takes about 60 bytes for each
 _PIXELS = 2**26  # that are decoded at a time
-
-
-class MaskError(ValueError):
-    """A mask as somebody wrote it down is not usable; the message says why."""
 
 
 def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
@@ -36,7 +32,7 @@ def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
     """
     count, height, width = masks.shape
     check_size((height, width))
-    if native.serves(masks.device):
+    if library.supports(masks.device):
         return runs.encode(masks)
     flat = masks.transpose(1, 2).reshape(count, height * width)
     if flat.shape[1] == 0:
@@ -60,7 +56,7 @@ def decode(
         columns: which of the columns, in any order.
     """
     device = counts[0].device if len(counts) else torch.device("cpu")
-    if native.serves(device):
+    if library.supports(device):
         return runs.dense(runs.view(counts, size, rows, columns))
     height, width = size
     if columns is not None and len(columns):  # only the columns that are looked at are decoded
@@ -97,7 +93,7 @@ def viewed(counts: Sequence[Counts], size: tuple[int, int], rows: Shown | None, 
     """
     shown = [side if which is None else len(which) for side, which in zip(size, (rows, columns), strict=True)]
     check_size((shown[0], shown[1]))
-    if native.serves(counts[0].device if len(counts) else torch.device("cpu")):
+    if library.supports(counts[0].device if len(counts) else torch.device("cpu")):
         return runs.viewed(runs.view(counts, size, rows, columns))
     few = max(1, _PIXELS // max(1, size[0] * size[1]))
     parts = (decode(counts[i : i + few], size, rows, columns) for i in range(0, len(counts), few))
@@ -126,7 +122,7 @@ def areas(counts: Sequence[Counts]) -> Int64[Tensor, "T"]:
     """Return the number of pixels set in each mask, on the device of the masks."""
     if not len(counts):
         return torch.zeros(0, dtype=torch.int64)
-    if native.serves(counts[0].device):
+    if library.supports(counts[0].device):
         return runs.measure(counts, height=1)[:, 4]
     flat = torch.cat(list(counts)).long()
     lengths = torch.tensor([len(one) for one in counts], device=flat.device)
@@ -153,14 +149,14 @@ def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
 def boxes(counts: Sequence[Counts], height: int) -> Float[Tensor, "T 4"]:
     """Return the box of each mask, as `box` does, on the CPU."""
     on_cpu = [one.cpu() for one in counts]
-    if native.serves(torch.device("cpu")):
+    if library.supports(torch.device("cpu")):
         return runs.measure(on_cpu, height)[:, :4].float()
     return torch.tensor([box(one, height) for one in on_cpu], dtype=torch.float32).view(-1, 4)
 
 
 def to_strings(counts: Sequence[Counts], size: tuple[int, int]) -> list[str]:
     """Return the compressed text of each mask, all of them of `size` (height, width)."""
-    if native.serves(torch.device("cpu")):
+    if library.supports(torch.device("cpu")):
         return runs.to_strings([one.cpu() for one in counts])
     from pycocotools import mask as coco_mask
 
@@ -178,7 +174,7 @@ def from_string(text: str | bytes) -> Counts:
         MaskError: a character is outside of '0' to 'o', or the text ends inside a number.
     """
     written = text.encode("ascii", "replace") if isinstance(text, str) else text
-    if native.serves(torch.device("cpu")):
+    if library.supports(torch.device("cpu")):
         counts = runs.from_string(written)
         if isinstance(counts, int):
             raise MaskError(f"the run-length text {_WRONG_TEXT[counts]}.")
@@ -273,7 +269,7 @@ def rasterised(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]
     check_size(size)
     for polygons in masks:
         check_polygons(polygons, size)
-    if native.serves(torch.device("cpu")):
+    if library.supports(torch.device("cpu")):
         parts = [part for polygons in masks for part in polygons]
         points = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *parts]))
         return runs.rasterised(points, [len(part) for part in parts], [len(polygons) for polygons in masks], size)

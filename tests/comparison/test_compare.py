@@ -13,10 +13,9 @@ import maskset
 from maskset import cli, config
 from maskset.comparison import compare as module
 from maskset.comparison.results import Comparison
-from maskset.config import ConfigError
-from maskset.data import DataError
-from maskset.structures import Category
-from maskset.training.config import Recipe, TrainConfig
+from maskset.errors import ConfigError, DataError
+from maskset.instances import Category
+from maskset.recipe import Recipe, TrainConfig
 from maskset.training.optimizer import rate_factor
 from maskset.training.trial import Cost
 

@@ -8,7 +8,7 @@ from fakes import Listed, Oracle, discs, found
 from PIL import Image
 
 from maskset.comparison.figure import chosen, draw_figure, hits, look
-from maskset.structures import Category
+from maskset.instances import Category
 
 CLASSES = (Category("disc", 1), Category("ring", 2))
 PLACES = [(8.0, 8.0, 6.0), (24.0, 8.0, 6.0), (16.0, 24.0, 6.0)]

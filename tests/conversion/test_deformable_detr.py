@@ -9,9 +9,10 @@ from goldens import notes, weights
 import maskset
 from maskset.checkpoint import read_metadata
 from maskset.cli import main
-from maskset.conversion import ConversionError, read
+from maskset.conversion import read
 from maskset.conversion.coco import NAMES
 from maskset.conversion.deformable_detr import start
+from maskset.errors import ConversionError
 from maskset.systems.isda import IsdaConfig
 from maskset.systems.solq import SolqConfig
 from maskset.systems.sotr import SotrConfig

@@ -6,8 +6,9 @@ from goldens import notes, weights
 
 import maskset
 from maskset.checkpoint import read_metadata
-from maskset.conversion import ConversionError, convert, convert_file
+from maskset.conversion import convert, convert_file
 from maskset.conversion.coco import NAMES
+from maskset.errors import ConversionError
 from maskset.systems import build
 from maskset.systems.isda import IsdaConfig
 

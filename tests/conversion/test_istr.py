@@ -4,7 +4,8 @@ import pytest
 import torch
 from goldens import notes
 
-from maskset.conversion import ConversionError, convert
+from maskset.conversion import convert
+from maskset.errors import ConversionError
 from maskset.systems import build
 from maskset.systems.istr import IstrConfig
 from maskset.systems.istr_smt import IstrSmtConfig

@@ -5,8 +5,9 @@ import torch
 from goldens import notes, weights
 
 import maskset
-from maskset.conversion import ConversionError, convert, convert_file
+from maskset.conversion import convert, convert_file
 from maskset.conversion.coco import NAMES
+from maskset.errors import ConversionError
 from maskset.systems import build
 
 

@@ -9,9 +9,9 @@ from goldens import notes, weights
 
 import maskset
 from maskset.checkpoint import read_metadata
-from maskset.config import ConfigError
-from maskset.conversion import ConversionError, _select_classes, convert, convert_file, read
+from maskset.conversion import _select_classes, convert, convert_file, read
 from maskset.conversion.coco import NAMES, raw_categories
+from maskset.errors import ConfigError, ConversionError
 from maskset.systems import build
 
 

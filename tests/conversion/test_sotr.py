@@ -4,8 +4,9 @@ from goldens import notes
 
 import maskset
 from maskset.checkpoint import read_metadata
-from maskset.conversion import ConversionError, convert, convert_file
+from maskset.conversion import convert, convert_file
 from maskset.conversion.coco import NAMES
+from maskset.errors import ConversionError
 from maskset.systems import build
 from maskset.systems.sotr import SotrConfig
 

@@ -15,7 +15,8 @@ from coco_files import SIZE, TRIANGLE, annotation, coco, image, write
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskset.data import CocoDataset, DataError, open_data
+from maskset.data import CocoDataset, open_data
+from maskset.errors import DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 NAN, INFINITY = float("nan"), float("inf")

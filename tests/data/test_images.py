@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from maskset.data import DataError
-from maskset.data.images import read_image
+from maskset.errors import DataError
+from maskset.pictures import read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from coco_files import annotation, coco, image, write
 
-from maskset.data import CocoDataset, DataError, ImageRecord, ShapesDataset, open_data
+from maskset.data import CocoDataset, ImageRecord, ShapesDataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
-from maskset.structures import ImageBatch, Instances
-from maskset.training.config import DataConfig
+from maskset.errors import DataError
+from maskset.instances import Instances
+from maskset.recipe import DataConfig
+from maskset.structures import ImageBatch
 
 PLAIN = DataConfig(augmentation="flip", short_sides=(24, 32), workers=0)
 Batches = list[tuple[ImageBatch, list[Instances]]]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from coco_files import annotation, coco, write
 
-from maskset.data import DataError, ShapesDataset, open_data
+from maskset.data import ShapesDataset, open_data
+from maskset.errors import DataError
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskset.data import DataError, ShapesDataset, open_data
+from maskset.data import ShapesDataset, open_data
 from maskset.data.shapes import write
+from maskset.errors import DataError
 
 
 def digest(pixels: torch.Tensor) -> str:

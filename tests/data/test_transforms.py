@@ -9,8 +9,8 @@ from PIL import Image
 
 from maskset.data.shapes import ShapesDataset
 from maskset.data.transforms import augment, crop, fit, fitted_size, flip, resize
-from maskset.structures import Instances, Masks
-from maskset.training.config import DataConfig
+from maskset.instances import Instances, Masks
+from maskset.recipe import DataConfig
 
 DETR = DataConfig(short_sides=(96, 112), long_side=180, crop_short_sides=(72, 80), crop_range=(48, 64))
 

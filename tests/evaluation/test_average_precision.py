@@ -17,7 +17,7 @@ from fakes import Listed, discs, found
 from maskset.data import open_data
 from maskset.evaluation.average_precision import average_precision, mask_ap
 from maskset.evaluation.overlaps import overlaps
-from maskset.structures import Category, Instances, Masks
+from maskset.instances import Category, Instances, Masks
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 CLASSES = (Category("cell", 3), Category("dust", 7), Category("hair", 8))

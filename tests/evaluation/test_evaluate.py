@@ -12,9 +12,9 @@ import torch
 from coco_files import SIZE, annotation, coco, image, write
 from fakes import Listed, Oracle, discs, found
 
-from maskset.data import DataError
+from maskset.errors import DataError
 from maskset.evaluation.evaluate import evaluate
-from maskset.structures import Category
+from maskset.instances import Category
 
 CLASSES = (Category("cat", 5), Category("dog", 9))
 SIZES = [(40, 60), (60, 40), (40, 60), (50, 50), (40, 60)]

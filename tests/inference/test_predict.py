@@ -6,10 +6,9 @@ import torch
 from fakes import Mean
 from PIL import Image
 
-from maskset.data import DataError
-from maskset.inference.pictures import SourceError
+from maskset.errors import DataError, SourceError
 from maskset.inference.predict import predict, predict_files, run
-from maskset.structures import Category
+from maskset.instances import Category
 
 CLASSES = (Category("thing", 1),)
 SIZES = [(20, 30), (30, 20), (20, 30), (21, 30), (20, 30), (40, 40)]

@@ -6,7 +6,7 @@ from goldens import golden, image, notes, weights
 from safetensors.torch import save_file
 from torch import nn
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 from maskset.layers import backbone as backbones
 from maskset.layers.backbone import FrozenBatchNorm, GroupNorm, build_backbone, check_start, load_pretrained
 from maskset.layers.swin import SwinSize

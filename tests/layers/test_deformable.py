@@ -3,8 +3,9 @@ import pytest
 import torch
 from goldens import golden, notes, weights
 
-from maskset import native
-from maskset.layers.deformable import AttentionError, DeformableAttention, deformable_attention, implementations, using
+from maskset.errors import AttentionError
+from maskset.kernels import library
+from maskset.layers.deformable import DeformableAttention, deformable_attention, implementations, using
 
 CPU = ["reference", "bag", "gather", "c"]
 SHAPES = [tuple(shape) for shape in golden("solq", "msda.shapes").tolist()]
@@ -108,7 +109,7 @@ def test_bfloat16_stays_close(implementation):
 
 
 def test_autograd_keeps_nothing_but_what_it_was_given():
-    if why := native.why_not():
+    if why := library.unavailable_reason():
         pytest.skip(why)
     kept = []
     value, share = torch.rand(1, 4, 2, 3, requires_grad=True), torch.rand(1, 5, 2, 1, 2, requires_grad=True)
@@ -119,9 +120,9 @@ def test_autograd_keeps_nothing_but_what_it_was_given():
 
 
 def test_the_operator_obeys_the_rules_of_torch_library():
-    if why := native.why_not():
+    if why := library.unavailable_reason():
         pytest.skip(why)
-    from maskset.layers.kernels.op import fused
+    from maskset.kernels.attention_op import fused
 
     value, locations, share = (
         torch.rand(size, requires_grad=True) for size in ((1, 5, 2, 4), (1, 3, 2, 2, 1, 2), (1, 3, 2, 2, 1))
@@ -131,9 +132,9 @@ def test_the_operator_obeys_the_rules_of_torch_library():
 
 
 def test_gradients_of_tensors_with_gaps_lie_as_the_compiler_is_told():
-    if why := native.why_not():
+    if why := library.unavailable_reason():
         pytest.skip(why)
-    from maskset.layers.kernels.op import fused_backward
+    from maskset.kernels.attention_op import fused_backward
 
     value, locations, share, grad = (
         torch.rand(size).transpose(0, 1) for size in ((5, 2, 2, 4), (3, 2, 2, 2, 1, 2), (3, 2, 2, 2, 1), (3, 2, 8))
@@ -143,7 +144,7 @@ def test_gradients_of_tensors_with_gaps_lie_as_the_compiler_is_told():
 
 
 def test_a_compiled_network_has_the_operator_in_its_one_graph(monkeypatch):
-    if why := native.why_not():
+    if why := library.unavailable_reason():
         pytest.skip(why)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the compiler cannot follow the checks
     called = []
@@ -171,7 +172,7 @@ def test_no_image_and_no_query_see_nothing(implementation, batch, queries):
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_number_of_threads_changes_no_bit(threads):
-    if why := native.why_not():
+    if why := library.unavailable_reason():
         pytest.skip(why)
     generator = torch.Generator().manual_seed(0)
     value, locations, share = (
@@ -206,8 +207,8 @@ def test_an_implementation_that_does_not_work_here_is_refused(name, message):
 
 
 def test_without_the_library_the_next_best_is_taken(monkeypatch):
-    monkeypatch.setenv(native.HIDE, "off")
-    monkeypatch.setattr("maskset.layers.kernels.op.fused", None)  # would fail
+    monkeypatch.setenv(library.NATIVE_ENV, "off")
+    monkeypatch.setattr("maskset.kernels.attention_op.fused", None)  # would fail
     value, locations, share = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
     assert deformable_attention(value, [(1, 1)], locations, share).item() == 1
     assert implementations()["c"] == "MASKSET_NATIVE=off hides it"
@@ -215,11 +216,11 @@ def test_without_the_library_the_next_best_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("choice", ["OFF", "0", "false"])
 def test_a_library_that_is_hidden_in_other_words_is_not_used_silently(monkeypatch, choice):
-    monkeypatch.setenv(native.HIDE, choice)
+    monkeypatch.setenv(library.NATIVE_ENV, choice)
     with pytest.raises(ValueError, match=f"MASKSET_NATIVE is '{choice}', it must be on or off"):
-        native.why_not()
+        library.unavailable_reason()
     with pytest.raises(ValueError, match="it must be on or off"):
-        native.serves(torch.device("cpu"))
+        library.supports(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_a_library_that_is_hidden_in_other_words_is_not_used_silently(monkeypatc
     ],
 )
 def test_tensors_that_do_not_fit_together_are_refused_before_a_kernel_reads_them(value, locations, share):
-    from maskset.layers.kernels.op import fused
+    from maskset.kernels.attention_op import fused
 
     with pytest.raises(ValueError, match="do not fit together"):
         fused(torch.rand(value), [2, 2], torch.rand(locations), torch.rand(share))

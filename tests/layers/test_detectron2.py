@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 from maskset.layers.backbone import build_backbone, load_pretrained
 from maskset.layers.detectron2 import read_pickle
 from maskset.layers.resnet import DeformableConvolution, deform, stride_in_first

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import roi_align
 
+from maskset.instances import Masks
 from maskset.masks.boxed import binarise, crop, paste
-from maskset.structures import Masks
 
 
 def random_boxes(count, height, width, seed=0):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from maskset.instances import Masks
 from maskset.masks.moments import centres_of_mass
-from maskset.structures import Masks
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (7, 5), (40, 33)])

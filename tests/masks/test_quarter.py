@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from maskset.instances import Masks
 from maskset.masks.quarter import quarter_masks
-from maskset.structures import Masks
 
 
 def taps(n: int, m: int) -> list[tuple[int, int, int, int]]:

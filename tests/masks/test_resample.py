@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from maskset.instances import Masks
 from maskset.masks.resample import by_centres, by_corners, by_factor, paint, resample
-from maskset.structures import Masks
 
 
 def blobs(count: int = 6, size: tuple[int, int] = (13, 17)) -> torch.Tensor:

@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from maskset.instances import Masks
 from maskset.masks import soft
 from maskset.masks.soft import central_means
-from maskset.structures import Masks
 
 
 def noise(count: int, height: int, width: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ By default the fastest is taken, and SOLQ's official numbers are also compared w
 
 import pytest
 
-from maskset import native
+from maskset.kernels import library
 from maskset.layers.deformable import implementations, using
 
 ATTENTIVE = ("solq", "soit", "isda")  # which have deformable attention
@@ -15,7 +15,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     name = metafunc.module.__name__.rpartition(".")[2]
     others = [one for one, why in implementations().items() if why is None and one != "triton"]
     ways = ["fastest"]
-    if name.endswith("parity") and native.library() is not None:
+    if name.endswith("parity") and library.handle() is not None:
         ways += [pytest.param("no library", marks=[] if name == "test_solq_parity" else pytest.mark.slow)]
     if name == "test_contract" or name in [f"test_{system}_parity" for system in ATTENTIVE]:
         ways += [pytest.param(one, marks=pytest.mark.slow) for one in others]
@@ -29,7 +29,7 @@ def _computed_by(request: pytest.FixtureRequest):
             function.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "no library":
-            patch.setenv(native.HIDE, "off")
+            patch.setenv(library.NATIVE_ENV, "off")
             yield
         elif request.param == "fastest":
             yield

@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from fakes import Listed
 from tiny import TINY, batch, shapes
 
-from maskset import codecs, losses, native
-from maskset.config import ConfigError
+from maskset import codecs, losses
+from maskset.errors import ConfigError, MatchingError
 from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
+from maskset.instances import Category, Instances, Masks
+from maskset.kernels import library
 from maskset.layers import recompute
 from maskset.layers.deformable import implementations, using
 from maskset.masks.quarter import quarter_masks
 from maskset.masks.resample import by_corners, by_factor, paint, paint_probabilities, resample, stretched
 from maskset.masks.soft import central_means
-from maskset.matching import MatchingError
-from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput
+from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems import CONFIGS, System, build
 from maskset.systems.isda import Isda
 from maskset.systems.istr import Istr
@@ -98,10 +99,10 @@ def test_every_implementation_computes_the_same(name, monkeypatch):
         return [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     with using("reference"):
-        monkeypatch.setenv(native.HIDE, "off")
+        monkeypatch.setenv(library.NATIVE_ENV, "off")
         expected = run()
     for way in [way for way, why in implementations().items() if why is None and way != "triton"]:
-        monkeypatch.setenv(native.HIDE, "")
+        monkeypatch.setenv(library.NATIVE_ENV, "")
         with using(way):
             for one, other in zip(run(), expected, strict=True):
                 torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(other.detach().abs().max())), rtol=1e-3)

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from tiny import TINY, batch, shapes
 
 from maskset import matching
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
+from maskset.instances import Category, Instances, Masks
 from maskset.masks.resample import paint_probabilities
 from maskset.masks.soft import central_means
-from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build, isda
 from maskset.systems.base import InputConfig
 from maskset.systems.isda import Isda, IsdaConfig

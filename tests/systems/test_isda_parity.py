@@ -11,12 +11,13 @@ from maskset.conversion import convert
 from maskset.conversion.coco import used_categories
 from maskset.conversion.isda import RULES
 from maskset.conversion.keys import rename
+from maskset.instances import Instances, Masks
 from maskset.layers.positions import sine_positions
-from maskset.masks.dynamic_conv import dynamic_conv
+from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.resample import paint_probabilities
 from maskset.masks.soft import central_means
 from maskset.matching import Matches, focal_cost
-from maskset.structures import ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.isda import _candidates, _mask_cost
 

@@ -8,11 +8,10 @@ from tiny import TINY, batch, shapes
 
 from maskset import codecs
 from maskset.boxes import fractions
-from maskset.config import ConfigError
+from maskset.errors import ConfigError, MatchingError
 from maskset.layers.refinement import RegionAttention
 from maskset.losses import squared_dice_loss
 from maskset.masks.boxed import crop
-from maskset.matching import MatchingError
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.istr import Istr, IstrConfig

@@ -14,10 +14,11 @@ from maskset.conversion import convert
 from maskset.conversion.coco import used_categories
 from maskset.conversion.istr import RULES
 from maskset.conversion.keys import rename
+from maskset.instances import Instances, Masks
 from maskset.layers.roi import levels_of
 from maskset.masks.boxed import crop
 from maskset.matching import Matches
-from maskset.structures import ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 
 STAGES = 6

@@ -8,9 +8,9 @@ from tiny import TINY, batch, shapes
 
 from maskset import codecs
 from maskset.boxes import fractions
-from maskset.config import ConfigError
+from maskset.errors import ConfigError, MatchingError
 from maskset.masks.boxed import crop
-from maskset.matching import Matches, MatchingError
+from maskset.matching import Matches
 from maskset.structures import ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.istr_smt import IstrSmt, IstrSmtConfig

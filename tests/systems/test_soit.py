@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import TINY, batch, shapes
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.soit import Soit, SoitConfig

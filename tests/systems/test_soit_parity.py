@@ -12,9 +12,10 @@ from maskset import matching
 from maskset.conversion import convert
 from maskset.conversion.keys import proposal_class_head, rename
 from maskset.conversion.soit import RULES
-from maskset.masks.instance_transformer import encode_positions, instance_transformer
+from maskset.instances import Instances, Masks
+from maskset.masks.heads.instance_transformer import encode_positions, instance_transformer
 from maskset.masks.resample import by_factor, resample
-from maskset.structures import ImageBatch, Instances, Masks
+from maskset.structures import ImageBatch
 from maskset.systems import build
 
 LAYERS = 6

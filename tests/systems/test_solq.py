@@ -7,8 +7,9 @@ import torch
 from tiny import TINY, batch, shapes
 
 from maskset import codecs
-from maskset.config import ConfigError
-from maskset.structures import Category, ModelOutput, SlotPredictions
+from maskset.errors import ConfigError
+from maskset.instances import Category
+from maskset.structures import ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.solq import Solq, SolqConfig
 

@@ -11,9 +11,10 @@ from maskset.conversion import convert
 from maskset.conversion.coco import raw_categories
 from maskset.conversion.keys import rename
 from maskset.conversion.solq import RULES
+from maskset.instances import Instances, Masks
 from maskset.masks.boxed import binarise, crop
 from maskset.matching import Matches
-from maskset.structures import ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 
 LAYERS = 6

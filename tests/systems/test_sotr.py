@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from tiny import TINY, batch, shapes
 
 from maskset import distributed
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
+from maskset.instances import Category, Instances, Masks
 from maskset.layers.resnet import DeformableConvolution
 from maskset.masks.quarter import quarter_masks
-from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build, sotr
 from maskset.systems.base import InputConfig
 from maskset.systems.sotr import Sotr, SotrConfig, assign, point_nms

@@ -11,12 +11,13 @@ from maskset.conversion import convert
 from maskset.conversion.coco import used_categories
 from maskset.conversion.keys import rename
 from maskset.conversion.sotr import rules
+from maskset.instances import Instances, Masks
 from maskset.layers.twin import Copies
 from maskset.losses import squared_dice_loss
-from maskset.masks.dynamic_conv import dynamic_conv
+from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.nms import mask_iou, matrix_nms
 from maskset.masks.quarter import quarter_masks
-from maskset.structures import ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.sotr import Candidates, Sotr, assign, point_nms
 

@@ -8,15 +8,9 @@ import torch
 from tiny import TINY
 from torch import nn
 
+from maskset.recipe import TrainConfig
 from maskset.systems import build
-from maskset.training.config import TrainConfig
-from maskset.training.optimizer import (
-    build_optimizer,
-    learning_rate_advice,
-    parameter_groups,
-    rate_factor,
-    set_learning_rates,
-)
+from maskset.training.optimizer import build_optimizer, learning_rate_advice, parameter_groups, rate_factor, set_learning_rates
 
 OFFICIAL = TrainConfig()
 

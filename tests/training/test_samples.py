@@ -5,8 +5,8 @@ import pytest
 from fakes import Listed, Oracle, discs, found
 from PIL import Image
 
-from maskset.data import DataError
-from maskset.structures import Category
+from maskset.errors import DataError
+from maskset.instances import Category
 from maskset.training.samples import draw_samples
 
 CATEGORIES = (Category("disc", 1),)

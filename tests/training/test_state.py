@@ -9,8 +9,7 @@ import torch
 from runs import recipe
 
 from maskset import config
-from maskset.checkpoint import CheckpointError
-from maskset.config import ConfigError
+from maskset.errors import CheckpointError, ConfigError
 from maskset.systems import build
 from maskset.training.ema import averaged_copy
 from maskset.training.optimizer import build_optimizer

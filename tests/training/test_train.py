@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 
 import maskset
 from maskset import config
-from maskset.checkpoint import CheckpointError, write_tensors
-from maskset.config import ConfigError
-from maskset.data import DataError
+from maskset.checkpoint import write_tensors
+from maskset.errors import CheckpointError, ConfigError, DataError
 from maskset.systems import CONFIGS, build
 from maskset.training import run
 from maskset.training import train as loop
@@ -346,7 +345,7 @@ def test_a_loss_that_is_not_finite_names_its_terms_and_keeps_the_batch(tmp_path,
 
 
 def test_the_images_named_are_those_of_the_batch(tmp_path):
-    from maskset.data.images import read_image
+    from maskset.pictures import read_image
     from maskset.training.run import open_run
 
     settings = replace(recipe(batch_size=4, accumulate=2), data=replace(recipe().data, augmentation="none"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import TINY
 
-from maskset.structures import Category
+from maskset.instances import Category
 from maskset.systems import build
 from maskset.training.transfer import transfer
 

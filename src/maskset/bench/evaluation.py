@@ -20,7 +20,7 @@ from maskset.bench.measure import in_turn
 from maskset.bench.report import Report
 from maskset.data.dataset import ImageRecord
 from maskset.evaluation.average_precision import average_precision
-from maskset.structures import Category, Instances, Masks
+from maskset.instances import Category, Instances, Masks
 
 SIZE, CLASSES, RESULTS, PEER = (480, 640), 80, 100, "pycocotools"
 _KINDS: tuple[tuple[str, Literal["segm", "bbox"], str], ...] = (("mask", "segm", "bbox"), ("box", "bbox", "segmentation"))

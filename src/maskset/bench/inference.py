@@ -18,7 +18,7 @@ from maskset import recipes
 from maskset.bench.measure import Way, in_new_process, in_turn, peaks, require, resident
 from maskset.bench.report import Report
 from maskset.layers.deformable import FUSED, implementations, using
-from maskset.masks.logit_pca import LogitPcaCodec
+from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.structures import ImageBatch
 from maskset.systems import System, build
 from maskset.systems.istr import Istr, Stage

@@ -24,8 +24,8 @@ from maskset.bench.report import Report
 from maskset.data import open_data
 from maskset.data.dataset import Dataset
 from maskset.data.transforms import fitted_size, resize
+from maskset.instances import Instances
 from maskset.masks.boxed import crop
-from maskset.structures import Instances
 from maskset.systems.base import InputConfig
 
 SHORT_SIDE, LONG_SIDE, CROP = 800, 1333, 128

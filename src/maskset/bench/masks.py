@@ -22,10 +22,10 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from maskset import rle
 from maskset.bench.measure import in_turn
 from maskset.bench.report import Report
+from maskset.instances import Masks
 from maskset.masks.boxed import paste_soft
-from maskset.masks.dct import DctCodec, dct_basis, zigzag
+from maskset.masks.codecs.dct import DctCodec, dct_basis, zigzag
 from maskset.masks.resample import paint_probabilities
-from maskset.structures import Masks
 
 SIDE, STRIDE, CODE = 128, 4, 256
 PYCOCOTOOLS = "pycocotools"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 
 Result = TypeVar("Result")
 Way = Callable[[], Any]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 from maskset.files import written
 
 START, END = "<!-- from maskset bench -->", "<!-- end -->"  # in the README: what is between them comes from here

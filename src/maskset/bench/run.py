@@ -10,9 +10,9 @@ import torch
 
 from maskset.bench import page
 from maskset.bench.report import Report, save
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
+from maskset.kernels.library import NATIVE_ENV
 from maskset.layers.deformable import CHOICE
-from maskset.native import HIDE
 
 
 def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = None, images: int | None = None) -> Report:
@@ -42,7 +42,7 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
     module = importlib.import_module(f"maskset.bench.{name}")
     start, report = time.monotonic(), Report(name, _about(module.__doc__ or ""), threads)
     module.run(report, quick, **({} if images is None else {"images": images}))
-    chosen = [f"{variable}={os.environ[variable]}" for variable in (CHOICE, HIDE) if os.environ.get(variable)]
+    chosen = [f"{variable}={os.environ[variable]}" for variable in (CHOICE, NATIVE_ENV) if os.environ.get(variable)]
     command = " ".join(
         [*chosen, "maskset bench", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])]
     )

@@ -19,7 +19,8 @@ from maskset.bench.measure import Way, in_turn, peaks, require
 from maskset.bench.report import Report
 from maskset.bench.training import example
 from maskset.files import written
-from maskset.structures import ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.instances import Instances
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import System, build
 
 SIZES, SLOTS, OBJECTS = (

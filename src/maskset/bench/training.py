@@ -19,14 +19,16 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from maskset import native, recipes
+from maskset import recipes
 from maskset.bench import inference
 from maskset.bench.measure import Way, in_new_process, in_turn, peaks, require, resident
 from maskset.bench.report import Report
 from maskset.data.shapes import CATEGORIES, ShapesDataset
+from maskset.instances import Instances, Masks
+from maskset.kernels import library
 from maskset.layers.deformable import CHOICE, DeformableAttention
 from maskset.layers.recompute import recompute
-from maskset.structures import ImageBatch, Instances, Masks
+from maskset.structures import ImageBatch
 from maskset.systems import System, build, isda, soit
 
 PEER, OURS, FRUGAL = "straightforward", "maskset", "maskset, train.checkpoint_activations"
@@ -49,7 +51,7 @@ def run(report: Report, quick: bool) -> None:
 def straightforward() -> Iterator[None]:
     """Compute training steps in the straightforward way inside of a `with` block."""
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, {CHOICE: "reference", native.HIDE: "off"}))
+        stack.enter_context(patch.dict(os.environ, {CHOICE: "reference", library.NATIVE_ENV: "off"}))
         for module in (soit, isda):
             stack.enter_context(patch.object(module, "in_pieces", all_at_once))
         yield

@@ -20,13 +20,13 @@ from maskset import recipes
 from maskset.checkpoint import find, is_model, read_metadata
 from maskset.comparison.figure import draw_figure
 from maskset.comparison.results import FIGURE, JSON, MEASURED, TABLE, Compared, Comparison, Terms, shown
-from maskset.config import ConfigError
-from maskset.data import DataError, Dataset, open_data
+from maskset.data import Dataset, open_data
+from maskset.errors import ConfigError, DataError
 from maskset.evaluation.evaluate import class_labels, evaluate
 from maskset.files import check_folder, written
 from maskset.inference.predict import ready
+from maskset.recipe import Recipe
 from maskset.training import state
-from maskset.training.config import Recipe
 from maskset.training.log import counted
 from maskset.training.optimizer import step_count
 from maskset.training.train import train

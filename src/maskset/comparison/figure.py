@@ -12,9 +12,8 @@ from maskset.data.dataset import Dataset
 from maskset.data.transforms import resize
 from maskset.evaluation.evaluate import found_in
 from maskset.files import written
-from maskset.inference.draw import draw
 from maskset.inference.predict import ready
-from maskset.structures import Instances
+from maskset.instances import Instances
 from maskset.systems.base import System
 
 _ROWS = 5  # images that are shown
@@ -136,7 +135,7 @@ def _drawn(pixels: torch.Tensor, objects: Instances) -> Image.Image:
     longer = max(pixels.shape[1:])
     if longer > _SIDE:
         pixels, objects = resize(pixels, objects, _SIDE, _SIDE)
-    return draw(pixels, objects, scale=max(1, _SIDE // longer))
+    return objects.draw(pixels, scale=max(1, _SIDE // longer))
 
 
 def _sheet(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> Image.Image:

@@ -6,7 +6,7 @@ from typing import Literal
 from maskset import config as settings
 from maskset.config import config
 from maskset.files import written
-from maskset.training.config import Recipe
+from maskset.recipe import Recipe
 from maskset.training.log import counted
 
 JSON, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison.png"  # files of a comparison's folder

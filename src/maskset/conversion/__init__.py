@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskset.conversion import deformable_detr, isda, istr, istr_smt, soit, solq, sotr
 from maskset.conversion.coco import NAMES, used_categories
-from maskset.conversion.keys import ConversionError
+from maskset.errors import ConversionError
 from maskset.files import check_new
 from maskset.systems import Config
 

@@ -1,6 +1,6 @@
 """What the class channels of models trained on COCO stand for: 91 raw category ids, or the 80 that COCO uses, in order."""
 
-from maskset.structures import Category
+from maskset.instances import Category
 
 NAMES = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",

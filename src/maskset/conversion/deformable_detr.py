@@ -12,7 +12,8 @@ from torch import Tensor
 
 from maskset.conversion import mmdet
 from maskset.conversion.coco import used_categories
-from maskset.conversion.keys import ConversionError, Rule, need, rename
+from maskset.conversion.keys import Rule, need, rename
+from maskset.errors import ConversionError
 from maskset.systems import Config, System, build
 
 _BOXES = r"bbox_head\.reg_branches\.\d+\..*"  # move a box from a fixed point: no system of ours does just that

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from maskset.conversion.coco import used_categories
 from maskset.conversion.istr import SHARED_RULES, STAGE, shared_settings
-from maskset.conversion.keys import ConversionError, Rule, need, rename
+from maskset.conversion.keys import Rule, need, rename
+from maskset.errors import ConversionError
 from maskset.systems.istr_smt import IstrSmtConfig
 
 categories = used_categories  # what the class channels stand for

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from maskset.errors import ConversionError
+
 Rule = tuple[str, str | None]  # a pattern for the whole name, and what it becomes; None: left out on purpose
-
-
-class ConversionError(ValueError):
-    """A state dict is not what its converter expects; the message names the entries."""
 
 
 def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], last_wins: bool = False) -> dict[str, Tensor]:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from maskset.conversion.coco import used_categories
-from maskset.conversion.keys import ConversionError, Rule, need, proposal_class_head, rename
+from maskset.conversion.keys import Rule, need, proposal_class_head, rename
 from maskset.conversion.mmdet import RULES as MMDET_RULES
 from maskset.conversion.mmdet import encoder_layer, transformer_settings
-from maskset.masks.instance_transformer import parameter_count
+from maskset.errors import ConversionError
+from maskset.masks.heads.instance_transformer import parameter_count
 from maskset.systems.soit import SoitConfig
 
 categories = used_categories  # what the class channels stand for

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from maskset.conversion.coco import raw_categories
-from maskset.conversion.keys import ConversionError, Rule, count, need, proposal_class_head, rename
+from maskset.conversion.keys import Rule, count, need, proposal_class_head, rename
+from maskset.errors import ConversionError
 from maskset.layers.swin import SWIN_RULES
 from maskset.systems.base import InputConfig
 from maskset.systems.solq import SolqConfig

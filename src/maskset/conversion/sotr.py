@@ -8,7 +8,8 @@ from torch import Tensor
 
 from maskset.conversion import detectron2
 from maskset.conversion.coco import used_categories
-from maskset.conversion.keys import ConversionError, Rule, count, need, rename, resnet_name
+from maskset.conversion.keys import Rule, count, need, rename, resnet_name
+from maskset.errors import ConversionError
 from maskset.systems.sotr import SotrConfig
 
 categories = used_categories  # what the class channels stand for

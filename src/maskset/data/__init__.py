@@ -4,8 +4,9 @@ import glob
 from pathlib import Path
 
 from maskset.data.coco import CocoDataset
-from maskset.data.dataset import DataError, Dataset, ImageRecord
+from maskset.data.dataset import Dataset, ImageRecord
 from maskset.data.shapes import ShapesDataset
+from maskset.errors import DataError
 
 __all__ = ["CocoDataset", "DataError", "Dataset", "ImageRecord", "ShapesDataset", "open_data"]
 

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from maskset import rle
-from maskset.data.dataset import DataError, ImageRecord
-from maskset.data.images import check_size
-from maskset.structures import Category
+from maskset.data.dataset import ImageRecord
+from maskset.errors import DataError
+from maskset.instances import Category
+from maskset.pictures import check_size
 
 
 class Ragged:

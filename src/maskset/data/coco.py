@@ -8,9 +8,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from maskset.data.annotations import read_annotations, read_categories, read_image_records, read_json
-from maskset.data.dataset import DataError, ImageRecord
-from maskset.data.images import read_image
-from maskset.structures import Category, Instances, Masks
+from maskset.data.dataset import ImageRecord
+from maskset.errors import DataError
+from maskset.instances import Category, Instances, Masks
+from maskset.pictures import read_image
 
 __all__ = ["CocoDataset", "DataError", "ImageRecord"]
 

@@ -9,11 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from maskset.structures import Category, Instances
-
-
-class DataError(ValueError):
-    """A file of the data cannot be used; the message names the file, the image or the annotation, and what is wrong."""
+from maskset.instances import Category, Instances
 
 
 @dataclass(frozen=True)

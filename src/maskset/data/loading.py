@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from maskset.data.dataset import DataError, Dataset
+from maskset.data.dataset import Dataset
 from maskset.data.transforms import Augmentation, augment
-from maskset.structures import ImageBatch, Instances
+from maskset.errors import DataError
+from maskset.instances import Instances
+from maskset.structures import ImageBatch
 
 
 @runtime_checkable
 class Loading(Augmentation, Protocol):
-    """The settings that `training_batches` reads, see `maskset.training.config.DataConfig`."""
+    """The settings that `training_batches` reads, see `maskset.recipe.DataConfig`."""
 
     @property
     def group_by_aspect(self) -> bool: ...

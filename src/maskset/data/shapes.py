@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, UInt8
 from torch import Tensor
 
-from maskset.data.dataset import DataError, ImageRecord
-from maskset.structures import Category, Instances, Masks
+from maskset.data.dataset import ImageRecord
+from maskset.errors import DataError
+from maskset.instances import Category, Instances, Masks
 
 CATEGORIES = (Category("ellipse", 1), Category("rectangle", 2), Category("triangle", 3))
 SPLITS = {"train": 2000, "val": 200, "test": 200}  # how many images each has, unless said otherwise

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from maskset import boxes
-from maskset.structures import Instances
+from maskset.instances import Instances
 
 Pixels = UInt8[Tensor, "3 h w"]
 
 
 @runtime_checkable
 class Augmentation(Protocol):
-    """The settings that `augment` reads, see `maskset.training.config.DataConfig`."""
+    """The settings that `augment` reads, see `maskset.recipe.DataConfig`."""
 
     @property
     def augmentation(self) -> str: ...

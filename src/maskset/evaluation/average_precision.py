@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from maskset.data.dataset import Dataset
+from maskset.errors import MasksetError
 from maskset.evaluation.metrics import ClassMetrics, Metrics
 from maskset.evaluation.overlaps import Overlaps, overlaps
-from maskset.structures import Category, Instances
+from maskset.instances import Category, Instances
 
 MASK, BOX = 0, 1  # of the two in `Overlaps`
 
@@ -34,7 +35,7 @@ def average_precision(
         ValueError: `max_detections` is less than 1, or what was found has no scores.
     """
     if max_detections < 1:
-        raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
+        raise MasksetError(f"max_detections must be at least 1, got {max_detections}.")
     compared = {index: overlaps(data, index, found) for index, found in results}
     wanted = range(len(data)) if images is None else sorted(images)  # in order: it decides between equal scores
     for index in set(wanted) - set(compared):

@@ -12,16 +12,18 @@ from jaxtyping import UInt8
 from torch import Tensor, distributed
 
 from maskset.data import open_data
-from maskset.data.dataset import DataError, Dataset
+from maskset.data.dataset import Dataset
 from maskset.data.transforms import fitted_size
 from maskset.distributed import active, world_size
+from maskset.errors import DataError, MasksetError
 from maskset.evaluation.average_precision import mask_ap, measured
 from maskset.evaluation.metrics import Metrics
 from maskset.evaluation.overlaps import Overlaps, overlaps
 from maskset.inference.predict import ready, run
+from maskset.instances import Category, Instances
 from maskset.progress import shown
-from maskset.structures import Category, Device, Instances
 from maskset.systems.base import System
+from maskset.tensors import Device
 
 _FIRST_ESTIMATE = 16  # images; fewer say too little
 
@@ -56,11 +58,11 @@ def evaluate(
         progress: whether to show on stderr how far it is, and the mask AP so far (of several processes, that of the first).
 
     Raises:
-        maskset.data.dataset.DataError: the data cannot be read, or no class of the model is in it.
+        maskset.errors.DataError: the data cannot be read, or no class of the model is in it.
         ValueError: `max_detections` is less than 1.
     """
     if max_detections < 1:
-        raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
+        raise MasksetError(f"max_detections must be at least 1, got {max_detections}.")
     model = ready(model, device)
     dataset = open_data(data, split, images, skip_broken) if isinstance(data, (str, Path)) else data
     share = _share(dataset, model)
@@ -95,7 +97,7 @@ def found_in(
         unreadable: gets a message for each image that is left out because it cannot be read.
 
     Raises:
-        maskset.data.dataset.DataError: no class of the model is in the data, or an image cannot be read and none is skipped.
+        maskset.errors.DataError: no class of the model is in the data, or an image cannot be read and none is skipped.
     """
     labels = class_labels(model.categories, dataset.categories)
     hidden = [channel for channel, label in enumerate(labels) if label < 0]
@@ -121,7 +123,7 @@ def class_labels(model: Sequence[Category], data: Sequence[Category]) -> list[in
     """Return which class of the data each of the model's is, -1 for none.
 
     Raises:
-        maskset.data.dataset.DataError: none of them is one of the data's.
+        maskset.errors.DataError: none of them is one of the data's.
     """
     if tuple(model) == tuple(data):
         return list(range(len(data)))

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float64, Int64
 
 from maskset import rle
 from maskset.data.dataset import Dataset
-from maskset.structures import Instances, Masks
+from maskset.errors import MasksetError
+from maskset.instances import Instances, Masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ def overlaps(data: Dataset, index: int, found: Instances) -> Overlaps:
     from pycocotools import mask as coco_mask
 
     if found.scores is None:
-        raise ValueError("results need scores, got objects without: are they annotations?")
+        raise MasksetError("results need scores, got objects without: are they annotations?")
     iou: Any = coco_mask.iou  # its type stub does not know boxes
     scores = found.scores.double().cpu().numpy()
     found, objects, crowds = found.to("cpu"), data.objects(index), data.crowds(index)

@@ -17,13 +17,15 @@ from jaxtyping import UInt8
 from PIL.Image import Image
 from torch import Tensor
 
-from maskset.data.dataset import DataError
+from maskset import pictures
 from maskset.data.transforms import fit
-from maskset.inference import pictures
-from maskset.inference.pictures import Picture
+from maskset.errors import DataError, MasksetError
+from maskset.instances import Instances
+from maskset.pictures import Picture
 from maskset.progress import shown
-from maskset.structures import Device, ImageBatch, Instances, ModelOutput
+from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems.base import System
+from maskset.tensors import Device
 
 Item = TypeVar("Item")
 Size = tuple[int, int]  # height, width
@@ -89,8 +91,8 @@ def predict(
             is then shorter than the list, and `predict_files` says whose results these are.
 
     Raises:
-        maskset.inference.pictures.SourceError: there is no such file, or no image in the folder, or it is no picture.
-        maskset.data.dataset.DataError: a file cannot be read as an image; with `skip_broken`, none of several can.
+        maskset.pictures.SourceError: there is no such file, or no image in the folder, or it is no picture.
+        maskset.errors.DataError: a file cannot be read as an image; with `skip_broken`, none of several can.
     """
     _check(threshold, limit)
     listed, several = pictures.listed(source), pictures.several(source)
@@ -278,6 +280,6 @@ def _ahead(read: Callable[[Item], Any], items: Iterable[Item], readers: int) -> 
 
 def _check(threshold: float, limit: int) -> None:
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be between 0 and 1, got {threshold}.")
+        raise MasksetError(f"threshold must be between 0 and 1, got {threshold}.")
     if limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}.")
+        raise MasksetError(f"limit must be at least 1, got {limit}.")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 from maskset.layers import detectron2
 from maskset.layers.swin import SWIN_SIZES, SwinTransformer, rename_swin
 

@@ -10,17 +10,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from maskset import native
-from maskset.layers.kernels.plain import Shapes, by_bags, by_gathering, by_samples
+from maskset.errors import AttentionError
+from maskset.kernels import library
+from maskset.kernels.attention_plain import Shapes, by_bags, by_gathering, by_samples
 
 CHOICE = "MASKSET_ATTENTION"  # this environment variable names the implementation; without it the fastest that works is taken
 PLAIN = {"reference": by_samples, "bag": by_bags, "gather": by_gathering}
 FUSED = {"c": "cpu", "triton": "cuda"}  # which device each is for
 _TRITON = importlib.util.find_spec("triton") is not None
-
-
-class AttentionError(ValueError):
-    """The implementation that was asked for cannot be had; the message says why, and what can."""
 
 
 def deformable_attention(
@@ -46,7 +43,7 @@ def deformable_attention(
     if name in PLAIN:
         return PLAIN[name](value.to(locations.dtype), shapes, locations, weights).to(value.dtype)
     _check(name, value)
-    from maskset.layers.kernels.op import fused
+    from maskset.kernels.attention_op import fused
 
     return fused(value, [side for shape in shapes for side in shape], locations, weights)
 
@@ -78,7 +75,7 @@ def _fastest(value: Tensor) -> str:
 
 def _why_not(name: str) -> str | None:
     if name == "c":
-        return native.why_not()
+        return library.unavailable_reason()
     return _why_no_triton() if name == "triton" else None
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 from maskset.layers.backbone import Backbone
 
 

@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from maskset import native, rle
-from maskset.native import fields as by_fields
-from maskset.native import targets
-from maskset.structures import Masks
+from maskset import rle
+from maskset.errors import MasksetError
+from maskset.instances import Masks
+from maskset.kernels import fields as by_fields
+from maskset.kernels import library, targets
 
 
 def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "T S S"]:
@@ -32,8 +33,8 @@ def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "
         ValueError: there are not as many boxes as masks.
     """
     if len(boxes) != len(masks):
-        raise ValueError(f"crop needs a box for each mask, got {len(boxes)} boxes and {len(masks)} masks.")
-    if native.serves(masks.device) and native.serves(boxes.device):
+        raise MasksetError(f"crop needs a box for each mask, got {len(boxes)} boxes and {len(masks)} masks.")
+    if library.supports(masks.device) and library.supports(boxes.device):
         return targets.crop(masks.view(), boxes, size)
     crops = torch.zeros(len(masks), size, size, dtype=torch.bool, device=boxes.device)
     height, width = masks.size
@@ -73,7 +74,7 @@ def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size
     The field is sampled first and cut afterwards (detectron2's rule, as ISTR uses it): see `paste`, which samples what was cut.
     """
     height, width = rle.check_size(size)
-    if native.library() is not None:  # what becomes of fields on a GPU is wanted on the CPU
+    if library.handle() is not None:  # what becomes of fields on a GPU is wanted on the CPU
         return Masks(by_fields.paste(fields.float().cpu(), boxes.cpu(), size, threshold), size)
     counts = []
     for field, (x0, y0, x1, y1) in zip(fields, boxes.tolist(), strict=True):

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskset.structures import Masks
+from maskset.instances import Masks
 
 
 def centres_of_mass(masks: Masks) -> tuple[Int[Tensor, "T"], Float[Tensor, "T 2"]]:

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from maskset import native
-from maskset.native import targets
-from maskset.structures import Masks
+from maskset.instances import Masks
+from maskset.kernels import library, targets
 
 _UNIT = 2048  # what a weight of 1 is: OpenCV has 11 bits
 
@@ -26,7 +25,7 @@ def quarter_masks(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
     """
     height, width = masks.size
     rows, columns = (_taps(pixels, int(pixels / 4 + 0.5), masks.device) for pixels in (height, width))
-    if native.serves(masks.device):
+    if library.supports(masks.device):
         return targets.quarter(masks.view(), rows.on(size[0], height), columns.on(size[1], width))
     found = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
     for one, (left, _, right, _), place in zip(masks, masks.boxes().tolist(), found, strict=True):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from maskset import native, rle
-from maskset.native import fields, targets
-from maskset.native.runs import Counts
-from maskset.structures import Masks
+from maskset import rle
+from maskset.instances import Masks
+from maskset.kernels import fields, library, targets
+from maskset.kernels.runs import Counts
 
 _CELLS = 2**20  # that lie between two resizes at a time
 Positions = Float[Tensor, "_"]
@@ -67,7 +67,7 @@ def stretched(masks: Masks, canvas: tuple[int, int], size: tuple[int, int], devi
         device: where to compute.
     """
     rows, columns = by_corners(canvas[0], size[0]), by_corners(canvas[1], size[1])
-    if native.serves(masks.device):
+    if library.supports(masks.device):
         return targets.mean(masks.view(), _taps(rows, canvas[0]), _taps(columns, canvas[1])).to(device)
     soft = torch.zeros(len(masks), *size, device=device)
     for i in range(len(masks)):  # one full-size mask at a time
@@ -92,7 +92,7 @@ def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], least: float, thr
     steps = _changing(steps, (maps.shape[1], maps.shape[2]))
     resizes = [step for step in steps if isinstance(step, tuple)]
     size = rle.check_size((len(resizes[-1][0]), len(resizes[-1][1])))
-    together = native.library() is not None and isinstance(steps[-1], tuple)
+    together = library.handle() is not None and isinstance(steps[-1], tuple)
     if together:
         maps = maps.float().cpu()  # the masks are wanted there in any case
     above = (maps > least).view(torch.uint8)  # whose greatest is found ten times as fast as whether there is any

@@ -4,9 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskset import native
-from maskset.native import targets
-from maskset.structures import Masks
+from maskset.instances import Masks
+from maskset.kernels import library, targets
 
 _PIXELS = 2**26  # that are decoded at a time
 
@@ -21,7 +20,7 @@ def central_means(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Ten
         factor: an even number.
         size: height and width h, w of the result, on the grid of the padded canvas; blocks outside of the image are 0.
     """
-    if native.serves(masks.device):
+    if library.supports(masks.device):
         rows, columns = (factor * torch.arange(cells) + factor // 2 for cells in size)
         half = [torch.full((cells,), 0.5) for cells in size]
         return targets.mean(masks.view(), (rows - 1, rows, half[0], half[0]), (columns - 1, columns, half[1], half[1]))

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskset import config
+from maskset.recipe import Recipe
 from maskset.recipes.isda import isda_r50, isda_small, isda_tiny
 from maskset.recipes.istr import istr_r50, istr_r101, istr_small, istr_smt_r50, istr_smt_r101, istr_tiny
 from maskset.recipes.soit import soit_r50, soit_r101, soit_small, soit_swin_l, soit_tiny
 from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
 from maskset.recipes.sotr import sotr_r50, sotr_r101, sotr_r101_dcn, sotr_rt, sotr_small, sotr_tiny
-from maskset.training.config import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "solq-r50": solq_r50,
@@ -52,7 +52,7 @@ def get(name: str | Path) -> Recipe:
         name: one of `RECIPES`, a recipe.json, or a run folder that holds one.
 
     Raises:
-        maskset.config.ConfigError: there is none of that name, or the file is not usable.
+        maskset.errors.ConfigError: there is none of that name, or the file is not usable.
     """
     path = Path(name)
     if not known(name) and (path.suffix == ".json" or (path / "recipe.json").is_file()):

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
+from maskset.recipe import DataConfig, Recipe, TrainConfig
 from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.isda import IsdaConfig
-from maskset.training.config import DataConfig, Recipe, TrainConfig
 
 
 def isda_r50() -> Recipe:

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
+from maskset.recipe import DataConfig, Recipe, TrainConfig
 from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.istr import IstrConfig
 from maskset.systems.istr_smt import IstrSmtConfig
-from maskset.training.config import DataConfig, Recipe, TrainConfig
 
 
 def istr_r50() -> Recipe:

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from maskset.recipe import DataConfig, Recipe
 from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.soit import SoitConfig
-from maskset.training.config import DataConfig, Recipe
 
 _DATA = DataConfig(augmentation="mmdet")  # of the official code; the paper mentions no crop
 

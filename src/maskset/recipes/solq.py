@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from maskset.recipe import DataConfig, Recipe, TrainConfig
 from maskset.systems.base import InputConfig
 from maskset.systems.solq import SolqConfig
-from maskset.training.config import DataConfig, Recipe, TrainConfig
 
 
 def solq_r50() -> Recipe:

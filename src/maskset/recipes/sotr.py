@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
+from maskset.recipe import DataConfig, Recipe, TrainConfig
 from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.sotr import SotrConfig
-from maskset.training.config import DataConfig, Recipe, TrainConfig
 
 _SHORT_SIDES = tuple(range(640, 801, 32))
 

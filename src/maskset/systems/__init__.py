@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Discriminator
 
-from maskset.config import ConfigError
-from maskset.structures import Category
+from maskset.errors import ConfigError
+from maskset.instances import Category
 from maskset.systems.base import InputConfig, System
 from maskset.systems.isda import Isda, IsdaConfig
 from maskset.systems.istr import Istr, IstrConfig

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from maskset.config import ConfigError, check_finite, config
-from maskset.structures import Category, ImageBatch, Instances, ModelOutput
+from maskset.config import check_finite, config
+from maskset.errors import ConfigError, MasksetError
+from maskset.instances import Category, Instances
+from maskset.structures import ImageBatch, ModelOutput
 
 
 @config
@@ -37,9 +39,9 @@ def check_canvas(images: ImageBatch, divisor: int) -> None:
     """
     height, width = images.pixels.shape[2:]
     if not images.pixels.is_floating_point():
-        raise ValueError("the model takes normalised pixels, got uint8: call images.normalised(model.input) first.")
+        raise MasksetError("the model takes normalised pixels, got uint8: call images.normalised(model.input) first.")
     if height % divisor or width % divisor:
-        raise ValueError(
+        raise MasksetError(
             f"the canvas must be a multiple of {divisor} pixels, got {height} x {width}: "
             f"use ImageBatch.from_images(images, divisor={divisor})."
         )

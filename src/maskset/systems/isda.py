@@ -15,19 +15,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from maskset import distributed
-from maskset.config import ConfigError, check_finite, config
+from maskset.config import check_finite, config
 from maskset.detection import best_detections
+from maskset.errors import ConfigError
+from maskset.instances import Category, Instances
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, inverse_sigmoid, reset_transformer
 from maskset.losses import focal_loss, in_pieces, name_by_layer, squared_dice_loss
-from maskset.masks.dynamic_conv import dynamic_conv
-from maskset.masks.features import MaskFeatureHead, with_coordinates
+from maskset.masks.heads.dynamic_conv import dynamic_conv
+from maskset.masks.heads.features import MaskFeatureHead, with_coordinates
 from maskset.masks.resample import paint_probabilities
 from maskset.masks.soft import central_means
 from maskset.matching import Matches, class_targets, focal_cost, match, pad, soft_iou_cost
-from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 
 _AT_LEAST_ONE = (

@@ -17,20 +17,22 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import ConfigError, check_finite, config
+from maskset.config import check_finite, config
 from maskset.detection import best_detections_inside, class_and_corner_terms
+from maskset.errors import ConfigError
+from maskset.instances import Category, Instances
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionAttention, RegionEncoder, Tower, image_feature, move, reset_stage
 from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss, sum_by_layer
-from maskset.masks import learnt
 from maskset.masks.boxed import crop, paste_soft
-from maskset.masks.flatten import FlattenCodec
-from maskset.masks.logit_pca import LogitPcaCodec
+from maskset.masks.codecs import files as codec_files
+from maskset.masks.codecs.flatten import FlattenCodec
+from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.matching import cosine_cost, l1_cost, pad, squared_dice_cost
-from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 
 _CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
@@ -100,8 +102,8 @@ class IstrConfig:
             raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
         if self.image_feature == "none" and not self.position_embedding:
             raise ConfigError("model.image_feature none needs model.position_embedding: else all object features start as zero.")
-        if self.mask_size > learnt.GREATEST:
-            raise ConfigError(f"model.mask_size must be at most {learnt.GREATEST}, got {self.mask_size}.")
+        if self.mask_size > codec_files.GREATEST:
+            raise ConfigError(f"model.mask_size must be at most {codec_files.GREATEST}, got {self.mask_size}.")
         pixels = self.mask_size**2
         if not 1 <= self.code_length <= pixels or (self.codec == "flatten" and self.code_length != pixels):
             allowed = pixels if self.codec == "flatten" else f"1 ... {pixels}"
@@ -160,7 +162,7 @@ class Istr(System):
         if self.config.codec_weights is None:
             self.codec.fit(crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))
         else:
-            learnt.load(self.codec, self.config.codec_weights)
+            codec_files.load(self.codec, self.config.codec_weights)
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every stage, class logits [B N K], boxes [B N 4] and mask embeddings [B N D]."""

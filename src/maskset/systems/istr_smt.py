@@ -17,21 +17,23 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import ConfigError, check_finite, config
+from maskset.config import check_finite, config
 from maskset.detection import best_detections_inside, class_and_corner_terms
+from maskset.errors import ConfigError, MasksetError
+from maskset.instances import Category, Instances
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, image_feature, move, reset_stage
 from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss
-from maskset.masks import learnt
-from maskset.masks.autoencoder import CONTEXT_CHANNELS, AutoencoderCodec
 from maskset.masks.boxed import crop, paste_soft
-from maskset.masks.dct import DctCodec
-from maskset.masks.logit_pca import LogitPcaCodec
+from maskset.masks.codecs import files as codec_files
+from maskset.masks.codecs.autoencoder import CONTEXT_CHANNELS, AutoencoderCodec
+from maskset.masks.codecs.dct import DctCodec
+from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.matching import Matches, cosine_cost, pad
-from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 
 _CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
@@ -100,8 +102,8 @@ class IstrSmtConfig:
             raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
         if not 1 <= self.averaged_stages <= self.stages:
             raise ConfigError(f"model.averaged_stages must be in 1 ... {self.stages}, got {self.averaged_stages}.")
-        if not 32 <= self.mask_size <= learnt.GREATEST or self.mask_size % 16:
-            most = learnt.GREATEST
+        if not 32 <= self.mask_size <= codec_files.GREATEST or self.mask_size % 16:
+            most = codec_files.GREATEST
             raise ConfigError(f"model.mask_size must be 32, 48, 64 or another multiple of 16 up to {most}, got {self.mask_size}.")
         if self.code_length > self.mask_size**2:
             raise ConfigError(f"model.code_length must be 1 ... {self.mask_size**2}, got {self.code_length}.")
@@ -161,7 +163,7 @@ class IstrSmt(System):
         if isinstance(self.codec, DctCodec):
             return
         if self.config.codec_weights is not None:
-            learnt.load(self.codec, self.config.codec_weights)
+            codec_files.load(self.codec, self.config.codec_weights)
             return
         crops = (crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))
         if isinstance(self.codec, AutoencoderCodec):
@@ -215,7 +217,7 @@ class IstrSmt(System):
             ValueError: the output is one of evaluation mode.
         """
         if any(layer.mask_params is None for layer in output.layers):
-            raise ValueError(
+            raise MasksetError(
                 "the loss needs the masks of all stages, which the model only gives in training mode: model.train()."
             )
         with torch.autocast(images.pixels.device.type, enabled=False):

@@ -18,17 +18,19 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import ConfigError, check_finite, config
+from maskset.config import check_finite, config
 from maskset.detection import best_detections, class_and_box_terms
+from maskset.errors import ConfigError
+from maskset.instances import Category, Instances, Masks
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import in_pieces, name_by_layer, squared_dice_loss
-from maskset.masks.instance_transformer import instance_transformer, parameter_count
+from maskset.masks.heads.instance_transformer import instance_transformer, parameter_count
 from maskset.masks.resample import by_corners, by_factor, paint, resample, stretched
 from maskset.matching import Matches
-from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 
 _AT_LEAST_ONE = (

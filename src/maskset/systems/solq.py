@@ -16,20 +16,22 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import ConfigError, check_finite, config
+from maskset.config import check_finite, config
 from maskset.detection import best_detections, class_and_box_terms
+from maskset.errors import ConfigError
+from maskset.instances import Category, Instances
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import dice_loss, name_by_layer, sum_by_layer
-from maskset.masks import learnt
 from maskset.masks.boxed import binarise, crop, paste
-from maskset.masks.dct import DctCodec
-from maskset.masks.flatten import FlattenCodec
-from maskset.masks.pca import PcaCodec
-from maskset.masks.sparse import SparseCodec
-from maskset.structures import Category, ImageBatch, Instances, ModelOutput, SlotPredictions
+from maskset.masks.codecs import files as codec_files
+from maskset.masks.codecs.dct import DctCodec
+from maskset.masks.codecs.flatten import FlattenCodec
+from maskset.masks.codecs.pca import PcaCodec
+from maskset.masks.codecs.sparse import SparseCodec
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 
 _AT_LEAST_ONE = (
@@ -167,7 +169,7 @@ class Solq(System):
             if self.config.codec_weights is None:
                 self.codec.fit(self._crops(objects))
             else:
-                learnt.load(self.codec, self.config.codec_weights)
+                codec_files.load(self.codec, self.config.codec_weights)
 
     def _crops(self, objects: Iterable[Instances]) -> Iterator[Bool[Tensor, "T S S"]]:
         return (crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))

@@ -20,19 +20,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from maskset import distributed
-from maskset.config import ConfigError, check_finite, config
+from maskset.config import check_finite, config
+from maskset.errors import ConfigError
+from maskset.instances import Category, Instances, Masks
 from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.resnet import deform, stride_in_first
 from maskset.layers.twin import PaperTransformer, ReleasedTransformer
 from maskset.losses import focal_loss, in_pieces, squared_dice_loss
-from maskset.masks.dynamic_conv import dynamic_conv
-from maskset.masks.features import MaskFeatureHead
+from maskset.masks.heads.dynamic_conv import dynamic_conv
+from maskset.masks.heads.features import MaskFeatureHead
 from maskset.masks.moments import centres_of_mass
 from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
 from maskset.masks.quarter import quarter_masks
 from maskset.masks.resample import paint_probabilities
-from maskset.structures import Category, ImageBatch, Instances, Masks, ModelOutput, SlotPredictions
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 
 _LEVELS = 5

@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskset.checkpoint import write_tensors
+from maskset.errors import TrainingDiverged
 from maskset.training.state import LAST
 from maskset.training.step import NotFinite
-
-
-class TrainingDiverged(ValueError):
-    """A term of the loss, or its gradient, is NaN or infinite."""
 
 
 def diverged(

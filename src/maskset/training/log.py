@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from maskset.config import ConfigError
+from maskset.errors import ConfigError
 from maskset.evaluation.metrics import Metrics
 from maskset.training.state import Progress
 

@@ -5,7 +5,7 @@ import math
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from maskset.training.config import TrainConfig
+from maskset.recipe import TrainConfig
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 _FUSED = {"cpu", "cuda", "xpu", "mps"}  # devices on which one kernel steps all parameters

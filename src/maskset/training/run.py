@@ -16,17 +16,17 @@ from torch import nn
 
 from maskset import config as settings
 from maskset import recipes
-from maskset.checkpoint import CheckpointError, find, read, save
-from maskset.config import ConfigError
-from maskset.data import DataError, Dataset, open_data
+from maskset.checkpoint import find, read, save
+from maskset.data import Dataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
+from maskset.errors import CheckpointError, ConfigError, DataError
 from maskset.files import written
 from maskset.layers.backbone import load_pretrained
 from maskset.layers.recompute import recompute
 from maskset.progress import shown
+from maskset.recipe import Recipe, TrainConfig
 from maskset.systems import System, build
 from maskset.training import state
-from maskset.training.config import Recipe, TrainConfig
 from maskset.training.ema import averaged_copy
 from maskset.training.log import Log, check_trackers, counted
 from maskset.training.optimizer import build_optimizer, learning_rate_advice, step_count

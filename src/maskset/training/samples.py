@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from maskset.data import DataError, Dataset
-from maskset.inference.draw import draw
+from maskset.data import Dataset
+from maskset.errors import DataError
 from maskset.inference.predict import predict
 from maskset.systems import System
 
@@ -28,7 +28,7 @@ def draw_samples(model: System, dataset: Dataset, path: Path) -> None:
                 raise
             continue
         found = predict(model, pixels, threshold=_THRESHOLD)
-        columns.append([_shrunk(draw(pixels, objects)) for objects in (annotated, found)])
+        columns.append([_shrunk(objects.draw(pixels)) for objects in (annotated, found)])
     if not columns:
         return
     sheet = Image.new("RGB", (sum(above.width for above, _ in columns), 2 * _HEIGHT))

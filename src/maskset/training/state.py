@@ -15,10 +15,10 @@ import torch
 from torch.optim import Optimizer
 
 from maskset import config
-from maskset.checkpoint import CheckpointError, opened, write_tensors
-from maskset.config import ConfigError
+from maskset.checkpoint import opened, write_tensors
+from maskset.errors import CheckpointError, ConfigError
+from maskset.recipe import Recipe
 from maskset.systems import System
-from maskset.training.config import Recipe
 
 RECIPE, METRICS, STATE = "recipe.json", "metrics.jsonl", "state.safetensors"  # files of a run folder ...
 LAST, BEST = "last.safetensors", "best.safetensors"  # ... and its checkpoints

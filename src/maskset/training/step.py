@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from maskset.matching import MatchingError
-from maskset.structures import ImageBatch, Instances
+from maskset.errors import MatchingError
+from maskset.instances import Instances
+from maskset.structures import ImageBatch
 from maskset.systems import System
 
 Batch = tuple[ImageBatch, list[Instances]]

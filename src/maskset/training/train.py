@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from maskset.checkpoint import save
+from maskset.errors import TrainingDiverged
 from maskset.evaluation.evaluate import evaluate
 from maskset.evaluation.metrics import Metrics
+from maskset.recipe import Recipe
 from maskset.training import state
-from maskset.training.config import Recipe
-from maskset.training.diverged import TrainingDiverged, diverged
+from maskset.training.diverged import diverged
 from maskset.training.ema import average
 from maskset.training.interruption import Interruption
 from maskset.training.log import Log, counted

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from maskset.structures import Category
+from maskset.instances import Category
 
 
 @dataclass

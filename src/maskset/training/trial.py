@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from maskset.training.config import Recipe
+from maskset.errors import MasksetError
+from maskset.recipe import Recipe
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_run
 from maskset.training.state import seed_everything
@@ -85,7 +86,7 @@ def _do(run: Run, batches: Sequence[Batch]) -> None:
     try:
         update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
     except NotFinite as problem:
-        raise ValueError(f"training diverged in step {progress.step}: {problem.why} Try a lower train.learning_rate.") from None
+        raise MasksetError(f"training diverged in step {progress.step}: {problem.why} Try a lower train.learning_rate.") from None
     progress.step += 1
 
 

@@ -1,0 +1,179 @@
+"""Pictures of objects: masks, boxes, names and scores over the image, in colours that colour-blind people can tell apart."""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from maskset import pictures, rle
+from maskset.errors import MasksetError
+from maskset.instances.masks import Masks
+from maskset.pictures import Picture
+
+Colour = tuple[int, int, int]
+Box = tuple[int, int, int, int]  # x0 y0 x1 y1, pixels of the drawing, all inside of it
+
+# Okabe and Ito's colours (Color Universal Design, 2008) without black, those easiest to confuse far apart in the list.
+PALETTE: tuple[Colour, ...] = (
+    (230, 159, 0),  # orange
+    (86, 180, 233),  # sky blue
+    (204, 121, 167),  # reddish purple
+    (240, 228, 66),  # yellow
+    (0, 158, 115),  # bluish green
+    (213, 94, 0),  # vermillion
+    (0, 114, 178),  # blue
+)
+_FILL = 0.4  # share of an object's colour in the pixels of its mask
+_COMFORTABLE = 800  # longer side, pixels: smaller images are enlarged towards it
+
+
+def draw_objects(
+    image: Picture,
+    masks: Masks,
+    boxes: Float[Tensor, "T 4"],
+    labels: Int[Tensor, "T"],
+    captions: list[str],
+    num_classes: int,
+    scale: int | None = None,
+) -> Image.Image:
+    """Return the image with masks, boxes and captions drawn on it.
+
+    With two to seven classes each class has a colour, and objects of a class that lie side by side have shades of it; with
+    one class, or more, objects that lie side by side differ in colour. Small objects lie on top of large ones. Captions for
+    which there is no room are left out, and so are the boxes of very small objects.
+
+    Args:
+        image: the image of the objects, see `maskset.pictures.read`.
+        masks: at the size of the image.
+        boxes: x0 y0 x1 y1, pixels of the image.
+        labels: class of each object.
+        captions: text for each object; nothing is written for an empty one.
+        num_classes: how many classes there are.
+        scale: whole factor to enlarge the image by; None enlarges small images, so that lines and captions do not hide them.
+
+    Raises:
+        MasksetError: the objects belong to an image of another size.
+    """
+    picture = Image.fromarray(pictures.read(image).permute(1, 2, 0).numpy())
+    height, width = masks.size
+    if picture.size != (width, height):
+        raise MasksetError(
+            f"the image has {picture.width} x {picture.height} pixels, the objects are of one of {width} x {height}."
+        )
+    scale = scale or max(1, _COMFORTABLE // max(picture.size))
+    picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    runs, colours = masks.to("cpu").rle(), _colours(labels.cpu(), boxes.cpu(), num_classes)
+    corners = [_inside(box, picture.size) for box in (boxes.cpu() * scale).tolist()]
+    order = sorted(range(len(runs)), key=lambda i: -rle.area(runs[i]))
+
+    pixels = np.array(picture)
+    for i in order:
+        x0, y0, x1, y1 = corners[i]
+        line = min(round(max(picture.size) / 300), min(x1 - x0, y1 - y0) // 16)  # thin on small objects
+        _paint(pixels, runs[i], scale, colours[i], max(1, line))
+    picture = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(picture, "RGBA")
+    for i in order:
+        x0, y0, x1, y1 = corners[i]
+        if max(x1 - x0, y1 - y0) > max(picture.size) / 16:
+            pen.rectangle(corners[i], outline=(*colours[i], 160))
+    _write(picture, [(captions[i], corners[i], colours[i]) for i in order if captions[i]])
+    return picture
+
+
+def _inside(box: list[float], size: tuple[int, int]) -> Box:
+    """Return a box as the first and last pixels that it covers, inside of a picture of `size` (width, height)."""
+    x0, x1 = (min(max(round(value), 0), size[0]) for value in box[0::2])
+    y0, y1 = (min(max(round(value), 0), size[1]) for value in box[1::2])
+    return min(x0, size[0] - 1), min(y0, size[1] - 1), max(x0, x1 - 1), max(y0, y1 - 1)
+
+
+def _colours(labels: Int[Tensor, "T"], boxes: Float[Tensor, "T 4"], num_classes: int) -> list[Colour]:
+    """Return a colour for each object, where possible one that no object beside it has."""
+    low, high = boxes[:, :2] - 2, boxes[:, 2:] + 2
+    beside = ((low[:, None] < high[None]) & (low[None] < high[:, None])).all(-1).tolist()
+    by_class = 1 < num_classes <= len(PALETTE)
+    chosen: list[Colour] = []
+    for i, label in enumerate(labels.tolist()):
+        choice = _shades(PALETTE[label]) if by_class else PALETTE
+        near = [colour for colour, is_near in zip(chosen, beside[i], strict=False) if is_near]
+        everywhere = [] if by_class else chosen  # else the first colours of the palette would be in every place
+        chosen.append(min(choice, key=lambda colour: (near.count(colour), everywhere.count(colour))))
+    return chosen
+
+
+def _shades(colour: Colour) -> tuple[Colour, Colour, Colour]:
+    """Return the colour, a lighter and a darker one."""
+    red, green, blue = colour
+    lighter = (red + (255 - red) // 2, green + (255 - green) // 2, blue + (255 - blue) // 2)
+    return colour, lighter, (red * 2 // 3, green * 2 // 3, blue * 2 // 3)
+
+
+def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, colour: Colour, line: int) -> None:
+    """Fill one mask in pixels [h w 3], with a line of its colour along the inside of its edge and a dark rim outside of it."""
+    height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
+    x0, y0, x1, y1 = (int(value) for value in rle.box(counts, height))
+    x0, y0, x1, y1 = max(x0 - 2, 0), max(y0 - 2, 0), min(x1 + 2, width), min(y1 + 2, height)
+    mask = rle.decode([counts], (height, width), columns=torch.arange(x0, x1))[0, y0:y1].numpy()
+    if scale > 1:  # with a smooth edge instead of stairs
+        soft = Image.fromarray(mask.astype(np.uint8) * 255)
+        mask = np.array(soft.resize(((x1 - x0) * scale, (y1 - y0) * scale), Image.Resampling.BICUBIC)) > 127
+    window = pixels[y0 * scale : y1 * scale, x0 * scale : x1 * scale]
+    inside, rim = mask & ~_grown(~mask, line), _grown(mask, 1) & ~mask
+    window[inside] = (window[inside] * (1 - _FILL) + np.array(colour) * _FILL).astype(np.uint8)
+    window[mask & ~inside] = colour
+    window[rim] //= 2
+
+
+def _grown(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Return the mask with its 4-neighbours, `steps` times."""
+    for _ in range(steps):
+        wider = mask.copy()
+        wider[1:] |= mask[:-1]
+        wider[:-1] |= mask[1:]
+        wider[:, 1:] |= mask[:, :-1]
+        wider[:, :-1] |= mask[:, 1:]
+        mask = wider
+    return mask
+
+
+def _write(picture: Image.Image, labels: list[tuple[str, Box, Colour]]) -> None:
+    """Write each label on a plate of its object's colour, where there is room."""
+    size = max(11, round(max(picture.size) / 54))
+    font, margin = ImageFont.load_default(size), size // 5
+    pen = ImageDraw.Draw(picture)
+    sizes = [(round(font.getlength(text)) + 2 * margin, size + margin + 1) for text, _, _ in labels]
+    plates = label_places(sizes, [box for _, box, _ in labels], picture.size)
+    for (text, _, colour), plate in zip(labels, plates, strict=True):
+        if plate is not None:
+            pen.rectangle(plate, fill=colour)
+            dark = np.dot(colour, (0.299, 0.587, 0.114)) < 110
+            middle = (plate[1] + plate[3] + 1) / 2
+            pen.text((plate[0] + margin, middle), text, "white" if dark else "black", font, anchor="lm")
+
+
+def label_places(sizes: list[tuple[int, int]], boxes: list[Box], picture: tuple[int, int]) -> list[Box | None]:
+    """Return where to put labels: at their boxes, inside of the picture, none over another; None for those without room.
+
+    Args:
+        sizes: width and height of each label, the most important one first.
+        boxes: what they belong to.
+        picture: its width and height.
+    """
+    places: list[Box | None] = []
+    for (width, height), (x0, y0, x1, y1) in zip(sizes, boxes, strict=True):
+        left, right, above, below = x0, x1 + 1 - width, y0 - height, y1 + 1
+        choice = [(left, above), (left, below), (left, y0), (right, above), (right, below), (right, below - height)]
+        # The more objects there are, the larger one must be to have a label, or labels would hide a crowded picture.
+        if width > picture[0] or height > picture[1] or width * height * len(sizes) > 30 * (x1 + 1 - x0) * (y1 + 1 - y0):
+            choice = []
+        choice = [(min(max(x, 0), picture[0] - width), min(max(y, 0), picture[1] - height)) for x, y in choice]
+        plates = [(x, y, x + width - 1, y + height - 1) for x, y in choice]
+        free = [plate for plate in plates if not any(other and _overlap(plate, other) for other in places)]
+        places.append(free[0] if free else None)
+    return places
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]

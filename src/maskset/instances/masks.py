@@ -1,0 +1,210 @@
+"""The masks of one image, kept as run lengths or polygons."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from maskset import rle
+from maskset.errors import MasksetError
+from maskset.kernels.runs import View, view
+from maskset.rle import Counts, Index, Polygons
+from maskset.tensors import Device, TensorRecord, register
+
+
+class Masks(TensorRecord):
+    """The masks of one image, each kept as it came: polygons or run lengths. Dense ones are made only on request.
+
+    What augmentation does (flip, crop, nearest scaling) moves whole rows and columns, so it is kept as two index maps from
+    this view to the image that the masks were drawn on, and costs nothing until the pixels are asked for.
+
+    Attributes:
+        size: height and width of the view, pixels.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Counts | Polygons],
+        source_size: tuple[int, int],
+        rows: Int[Tensor, "h"] | None = None,
+        columns: Int[Tensor, "w"] | None = None,
+    ) -> None:
+        self._shapes = tuple(shapes)
+        self._source_size = source_size
+        self._rows, self._columns = rows, columns  # None: every row or column, in order
+
+    @classmethod
+    def from_dense(cls, masks: Bool[Tensor, "T h w"]) -> "Masks":
+        """Return masks kept as run lengths."""
+        return cls(rle.encode(masks), (masks.shape[1], masks.shape[2]))
+
+    @classmethod
+    def from_polygons(cls, polygons: Sequence[Sequence[np.ndarray]], size: tuple[int, int]) -> "Masks":
+        """Return one mask per element, each the union of polygons [n 2] (x, y in pixels), in an image of `size`.
+
+        Raises:
+            maskset.errors.MaskError: a polygon is not finite, far outside of the image, or has fewer than three points.
+        """
+        parts = [tuple(np.asarray(part, dtype=np.float64).reshape(-1, 2) for part in one) for one in polygons]
+        return cls([rle.check_polygons(one, size) for one in parts], size)
+
+    @classmethod
+    def from_rle(cls, counts: Sequence[Counts | Sequence[int] | str | bytes], size: tuple[int, int]) -> "Masks":
+        """Return masks from COCO run lengths (lists of counts, or compressed text) for an image of `size` (height, width).
+
+        Raises:
+            maskset.errors.MaskError: the run lengths do not sum to height * width.
+        """
+        shapes = []
+        for one in counts:
+            if isinstance(one, (str, bytes)):
+                one = rle.from_string(one)
+            shapes.append(rle.check(one if isinstance(one, Tensor) else rle.from_list(one), size))
+        return cls(shapes, size)
+
+    @classmethod
+    def cat(cls, parts: Sequence["Masks"]) -> "Masks":
+        """Return the masks of several lists over the same image as one list, in order."""
+        if len({part.size for part in parts}) != 1:
+            raise MasksetError(f"masks of different sizes cannot be joined: {sorted({part.size for part in parts})}.")
+        whole = [part if part._is_source else cls(part.rle(), part.size) for part in parts]
+        return cls([shape for part in whole for shape in part._shapes], parts[0].size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self._source_size
+        return (
+            height if self._rows is None else len(self._rows),
+            width if self._columns is None else len(self._columns),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        tensors = [shape for shape in self._shapes if isinstance(shape, Tensor)]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __iter__(self) -> Iterator["Masks"]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int | Index | Sequence[int]) -> "Masks":
+        """Return the masks chosen by a position, a slice, positions or a boolean of each; always a `Masks`."""
+        return self._view([self._shapes[i] for i in positions(index, len(self))])
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both show the same pixels, however they are kept."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        if self.size != other.size or len(self) != len(other):
+            return False
+        ours, theirs = (rle.viewed(one.rle(), one.size, None, None) for one in (self, other))  # without runs of no pixels
+        return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} of {self.size[0]} x {self.size[1]} pixels)"
+
+    def flipped(self) -> "Masks":
+        """Return the masks mirrored left to right."""
+        return self._view(self._shapes, self._rows, self._all_columns().flip(0))
+
+    def cropped(self, box: tuple[int, int, int, int]) -> "Masks":
+        """Return the part inside x0 y0 x1 y1 (whole pixels, inside of the image)."""
+        x0, y0, x1, y1 = box
+        return self._view(self._shapes, self._all_rows()[y0:y1], self._all_columns()[x0:x1])
+
+    def scaled(self, size: tuple[int, int]) -> "Masks":
+        """Return the masks resized to `size` (height, width) by nearest neighbour."""
+        rows, columns = self._all_rows(), self._all_columns()
+        rows = rows[rle.nearest_index(len(rows), size[0]).to(rows.device)]
+        columns = columns[rle.nearest_index(len(columns), size[1]).to(columns.device)]
+        return self._view(self._shapes, rows, columns)
+
+    def dense(self) -> Bool[Tensor, "T h w"]:
+        """Return the pixels, on the device where the run lengths are (polygons: on the CPU)."""
+        return rle.decode(self._source_runs(), self._source_size, self._rows, self._columns)
+
+    def rle(self) -> list[Counts]:
+        """Return the run lengths of each mask (see `maskset.rle`)."""
+        runs = self._source_runs()
+        return runs if self._is_source else rle.viewed(runs, self._source_size, self._rows, self._columns)
+
+    def view(self) -> View:
+        """Return what the C library reads; the masks must be on the CPU."""
+        return view(self._source_runs(), self._source_size, self._rows, self._columns)
+
+    def areas(self) -> Int[Tensor, "T"]:
+        """Return the number of pixels of each mask."""
+        return rle.areas(self.rle()).cpu()
+
+    def boxes(self) -> Float[Tensor, "T 4"]:
+        """Return the tight box of each mask, x0 y0 x1 y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
+        return rle.boxes(self.rle(), self.size[0])
+
+    def polygons(self) -> list[list[np.ndarray]]:
+        """Return the outlines of each mask, [n 2] of x and y in pixels: as they came, or traced along the pixels' edges.
+
+        A traced outline goes around each connected part (4-neighbours); holes are filled, as COCO's polygons have none.
+        """
+        if self._is_source and all(not isinstance(shape, Tensor) for shape in self._shapes):
+            return [list(shape) for shape in self._shapes]  # type: ignore[arg-type]
+        return [rle.outlines(counts, self.size) for counts in self.rle()]
+
+    def to(self, device: Device, non_blocking: bool = False) -> "Masks":
+        """Return the masks on a device. Polygons are rasterised first: a device other than the CPU knows only run lengths."""
+        device = torch.device(device)
+        if device == self.device and (device.type == "cpu" or all(isinstance(shape, Tensor) for shape in self._shapes)):
+            return self
+        return self._with_runs(lambda flat: flat.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Masks":
+        """Return the masks with their run lengths in page-locked memory."""
+        return self._with_runs(lambda flat: flat.pin_memory())
+
+    def _with_runs(self, change) -> "Masks":
+        runs = self._source_runs()
+        if not runs:
+            return self
+        lengths = [len(counts) for counts in runs]
+        return self._view(change(torch.cat(runs)).split(lengths), self._rows, self._columns)
+
+    def _source_runs(self) -> list[Counts]:
+        polygons = {id(shape): shape for shape in self._shapes if not isinstance(shape, Tensor)}  # each is drawn once
+        drawn = rle.rasterised(list(polygons.values()), self._source_size) if polygons else []
+        device, runs = self.device, dict(zip(polygons, drawn, strict=True))
+        return [shape if isinstance(shape, Tensor) else runs[id(shape)].to(device) for shape in self._shapes]
+
+    @property
+    def _is_source(self) -> bool:
+        return self._rows is None and self._columns is None
+
+    def _all_rows(self) -> Int[Tensor, "h"]:
+        return torch.arange(self._source_size[0]) if self._rows is None else self._rows
+
+    def _all_columns(self) -> Int[Tensor, "w"]:
+        return torch.arange(self._source_size[1]) if self._columns is None else self._columns
+
+    def _view(self, shapes, *maps) -> "Masks":
+        rows, columns = maps if maps else (self._rows, self._columns)
+        return Masks(shapes, self._source_size, rows, columns)
+
+
+def positions(index: int | Index | Sequence[int], length: int) -> list[int]:
+    """Return what an index chooses of `length` things as a list of positions."""
+    if isinstance(index, slice):
+        return list(range(length))[index]
+    chosen = torch.as_tensor(index).cpu()
+    if chosen.dtype == torch.bool:
+        if chosen.shape != (length,):
+            raise IndexError(f"a boolean index needs one element for each of the {length} objects, got {tuple(chosen.shape)}.")
+        return chosen.nonzero()[:, 0].tolist()
+    everything = list(range(length))
+    return [everything[int(i)] for i in chosen.reshape(-1).tolist()]
+
+
+register(Masks, ["_shapes", "_rows", "_columns"])

@@ -1,1 +1,0 @@
-"""Deformable attention, computed in several ways: see `maskset.layers.deformable`, which chooses."""

@@ -1,0 +1,170 @@
+"""The instance-aware transformer of SOIT (figure 3, eq. 1 to 4): D numbers are the weights of a network that draws one mask.
+
+Every pixel of a small map is a query. It knows where it is from the centre of the instance, looks at K points for each of M
+heads around itself, and what it sees there becomes a logit. C channels, M heads and K points take
+D = 2CMK + 2MK + CMK + MK + C + 1 numbers: 441 for 8, 4 and 4.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskset.kernels.instances import fused, usable
+from maskset.layers.deformable import deformable_attention
+from maskset.layers.positions import frequencies
+
+Positions = Literal["relative", "absolute", "none"]
+
+
+def part_shapes(channels: int, heads: int, points: int) -> list[tuple[int, ...]]:
+    """Return the shapes of what the D numbers are, in order.
+
+    They are weight and bias of the sampling offsets (rows: head, point, x and y), of the attention (rows: head, point), and
+    of the output.
+    """
+    samples = heads * points
+    return [(2 * samples, channels), (2 * samples,), (samples, channels), (samples,), (channels,), (1,)]
+
+
+def parameter_count(channels: int, heads: int, points: int) -> int:
+    """Return D."""
+    return sum(math.prod(shape) for shape in part_shapes(channels, heads, points))
+
+
+def instance_transformer(
+    features: Float[Tensor, "C h w"],
+    padding: Bool[Tensor, "h w"],
+    weights: Float[Tensor, "n D"],
+    centres: Float[Tensor, "n 2"],
+    heads: int,
+    points: int,
+    positions: Positions = "relative",
+) -> Float[Tensor, "n h w"]:
+    """Return the mask logits of the instances of one image, all of them in one computation.
+
+    The paper has no ReLU before the output; the official code, and its numbers, have.
+
+    Args:
+        features: of the image.
+        padding: where the map lies on padding, which shows nothing to those who look there.
+        weights: the D numbers of each instance.
+        centres: x and y of each instance's box, fractions of the unpadded image.
+        heads: M; it divides C.
+        points: K.
+        positions: how a pixel knows where it is (Table 4): from the instance's centre, from the image's corner, or not.
+    """
+    parts = _parts(weights, features.shape[0], heads, points)
+    seen_from = {"relative": centres, "absolute": torch.zeros_like(centres), "none": None}[positions]
+    fast = usable(features, weights, centres, heads, points) and _is_rectangle(~padding)
+    draw = _drawn_in_one_pass if fast else _drawn_by_torch
+    return draw(features, padding, parts, seen_from, heads, points)
+
+
+def _drawn_by_torch(
+    features: Float[Tensor, "C h w"],
+    padding: Bool[Tensor, "h w"],
+    parts: Sequence[Tensor],
+    centres: Float[Tensor, "n 2"] | None,
+    heads: int,
+    points: int,
+) -> Float[Tensor, "n h w"]:
+    """Return the logits as the paper has them, step by step."""
+    offset, offset_bias, attention, attention_bias, output, output_bias = parts
+    channels, height, width = features.shape
+    count, cells = len(output), height * width
+    query = features.flatten(1).T.expand(count, -1, -1)  # [n h*w C]
+    if centres is not None:
+        query = query + encode_positions(padding, centres, channels).flatten(2).transpose(1, 2)
+    offsets = torch.baddbmm(offset_bias[:, None], query, offset.transpose(1, 2)).view(count, cells, heads, points, 2)
+    scores = torch.baddbmm(attention_bias[:, None], query, attention.transpose(1, 2)).view(count, cells, heads, points)
+    here = _cell_centres(height, width, like=features)
+    locations = here[:, None, None, :] + offsets / features.new_tensor([width, height])
+    value = features.masked_fill(padding, 0.0).flatten(1).T.reshape(1, cells, heads, channels // heads)
+    seen = deformable_attention(
+        value,
+        [(height, width)],
+        locations.reshape(1, count * cells, heads, 1, points, 2),
+        scores.softmax(-1).view(1, count * cells, heads, 1, points),
+    )
+    logits = torch.baddbmm(output_bias[:, None], seen.view(count, cells, channels).relu(), output[:, :, None])
+    return logits.view(count, height, width)
+
+
+def _drawn_in_one_pass(
+    features: Float[Tensor, "C h w"],
+    padding: Bool[Tensor, "h w"],
+    parts: Sequence[Tensor],
+    centres: Float[Tensor, "n 2"] | None,
+    heads: int,
+    points: int,
+) -> Float[Tensor, "n h w"]:
+    """Return the same by the C library; what is not padding must be a rectangle."""
+    offset, offset_bias, attention, attention_bias, output, output_bias = parts
+    count, samples, channels = attention.shape
+    half = channels // 2
+    row_in, column_in = (~padding).any(1), (~padding).any(0)
+    if centres is None:
+        rows, columns = (features.new_zeros(count, 2, len(inside), half) for inside in (row_in, column_in))
+    else:
+        rows, columns = (_along(inside, centres[:, i], half) for inside, i in ((row_in, 1), (column_in, 0)))
+    steps = torch.cat([offset.view(count, samples, 2, channels), attention[:, :, None]], 2)  # [n S 3 C]: x, y, score
+    biases = torch.cat([offset_bias.view(count, samples, 2), attention_bias[:, :, None]], 2)
+    mixing = torch.cat([steps, biases[..., None]], 3).permute(0, 3, 2, 1)  # [n C+1 3 S]
+    cells = features.permute(1, 2, 0)
+    return fused(
+        cells.contiguous(),
+        cells.masked_fill(padding[..., None], 0.0).contiguous(),
+        rows.to(features.dtype).contiguous(),
+        columns.to(features.dtype).contiguous(),
+        row_in.byte(),
+        column_in.byte(),
+        mixing.contiguous(),
+        torch.cat([output, output_bias], 1),
+        heads,
+    )
+
+
+def _is_rectangle(valid: Bool[Tensor, "h w"]) -> bool:
+    """Return whether a cell is valid wherever its row and its column have a valid one: rows and columns then tell all."""
+    return torch.equal(valid, valid.any(1)[:, None] & valid.any(0))
+
+
+def _along(inside: Bool[Tensor, "cells"], centre: Float[Tensor, "n"], channels: int) -> Float[Tensor, "n 2 cells channels"]:
+    """Return `encode_positions` along one axis, where the other one is beside the image (where nothing counts) and in it."""
+    count = inside.cumsum(0, dtype=torch.float32)
+    place = torch.stack([torch.zeros_like(count), count / (count[-1:] + 1e-6)]) - centre[:, None, None]
+    return frequencies(place * (2 * math.pi), channels)
+
+
+def encode_positions(
+    padding: Bool[Tensor, "h w"], centres: Float[Tensor, "n 2"], channels: int
+) -> Float[Tensor, "n channels h w"]:
+    """Return the sine encoding of each pixel's place seen from each centre (x, y): y in the first half of the channels, then x.
+
+    Places and centres are fractions of the unpadded image; a pixel is where it ends, not at its middle.
+    """
+    valid = ~padding
+    encoded = []
+    for axis, centre in ((0, centres[:, 1]), (1, centres[:, 0])):
+        count = valid.cumsum(axis, dtype=torch.float32)
+        total = count[-1:, :] if axis == 0 else count[:, -1:]
+        place = count / (total + 1e-6) - centre[:, None, None]
+        encoded.append(frequencies(place * (2 * math.pi), channels // 2))
+    return torch.cat(encoded, -1).permute(0, 3, 1, 2)
+
+
+def _parts(weights: Float[Tensor, "n D"], channels: int, heads: int, points: int) -> Sequence[Tensor]:
+    shapes = part_shapes(channels, heads, points)
+    parts = weights.split([math.prod(shape) for shape in shapes], dim=1)
+    return [part.view(len(weights), *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _cell_centres(height: int, width: int, like: Tensor) -> Float[Tensor, "cells 2"]:
+    """Return x and y of the middle of every cell, fractions of the map."""
+    y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
+    x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
+    return torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from tiny import shapes
+
+from maskset import codecs
+from maskset.errors import ConfigError
+from maskset.masks.boxed import crop
+from maskset.masks.codecs import MaskCodec, autoencoder
+from maskset.masks.codecs import files as codec_files
+from maskset.masks.codecs.autoencoder import AutoencoderCodec
+
+
+@pytest.fixture(scope="module")
+def masks() -> torch.Tensor:
+    return torch.cat([crop(found.masks, found.boxes, 32) for _, found in shapes(20)])
+
+
+@pytest.fixture(scope="module")
+def fitted(masks) -> AutoencoderCodec:
+    codec = AutoencoderCodec(32, 16)
+    codec.fit(masks, steps=100)
+    return codec.eval()
+
+
+def test_what_is_drawn_resembles_what_was_written(masks, fitted):
+    with torch.no_grad():
+        drawn = fitted.decode(fitted.encode(masks.float())) >= 0.5
+    overlaps = (drawn & masks).sum((1, 2)) / (drawn | masks).sum((1, 2)).clamp(min=1)
+    assert overlaps.mean() > 0.7
+
+
+def test_learning_does_not_depend_on_what_else_is_random_nor_on_batches(masks):
+    states = []
+    for seed, parts in ((1, masks), (2, masks.split([10, 0, len(masks) - 10]))):
+        torch.manual_seed(seed)
+        codec = AutoencoderCodec(32, 16)
+        after = torch.get_rng_state()
+        codec.fit(parts, steps=2)
+        assert torch.equal(torch.get_rng_state(), after)
+        states.append(codec.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_the_encoder_is_fixed_once_it_is_learnt_and_the_decoder_is_not(fitted):
+    assert not any(parameter.requires_grad for parameter in fitted.encoder.parameters())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in fitted.first.parameters())
+
+
+def test_context_is_added_where_the_map_is_a_quarter_of_the_mask(fitted):
+    codes = torch.randn(3, 16)
+    plain, nothing = fitted.decode(codes), fitted.decode(codes, torch.zeros(3, 32, 8, 8))
+    assert torch.equal(plain, nothing)
+    assert not torch.equal(plain, fitted.decode(codes, torch.ones(3, 32, 8, 8)))
+
+
+def test_no_mask_at_all_leaves_the_statistics_as_they_are(masks, fitted):
+    before = {name: value.clone() for name, value in fitted.state_dict().items()}
+    fitted.train()
+    drawn = fitted.decode(fitted.encode(masks[:0].float()))
+    drawn.sum().backward()
+    fitted.eval()
+    assert drawn.shape == (0, 32, 32)
+    assert all(parameter.grad is not None for parameter in fitted.parameters() if parameter.requires_grad)
+    assert all(torch.equal(value, before[name]) for name, value in fitted.state_dict().items())
+    fitted.zero_grad()
+
+
+def test_in_training_a_mask_is_normalised_by_those_beside_it(masks, fitted):
+    fitted.train()
+    alone, together = fitted.encode(masks[:1].float()), fitted.encode(masks[:9].float())
+    fitted.eval()
+    assert not torch.allclose(alone, together[:1], atol=1e-3)
+
+
+def test_a_code_that_was_not_fitted_or_has_nothing_to_learn_from_says_so():
+    codec = AutoencoderCodec(32, 16)
+    with pytest.raises(ConfigError, match=r"AutoencoderCodec\(32, 16\) has not been learnt"):
+        codec.encode(torch.zeros(1, 32, 32))
+    with pytest.raises(ConfigError, match="cannot be learnt from 0 masks"):
+        codec.fit(iter(()))
+    assert not codec.fitted
+
+
+@pytest.mark.parametrize(("size", "length"), [(28, 16), (0, 16)])
+def test_sizes_that_cannot_be_halved_four_times_are_refused(size, length):
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        AutoencoderCodec(size, length)
+
+
+def test_a_file_of_it_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "STEPS", 2)
+    path = tmp_path / "code.safetensors"
+    written = codecs.fit("autoencoder", "shapes", path, size=32, length=8, most_masks=20, progress=False)
+    codec = AutoencoderCodec(32, 8)
+    codec_files.load(codec, path)
+    assert torch.equal(codec.last.weight, written.last.weight)
+    with pytest.raises(ConfigError, match="another multiple of 16 .*, got 30"):
+        codecs.fit("autoencoder", "shapes", tmp_path / "x.safetensors", size=30)
+
+
+def test_it_is_a_mask_codec():
+    assert isinstance(AutoencoderCodec(), MaskCodec)
+
+
+def test_a_mask_is_reconstructed_the_same_whatever_is_measured_with_it():
+    (code,) = [codecs.Code("autoencoder", 32, 16)]
+    codec = codecs._codec(code)
+    codec.fit(torch.cat([crop(found.masks, found.boxes, 32) for _, found in shapes(4)]), steps=20)
+    assert not codec.training
+    found = max((found for _, found in shapes(8)), key=len)
+    together = codecs.reconstructed(codec, found.masks, found.boxes)
+    assert len(found) > 1
+    assert together[:1] == codecs.reconstructed(codec, found.masks[:1], found.boxes[:1])
+
+
+@pytest.mark.parametrize(("size", "length", "message"), [(16, 8, "size of 32, 48, 64 .*got 16"), (32, 0, "1 to 1024, got 0")])
+def test_sizes_and_lengths_that_cannot_work_are_refused(size, length, message):
+    with pytest.raises(ConfigError, match=message):
+        AutoencoderCodec(size, length)

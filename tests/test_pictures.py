@@ -1,0 +1,119 @@
+"""What a prediction can be asked for: files, folders, patterns, and pictures in memory."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskset.errors import DataError, SourceError
+from maskset.pictures import files, listed, read, several
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RGB).save(folder / name, "PNG")
+
+
+def test_every_kind_of_picture_gives_the_same_pixels(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    expected = torch.from_numpy(RGB).permute(2, 0, 1)
+    with_alpha = np.dstack([RGB, np.full((5, 7), 9, np.uint8)])
+    for picture in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        Image.fromarray(RGB),
+        RGB,
+        with_alpha,
+        expected,
+        RGB[:, ::-1][:, ::-1],
+    ):
+        assert torch.equal(read(picture), expected)
+
+
+def test_grey_becomes_three_equal_channels():
+    grey = RGB[:, :, 0]
+    assert torch.equal(read(grey), torch.from_numpy(grey).expand(3, 5, 7))
+    assert torch.equal(read(Image.fromarray(grey)), torch.from_numpy(grey).expand(3, 5, 7))
+
+
+def test_a_pillow_image_is_turned_as_its_exif_says():
+    picture = Image.fromarray(RGB)
+    picture.getexif()[0x0112] = 6
+    assert read(picture).shape == (3, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (RGB.astype(np.float32), r"must be uint8 \[h w 3\] \(RGB\) or \[h w\] \(grey\), got float32 \[5, 7, 3\]"),
+        (RGB[:, :, :2], r"got uint8 \[5, 7, 2\]"),
+        (RGB[:0], r"got uint8 \[0, 7, 3\]"),
+        (torch.zeros(5, 7, 3, dtype=torch.uint8), r"must be uint8 \[3 h w\] \(RGB\), got torch.uint8 \[5, 7, 3\]"),
+        (torch.zeros(3, 5, 7), "got torch.float32"),
+        (Image.fromarray(RGB[:, :, 0].astype(np.uint16)), "mode I;16 has no fixed range"),
+    ],
+)
+def test_what_is_no_picture_is_refused(picture, message):
+    with pytest.raises(SourceError, match=message):
+        read(picture)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"notes\.txt"):
+        read(tmp_path / "notes.txt")
+
+
+def test_a_folder_gives_its_images_by_name_and_nothing_else(tmp_path):
+    touch(tmp_path, "b.png", "a.JPG", "inside/c.png", ".hidden.png")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert files([tmp_path]) == [tmp_path / "a.JPG", tmp_path / "b.png"]
+
+
+def test_a_pattern_can_reach_into_folders(tmp_path):
+    touch(tmp_path, "b.png", "inside/c.png", "inside/deeper/d.jpg")
+    assert files([f"{tmp_path}/**/*.png"]) == [tmp_path / "b.png", tmp_path / "inside/c.png"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
+    touch(tmp_path, "[1].png", "1.png")
+    assert files([tmp_path / "[1].png"]) == [tmp_path / "[1].png"]
+    assert not several(tmp_path / "[1].png")
+
+
+def test_sources_keep_their_order(tmp_path):
+    touch(tmp_path, "z.png", "more/a.png", "more/b.png")
+    assert [file.name for file in files([tmp_path / "z.png", tmp_path / "more"])] == ["z.png", "a.png", "b.png"]
+
+
+def test_one_picture_is_told_from_several(tmp_path):
+    touch(tmp_path, "a.png")
+    assert not any(map(several, (RGB, torch.zeros(3, 5, 7), Image.fromarray(RGB), tmp_path / "a.png", str(tmp_path / "a.png"))))
+    assert all(map(several, ([RGB], [], tmp_path, str(tmp_path), f"{tmp_path}/*.png")))
+
+
+def test_a_list_may_mix_files_folders_and_pictures(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    first, *rest = listed([RGB, tmp_path])
+    assert first is RGB
+    assert rest == [tmp_path / "a.png", tmp_path / "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.png", r"there is no file or folder .*missing\.png"),
+        ("*.png", r"no image matches .*\*\.png"),
+        ("*", r"no image among the 1 .* that .*\* matches.*\.jpg"),
+        ("empty", r"no image in the folder .*empty"),
+    ],
+)
+def test_where_there_is_no_image_it_says_what_was_looked_for(tmp_path, source, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=message):
+        files([tmp_path / source])

@@ -1,0 +1,91 @@
+"""Settings of data and training that would go wrong in silence, or late, are refused at once."""
+
+import pytest
+
+from maskset import flags
+from maskset.config import from_dict, to_dict
+from maskset.errors import ConfigError
+from maskset.recipe import DataConfig, Recipe, TrainConfig
+from maskset.systems.isda import IsdaConfig
+
+
+@pytest.mark.parametrize(
+    "name", ["backbone_learning_rate", "offset_learning_rate", "weight_decay", "drop_factor", "warmup_steps", "clip_norm", "seed"]
+)
+def test_a_negative_number_is_refused(name):
+    with pytest.raises(ConfigError, match=f"train.{name} must not be negative, got -1"):
+        TrainConfig(**{name: -1})
+
+
+def test_a_run_of_no_steps_is_refused():
+    with pytest.raises(ConfigError, match="train.steps must be at least 1 and below .*, got 0"):
+        TrainConfig(steps=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(value):
+    numbers = [name for name, default in vars(TrainConfig()).items() if isinstance(default, float)]
+    assert "learning_rate" in numbers
+    for name in numbers:
+        with pytest.raises(ConfigError, match=f"train.{name} must be a finite number, got {value}"):
+            TrainConfig(**{name: value})
+    with pytest.raises(ConfigError, match=f"data.jitter_scale must be a finite number, got {value}"):
+        DataConfig(jitter_scale=(0.1, value))
+
+
+def test_the_meaning_of_every_augmentation_is_in_its_help():
+    (setting,) = (one for one in flags.listed(DataConfig()) if one.name == "augmentation")
+    assert [part.split(":")[0] for part in setting.meaning.split("; ")] == ["detr", "mmdet", "flip", "lsj", "none"]
+    assert all(": " in part for part in setting.meaning.split("; "))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop_short_sides": ()}, "crop_short_sides needs one or more .*augmentation detr"),
+        ({"crop_short_sides": (), "augmentation": "mmdet"}, "crop_short_sides needs one or more .*augmentation mmdet"),
+        ({"crop_short_sides": (0,)}, "at least 1"),
+        ({"long_side": 0}, "at least 1"),
+        ({"jitter_size": 0}, "at least 1"),
+        ({"jitter_scale": (2.0, 0.1)}, "jitter_scale must rise"),
+        ({"crop_range": (600, 384)}, "crop_range must rise"),
+        ({"crop_share": 1.5}, r"crop_share must be in \[0, 1\]"),
+        ({"short_sides": ()}, "short_sides needs one or more"),
+    ],
+)
+def test_sizes_that_no_image_can_have_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["patience", "evaluate_every", "checkpoint_every"])
+def test_negative_counts_are_refused(name):
+    with pytest.raises(ConfigError, match=f"train.{name} must not be negative, got -1"):
+        TrainConfig(**{name: -1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_querys": 3}, "there is no setting 'model.num_querys'; did you mean 'num_queries'"),
+        ({"codec": "dct"}, "there is no setting 'model.codec'.$"),
+        ({"input": {"divisr": 32}}, "there is no setting 'model.input.divisr'; did you mean 'divisor'"),
+        ({"num_queries": "many"}, "model.num_queries: Input should be a valid integer"),
+        ({"num_queries": 0}, "model.num_queries must be at least 1, got 0"),
+        ({"system": "idsa"}, "model.system must be one of .*'istr-smt', 'sotr', got 'idsa'"),
+        ({"system": None}, "model.system must be one of"),
+    ],
+)
+def test_a_wrong_setting_of_a_model_is_told_by_its_name_alone(changes, message):
+    values = to_dict(Recipe(model=IsdaConfig()))
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Recipe, {**values, "model": {**values["model"], **changes}}, "here")
+
+
+def test_settings_that_do_not_say_their_system_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.system is missing"):
+        from_dict(Recipe, {"model": {"num_queries": 3}}, "here")
+
+
+def test_crop_sides_are_not_needed_without_crops():
+    assert DataConfig(augmentation="flip", crop_short_sides=()).crop_short_sides == ()
