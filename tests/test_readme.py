@@ -1,4 +1,4 @@
-"""What the README and the documentation say to type can be typed, and the files that they name are there."""
+"""Every command, Python block and link of the README and the documentation works."""
 
 import contextlib
 import inspect
@@ -15,6 +15,7 @@ from maskset.data import shapes
 from maskset.training import train as loop
 
 ROOT = Path(__file__).parents[1]
+IN_THE_REPOSITORY = r"https://(github\.com/maskset/maskset/(blob|tree)|raw\.githubusercontent\.com/maskset/maskset)/main/"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -83,8 +84,20 @@ def test_the_python_of_a_page_runs(page, folder, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=named(PAGES))
 def test_every_file_that_a_page_links_to_exists(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-        if not target.startswith(("http://", "https://")):
+        inside = re.match(IN_THE_REPOSITORY, target)
+        if inside:
+            assert (ROOT / target[inside.end() :]).exists(), f"{page.name} links to {target}"
+        elif not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_links_to_nothing_that_pypi_would_not_find():
+    text = (ROOT / "README.md").read_text()
+    assert [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("https://")] == []
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
 
 
 def test_every_command_and_recipe_is_documented():
