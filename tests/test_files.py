@@ -3,7 +3,7 @@
 import pytest
 
 from maskset.errors import ConfigError
-from maskset.files import check_file, written
+from maskset.files import atomic_write, check_file
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -11,7 +11,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     path.write_text("old")
 
     def fail() -> None:
-        with written(path) as part:
+        with atomic_write(path) as part:
             part.write_text("half")
             raise OSError("disk full")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskset.config import from_dict, to_dict
 from maskset.errors import CheckpointError, ConfigError
-from maskset.files import written
+from maskset.files import atomic_write
 from maskset.instances import Category
 from maskset.recipe import Recipe
 from maskset.systems import System, build
@@ -150,7 +150,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write tensors and texts as a safetensors file, aside and renamed when it is whole and on the disk."""
     from safetensors.torch import save_file
 
-    with written(path) as part:
+    with atomic_write(path) as part:
         part.touch()
         permissions = part.stat().st_mode  # which safetensors would make this user's alone
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)

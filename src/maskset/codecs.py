@@ -19,7 +19,7 @@ from maskset.data.dataset import Dataset
 from maskset.errors import ConfigError
 from maskset.evaluation.average_precision import measured
 from maskset.evaluation.overlaps import Overlaps, overlaps
-from maskset.files import check_new, written
+from maskset.files import atomic_write, check_new
 from maskset.instances import Instances, Masks
 from maskset.masks.boxed import binarise, crop, paste, paste_soft
 from maskset.masks.codecs import MaskCodec
@@ -31,7 +31,7 @@ from maskset.masks.codecs.flatten import FlattenCodec
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.codecs.pca import PcaCodec
 from maskset.masks.codecs.sparse import SparseCodec
-from maskset.progress import shown
+from maskset.progress import track
 
 FOOTNOTE = """\
 Upper bounds: each annotated mask is cropped to its annotated box, coded, decoded and pasted back; the results have score 1,
@@ -148,7 +148,7 @@ class Comparison:
             {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(score).items()}
             for score in self.scores
         ]
-        with written(Path(path)) as part:
+        with atomic_write(Path(path)) as part:
             part.write_text(json.dumps({**asdict(self), "scores": rows}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return Path(path)
 
@@ -281,7 +281,7 @@ def _crops(data: Dataset, size: int, most: int, what: str, progress: bool) -> It
     """Yield masks inside their annotated boxes, of images in a random order that is always the same, until there are enough."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     found = 0
-    for index in shown(order, len(order), what) if progress else order:
+    for index in track(order, len(order), what) if progress else order:
         objects = data.objects(index)
         yield crop(objects.masks, objects.boxes, size)
         found += len(objects)
@@ -295,7 +295,7 @@ def _scores(name: str, data: Dataset, codes: Sequence[Code], codecs: Sequence[Ma
     ious: list[list[Tensor]] = [[] for _ in codes]
     compared: list[list[Overlaps]] = [[] for _ in codes]
     areas = torch.cat([data.areas(index) for index in range(len(data))])
-    for index in shown(range(len(data)), len(data), f"coding {name}") if progress else range(len(data)):
+    for index in track(range(len(data)), len(data), f"coding {name}") if progress else range(len(data)):
         objects = data.objects(index)
         truth = Masks(objects.masks.rle(), objects.masks.size)  # polygons are drawn once, not for every code
         for i, codec in enumerate(codecs):

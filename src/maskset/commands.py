@@ -115,13 +115,13 @@ def _predict_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 def _predict(given: Namespace) -> None:
     """Find the objects in images; write them as COCO results, drawn pictures and label images."""
     from maskset.inference.predict import predict_files
-    from maskset.instances.saving import save_all
+    from maskset.instances.saving import save_predictions
 
     skip = given.skip_broken
     found = predict_files(
         given.model, given.sources, threshold=given.threshold, limit=given.limit, device=given.device, skip_broken=skip
     )
-    save_all(found, given.out, drawings="drawings" in given.save, labels="labels" in given.save)
+    save_predictions(found, given.out, drawings="drawings" in given.save, labels="labels" in given.save)
     print("written: " + ", ".join(str(given.out / name) for name in ["results.json", *given.save]))
 
 

@@ -8,7 +8,7 @@ from maskset.data import open_data
 from maskset.evaluation.evaluate import evaluate
 from maskset.evaluation.metrics import Metrics
 from maskset.inference.predict import predict_files
-from maskset.instances.saving import save_all
+from maskset.instances.saving import save_predictions
 from maskset.training.train import train
 
 _PICTURES = 12
@@ -42,6 +42,6 @@ def demo(folder: Path) -> Metrics:
     for index in range(_PICTURES):
         pixels = unseen.image(index).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(images / f"{index + 1:02}.png")
-    save_all(predict_files(run, [images], threshold=0.3), found)  # so little training leaves scores low
+    save_predictions(predict_files(run, [images], threshold=0.3), found)  # so little training leaves scores low
     print(_NEXT.format(run=run, found=found))
     return metrics

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a file name beside `path` to write to, which takes its place if all goes well: nobody ever sees half a file."""
     part = path.with_name(f".{path.name}.part")
     try:
@@ -71,13 +71,13 @@ def check_folder(path: Path) -> None:
 
 def write_json(content: Any, path: Path) -> None:
     """Write a JSON file, whole or not at all."""
-    with written(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_picture(picture: "Image", path: Path) -> None:
     """Write a PNG or JPEG file, whole or not at all; the ending chooses which."""
-    with written(path) as part:
+    with atomic_write(path) as part:
         if path.suffix.lower() == ".png":
             picture.save(part, "PNG")
         else:

@@ -9,7 +9,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def shown(items: Iterable[Item], total: int, what: str, unit: str = "images", note: Callable[[], str] = str) -> Iterator[Item]:
+def track(items: Iterable[Item], total: int, what: str, unit: str = "images", note: Callable[[], str] = str) -> Iterator[Item]:
     """Yield the items while a bar on stderr shows how far it is; not on a terminal, a line every half minute and at the end.
 
     Args:

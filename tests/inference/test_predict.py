@@ -7,7 +7,7 @@ from fakes import Mean
 from PIL import Image
 
 from maskset.errors import DataError, SourceError
-from maskset.inference.predict import predict, predict_files, run
+from maskset.inference.predict import predict, predict_files, predict_items
 from maskset.instances import Category
 
 CLASSES = (Category("thing", 1),)
@@ -57,7 +57,7 @@ def shares(images: list[np.ndarray]) -> list[float]:
 def test_results_come_as_soon_as_their_batch_is_done():
     fake, seen = model(), []
     for number, (item, _) in enumerate(
-        run(fake, range(40), lambda i: torch.full((3, 20, 20), i, dtype=torch.uint8), limit=1, batch_size=2)
+        predict_items(fake, range(40), lambda i: torch.full((3, 20, 20), i, dtype=torch.uint8), limit=1, batch_size=2)
     ):
         assert item == number
         seen.append(sum(fake.batches))
@@ -71,12 +71,14 @@ def test_few_pictures_are_kept_in_memory():
         read.append(i)
         return torch.zeros(3, 20, 20, dtype=torch.uint8)
 
-    next(run(model(), range(1000), reading, limit=1))
+    next(predict_items(model(), range(1000), reading, limit=1))
     assert len(read) < 100
 
 
 def test_items_without_a_picture_are_left_out():
-    answers = run(model(), range(6), lambda i: None if i in (0, 3) else torch.zeros(3, 20, 20, dtype=torch.uint8), limit=1)
+    answers = predict_items(
+        model(), range(6), lambda i: None if i in (0, 3) else torch.zeros(3, 20, 20, dtype=torch.uint8), limit=1
+    )
     assert [item for item, _ in answers] == [1, 2, 4, 5]
 
 

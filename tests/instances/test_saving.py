@@ -11,7 +11,7 @@ from PIL import Image
 
 from maskset.data import CocoDataset
 from maskset.instances import Category, Instances, Masks
-from maskset.instances.saving import save_all
+from maskset.instances.saving import save_predictions
 
 CLASSES = (Category("cell", 4), Category("grüne Zelle", 9))
 PIXELS = np.full((40, 50, 3), 128, np.uint8)
@@ -95,7 +95,7 @@ def several(folder: Path) -> list[tuple[Path, Instances]]:
 
 def test_the_results_of_many_files_are_one_json_and_a_drawing_of_each(tmp_path):
     answers = several(tmp_path / "in")
-    out = save_all(iter(answers), tmp_path / "out")
+    out = save_predictions(iter(answers), tmp_path / "out")
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == [
         "drawings/A_2.jpg",
         "drawings/a.jpg",
@@ -113,7 +113,7 @@ def test_files_given_from_different_places_are_named_from_the_folder_above_them(
     answers = several(tmp_path / "in")
     monkeypatch.chdir(tmp_path / "in" / "other")
     relative = [Path("../a.png"), Path("A.jpg")]
-    out = save_all(zip(relative, [instances for _, instances in answers], strict=False), tmp_path / "out")
+    out = save_predictions(zip(relative, [instances for _, instances in answers], strict=False), tmp_path / "out")
     content = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [image["file_name"] for image in content["images"]] == ["a.png", "other/A.jpg"]
 
@@ -124,12 +124,12 @@ def test_nothing_is_made_where_the_first_image_fails(tmp_path):
         yield
 
     with pytest.raises(ValueError, match="broken.png"):
-        save_all(broken(), tmp_path / "out", labels=True)
+        save_predictions(broken(), tmp_path / "out", labels=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_label_images_are_written_on_request_and_drawings_can_be_left_out(tmp_path):
-    out = save_all(several(tmp_path / "in"), tmp_path / "out", drawings=False, labels=True)
+    out = save_predictions(several(tmp_path / "in"), tmp_path / "out", drawings=False, labels=True)
     assert sorted(path.name for path in out.iterdir()) == ["labels", "results.json"]
     assert sorted(path.name for path in (out / "labels").iterdir()) == ["A_2.png", "a.png", "b.png"]
 
@@ -137,7 +137,7 @@ def test_label_images_are_written_on_request_and_drawings_can_be_left_out(tmp_pa
 def test_drawings_never_replace_the_images_they_show(tmp_path):
     answers = several(tmp_path)
     before = {file: file.read_bytes() for file, _ in answers}
-    save_all(answers, tmp_path, labels=True)
+    save_predictions(answers, tmp_path, labels=True)
     assert {file: file.read_bytes() for file in before} == before
 
 

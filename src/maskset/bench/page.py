@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from maskset.errors import ConfigError
-from maskset.files import written
+from maskset.files import atomic_write
 
 START, END = "<!-- from maskset bench -->", "<!-- end -->"  # in the README: what is between them comes from here
 _BEGIN = "# Benchmarks\n\nMade from the files in [results](results) by"
@@ -36,7 +36,7 @@ def write(folder: Path) -> list[Path]:
     if beside.is_file() and START in beside.read_text(encoding="utf-8"):
         texts[beside] = with_summary(beside.read_text(encoding="utf-8"), results)
     for path, text in texts.items():
-        with written(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
     return list(texts)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from maskset.files import written
+from maskset.files import atomic_write
 
 _PACKAGES = ("maskset", "torch", "torchvision", "timm", "transformers", "numpy", "pycocotools", "faster-coco-eval", "triton")
 
@@ -182,7 +182,7 @@ def save(result: Mapping[str, Any], folder: Path) -> Path:
     elif result["threads"] > 1:
         name += f"-{result['threads']}-threads"
     folder.mkdir(parents=True, exist_ok=True)
-    with written(folder / f"{name}.json") as part:
+    with atomic_write(folder / f"{name}.json") as part:
         part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder / f"{name}.json"
 

@@ -18,7 +18,7 @@ from maskset.bench.inference import noise, results
 from maskset.bench.measure import Way, in_turn, peaks, require
 from maskset.bench.report import Report
 from maskset.bench.training import example
-from maskset.files import written
+from maskset.files import atomic_write
 from maskset.instances import Instances
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import System, build
@@ -110,7 +110,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> Path:
         panes[0, column].set_title(case.rpartition(", ")[0], fontsize=10)
         panes[1, column].set_xlabel(case.rpartition(", ")[2])
     path = folder / "scaling.svg"
-    with written(path) as part:
+    with atomic_write(path) as part:
         sheet.savefig(part, format="svg", metadata={"Date": None})
     pyplot.close(sheet)
     return path

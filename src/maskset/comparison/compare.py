@@ -23,8 +23,8 @@ from maskset.comparison.results import FIGURE, JSON, MEASURED, TABLE, Compared, 
 from maskset.data import Dataset, open_data
 from maskset.errors import ConfigError, DataError
 from maskset.evaluation.evaluate import class_labels, evaluate
-from maskset.files import check_folder, written
-from maskset.inference.predict import ready
+from maskset.files import atomic_write, check_folder
+from maskset.inference.predict import load_model
 from maskset.recipe import Recipe
 from maskset.training import state
 from maskset.training.log import counted
@@ -270,7 +270,7 @@ def _trained(entry: Compared, terms: Terms, run: Path) -> Compared:
 def _measured(entry: Compared, dataset: Dataset, terms: Terms, out: Path) -> Compared:
     """Evaluate, keep all numbers in the model's folder, and return the entry with the most important ones."""
     print(f"\n{entry.name}: measuring", flush=True)
-    model = ready(_weights(entry, out))
+    model = load_model(_weights(entry, out))
     metrics = evaluate(model, dataset, max_detections=terms.max_detections)
     metrics.save(out / entry.name)
     numbers = metrics.to_dict()
@@ -291,7 +291,7 @@ def _weights(entry: Compared, out: Path) -> Path:
 
 def _show(comparison: Comparison, dataset: Dataset, out: Path) -> None:
     """Write the table and the figure."""
-    with written(out / TABLE) as part:
+    with atomic_write(out / TABLE) as part:
         part.write_text(f"# Comparison\n\n{comparison}\n", encoding="utf-8")
     done = [one for one in comparison.models if one.state == "done"]
     if done:

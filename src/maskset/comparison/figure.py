@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from maskset.data.dataset import Dataset
 from maskset.data.transforms import resize
 from maskset.evaluation.evaluate import found_in
-from maskset.files import written
-from maskset.inference.predict import ready
+from maskset.files import atomic_write
+from maskset.inference.predict import load_model
 from maskset.instances import Instances
 from maskset.systems.base import System
 
@@ -60,12 +60,14 @@ def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: 
     counts = dataset.counts()
     filled = np.flatnonzero(counts) if counts.any() else np.arange(len(dataset))
     candidates = filled[:: max(1, -(-len(filled) // _CANDIDATES))].tolist()
-    shown = {name: look(dict(found_in(ready(source), dataset, candidates, 100)), dataset) for name, (_, source) in models.items()}
+    shown = {
+        name: look(dict(found_in(load_model(source), dataset, candidates, 100)), dataset) for name, (_, source) in models.items()
+    }
     readable = [index for index in candidates if all(index in one.found for one in shown.values())]
     rows = [_row(dataset, index, list(shown.values())) for index in chosen(list(shown.values()), readable, counts)]
     lines = [f"{line}, drawn from score {shown[name].threshold:.2f}" for name, (line, _) in models.items()]
     sheet = _sheet([("annotated", ""), *zip(models, lines, strict=True)], rows)
-    with written(path) as part:
+    with atomic_write(path) as part:
         sheet.save(part, "PNG")
 
 

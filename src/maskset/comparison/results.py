@@ -5,7 +5,7 @@ from typing import Literal
 
 from maskset import config as settings
 from maskset.config import config
-from maskset.files import written
+from maskset.files import atomic_write
 from maskset.recipe import Recipe
 from maskset.training.log import counted
 
@@ -145,7 +145,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write everything as a JSON file that `maskset.config.read` takes."""
-        with written(path) as part:
+        with atomic_write(path) as part:
             settings.write(self, part)
 
 

@@ -19,9 +19,9 @@ from maskset.errors import DataError, MasksetError
 from maskset.evaluation.average_precision import mask_ap, measured
 from maskset.evaluation.metrics import Metrics
 from maskset.evaluation.overlaps import Overlaps, overlaps
-from maskset.inference.predict import ready, run
+from maskset.inference.predict import load_model, predict_items
 from maskset.instances import Category, Instances
-from maskset.progress import shown
+from maskset.progress import track
 from maskset.systems.base import System
 from maskset.tensors import Device
 
@@ -63,7 +63,7 @@ def evaluate(
     """
     if max_detections < 1:
         raise MasksetError(f"max_detections must be at least 1, got {max_detections}.")
-    model = ready(model, device)
+    model = load_model(model, device)
     dataset = open_data(data, split, images, skip_broken) if isinstance(data, (str, Path)) else data
     share = _share(dataset, model)
     unreadable: dict[int, str] = {}
@@ -102,7 +102,7 @@ def found_in(
     labels = class_labels(model.categories, dataset.categories)
     hidden = [channel for channel, label in enumerate(labels) if label < 0]
     read = partial(_read, dataset, {} if unreadable is None else unreadable)
-    answers = run(model, images, read, limit=limit, batch_size=batch_size, hidden=hidden)
+    answers = predict_items(model, images, read, limit=limit, batch_size=batch_size, ignored_classes=hidden)
     return ((index, _renamed(one, labels, dataset.categories)) for index, one in answers)
 
 
@@ -157,7 +157,7 @@ def _compared(
     compared: dict[int, Overlaps] = {}
     note, due = "", _FIRST_ESTIMATE
     if progress:
-        answers = shown(answers, total, "evaluating", note=lambda: note)
+        answers = track(answers, total, "evaluating", note=lambda: note)
     for index, found in answers:
         compared[index] = overlaps(dataset, index, found)
         if progress and len(compared) == due < total:

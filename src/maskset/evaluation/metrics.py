@@ -8,7 +8,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from maskset.files import written
+from maskset.files import atomic_write
 
 # Rows of the printed table: what, over which IoU, of which objects, and the name of the number without mask_ or box_.
 _ROWS = (
@@ -143,9 +143,9 @@ class Metrics:
         """Write `metrics.json` and `per_class.csv` into a folder, which is made if it is not there, and return the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with written(folder / "metrics.json") as part:
+        with atomic_write(folder / "metrics.json") as part:
             part.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        with written(folder / "per_class.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(folder / "per_class.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(ClassMetrics.__dataclass_fields__))
             table.writeheader()
             table.writerows(_without_nan(asdict(one)) for one in self.per_class)

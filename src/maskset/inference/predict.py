@@ -22,7 +22,7 @@ from maskset.data.transforms import fit
 from maskset.errors import DataError, MasksetError
 from maskset.instances import Instances
 from maskset.pictures import Picture
-from maskset.progress import shown
+from maskset.progress import track
 from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems.base import System
 from maskset.tensors import Device
@@ -98,7 +98,7 @@ def predict(
     listed, several = pictures.listed(source), pictures.several(source)
     unreadable: list[str] = []
     read = partial(_read_or_skip, unreadable) if skip_broken and several else pictures.read
-    answers = run(ready(model, device), listed, read, limit=limit, threshold=threshold)
+    answers = predict_items(load_model(model, device), listed, read, limit=limit, threshold=threshold)
     found = (instances for _, instances in answers)
     return _and_tell(found, unreadable, len(listed)) if several else next(found)
 
@@ -128,11 +128,11 @@ def predict_files(
     _check(threshold, limit)
     files, unreadable = pictures.files(sources), list[str]()
     read = partial(_read_or_skip, unreadable) if skip_broken else _read_or_advise
-    answers = run(ready(model, device), files, read, limit=limit, threshold=threshold)
-    return _and_tell(shown(answers, len(files), "predicting"), unreadable, len(files))
+    answers = predict_items(load_model(model, device), files, read, limit=limit, threshold=threshold)
+    return _and_tell(track(answers, len(files), "predicting"), unreadable, len(files))
 
 
-def ready(model: System | str | Path, device: Device | None = None) -> System:
+def load_model(model: System | str | Path, device: Device | None = None) -> System:
     """Return the model, loaded where it is given by name, on the device; see `predict`."""
     if isinstance(model, System):
         return model if device is None else model.to(device)
@@ -141,7 +141,7 @@ def ready(model: System | str | Path, device: Device | None = None) -> System:
     return load(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def run(
+def predict_items(
     model: System,
     items: Iterable[Item],
     read: Callable[[Item], UInt8[Tensor, "3 h w"] | None],
@@ -149,7 +149,7 @@ def run(
     limit: int,
     threshold: float = 0.0,
     batch_size: int | None = None,
-    hidden: Sequence[int] = (),
+    ignored_classes: Sequence[int] = (),
 ) -> Iterator[tuple[Item, Instances]]:
     """Yield each item with the objects that the model finds in its picture, in order, on the CPU.
 
@@ -160,7 +160,7 @@ def run(
         limit: how many objects a picture may have at the most.
         threshold: least score of an object.
         batch_size: most pictures of a batch; None chooses by their size.
-        hidden: class channels that shall not be looked at; they take no part in `limit`.
+        ignored_classes: class channels that are left out; they do not count towards `limit`.
     """
 
     def fitted(item: Item) -> tuple[Item, Size, Tensor] | None:
@@ -182,7 +182,7 @@ def run(
         canvas = canvases[turn]  # the next in order is never kept waiting
         alike = [place for place in canvases if canvases[place] == canvas]
         batch = alike[: batch_size or _batch_size(canvas, model)]
-        answers = _answer(model, [pending[place][1:] for place in batch], limit, threshold, hidden)
+        answers = _answer(model, [pending[place][1:] for place in batch], limit, threshold, ignored_classes)
         found |= {place: (pending.pop(place)[0], answer) for place, answer in zip(batch, answers, strict=True)}
         while turn in found:
             yield found.pop(turn)
@@ -222,15 +222,15 @@ def _and_tell(answers: Iterable[Item], unreadable: Sequence[str], total: int) ->
 
 @torch.no_grad()
 def _answer(
-    model: System, batch: Sequence[tuple[Size, Tensor]], limit: int, threshold: float, hidden: Sequence[int]
+    model: System, batch: Sequence[tuple[Size, Tensor]], limit: int, threshold: float, ignored_classes: Sequence[int]
 ) -> list[Instances]:
     """Return the objects in pictures, given with their own sizes and at the size that the model wants."""
     sizes, pixels = zip(*batch, strict=True)
     with _not_training(model):
         images = ImageBatch.from_images(pixels, model.input.divisor).to(_device(model)).normalised(model.input)
         output = model(images)
-        if hidden:
-            output = _without(output, hidden)
+        if ignored_classes:
+            output = _without(output, ignored_classes)
         return [found.to("cpu") for found in model.postprocess(output, images, sizes, limit, threshold)]
 
 

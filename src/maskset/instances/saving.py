@@ -8,7 +8,9 @@ from maskset.files import write_json
 from maskset.instances.instances import Instances, coco_file
 
 
-def save_all(found: Iterable[tuple[Path, Instances]], folder: str | Path, *, drawings: bool = True, labels: bool = False) -> Path:
+def save_predictions(
+    found: Iterable[tuple[Path, Instances]], folder: str | Path, *, drawings: bool = True, labels: bool = False
+) -> Path:
     """Write the objects of any number of image files into a folder, which is made, and return the folder.
 
     `results.json` is one COCO file of all images, named from the folder that holds them all; `drawings/` has a picture of each

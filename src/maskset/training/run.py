@@ -20,10 +20,10 @@ from maskset.checkpoint import find, read, save
 from maskset.data import Dataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
 from maskset.errors import CheckpointError, ConfigError, DataError
-from maskset.files import written
+from maskset.files import atomic_write
 from maskset.layers.backbone import load_pretrained
 from maskset.layers.recompute import recompute
-from maskset.progress import shown
+from maskset.progress import track
 from maskset.recipe import Recipe, TrainConfig
 from maskset.systems import System, build
 from maskset.training import state
@@ -237,7 +237,7 @@ def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Pa
             lines.append(load_pretrained(model.get_submodule("backbone"), recipe.model.backbone_weights))  # type: ignore[arg-type]
     if any(name.startswith("codec.") for name in fresh):  # a code is taken whole or learnt anew
         # Nothing is shown where nothing reads them.
-        images = shown(range(len(training)), len(training), "reading masks to learn their code")
+        images = track(range(len(training)), len(training), "reading masks to learn their code")
         model.prepare(training.objects(index) for index in images)
     return lines
 
@@ -249,7 +249,7 @@ def _create_folder(run: Run, resume: bool) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             state.save_state(run.folder, run.trained, run.progress, _facts(run.training))
-        with written(run.folder / state.RECIPE) as part:
+        with atomic_write(run.folder / state.RECIPE) as part:
             settings.write(run.recipe, part)
     run.accelerator.wait_for_everyone()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from maskset.errors import ConfigError
 from maskset.losses import squared_dice_loss
 from maskset.masks.codecs.files import GREATEST, MOST_MASKS, require_enough, require_fitted, rows
-from maskset.progress import shown
+from maskset.progress import track
 
 CONTEXT_CHANNELS = 32  # of the features that may be added to a mask while it is drawn
 BATCH, LEARNING_RATE = 64, 1e-3  # of learning
@@ -77,7 +77,7 @@ class AutoencoderCodec(nn.Module):
         if not len(every):
             require_enough(self, 0, 1)
         steps = STEPS if steps is None else steps
-        turns = shown(range(steps), steps, "learning the mask autoencoder", "steps") if progress else range(steps)
+        turns = track(range(steps), steps, "learning the mask autoencoder", "steps") if progress else range(steps)
         home, was_training = self.fitted.device, self.training
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
