@@ -20,5 +20,5 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("untrained") / "tiny.safetensors"
-    save(build(TINY["solq"], CATEGORIES), Recipe(model=TINY["solq"]), path, licence="Apache-2.0")
+    save(build(TINY["solq"], CATEGORIES), Recipe(model=TINY["solq"]), path, license="Apache-2.0")
     return path

@@ -55,13 +55,13 @@ def test_what_a_codec_has_learnt_is_saved(tmp_path):
 
 def test_the_metadata_tells_where_the_weights_come_from(tmp_path):
     recipe = Recipe(model=SMALL)
-    save(model(), recipe, tmp_path / "a.safetensors", source="sha256 abc", licence="CC-BY-4.0")
+    save(model(), recipe, tmp_path / "a.safetensors", source="sha256 abc", license="CC-BY-4.0")
     found = read_metadata(tmp_path / "a.safetensors")
-    assert (found.recipe, found.categories, found.source, found.licence) == (recipe, CATEGORIES, "sha256 abc", "CC-BY-4.0")
+    assert (found.recipe, found.categories, found.source, found.license) == (recipe, CATEGORIES, "sha256 abc", "CC-BY-4.0")
 
 
 def test_without_a_word_on_it_the_source_is_unknown(file):
-    assert (read_metadata(file).source, read_metadata(file).licence) == (None, "unknown")
+    assert (read_metadata(file).source, read_metadata(file).license) == (None, "unknown")
 
 
 def test_saving_leaves_one_file_that_others_may_read(file):

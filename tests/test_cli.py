@@ -247,10 +247,10 @@ def test_a_recipe_that_is_printed_as_json_can_be_trained(capsys, tmp_path):
     assert recipes.get(tmp_path / "mine.json") == recipes.get("solq-small")
 
 
-def test_a_model_is_shown_with_its_classes_and_licence(capsys, untrained):
+def test_a_model_is_shown_with_its_classes_and_license(capsys, untrained):
     output = answer(capsys, "show", str(untrained))[1]
     assert "classes: ellipse, rectangle, triangle\n" in output
-    assert "licence: Apache-2.0\n" in output
+    assert "license: Apache-2.0\n" in output
     assert "--model.backbone" in output
 
 

@@ -35,16 +35,16 @@ class Metadata:
         recipe: how they were trained; `recipe.model` builds the network that they belong to.
         categories: what the class channels stand for.
         source: where they came from, for example the sha256 of the file that was converted.
-        licence: under which they may be used.
+        license: SPDX identifier or name of the license of the weights.
     """
 
     recipe: Recipe
     categories: tuple[Category, ...]
     source: str | None
-    licence: str
+    license: str
 
 
-def save(model: System, recipe: Recipe, path: str | Path, *, source: str | None = None, licence: str = "unknown") -> None:
+def save(model: System, recipe: Recipe, path: str | Path, *, source: str | None = None, license: str = "unknown") -> None:
     """Write the model as a checkpoint. It is written beside `path` and renamed, so nobody ever sees half of it.
 
     Args:
@@ -52,13 +52,13 @@ def save(model: System, recipe: Recipe, path: str | Path, *, source: str | None 
         recipe: how it was trained.
         path: the file, by custom ending in .safetensors.
         source: where the weights came from.
-        licence: under which they may be used.
+        license: SPDX identifier or name of the license of the weights.
     """
     metadata = {
         "format": f"maskset {FORMAT}",
         "recipe": json.dumps(to_dict(replace(recipe, model=model.config))),
         "categories": json.dumps([asdict(category) for category in model.categories]),
-        "licence": licence,
+        "license": license,
         **({} if source is None else {"source": source}),
     }
     write_tensors(model.state_dict(), Path(path), metadata)
@@ -174,7 +174,7 @@ def _metadata(texts: dict[str, str], path: Path) -> Metadata:
         raise CheckpointError(f"{path}: what it says about its weights is damaged ({error}).") from None
     if len(categories) != recipe.model.num_classes:
         raise CheckpointError(f"{path} names {len(categories)} categories but has {recipe.model.num_classes} class channels.")
-    return Metadata(recipe, categories, texts.get("source"), texts.get("licence", "unknown"))
+    return Metadata(recipe, categories, texts.get("source"), texts.get("license", texts.get("licence", "unknown")))
 
 
 def _why_unreadable(path: Path, reason: str) -> str:

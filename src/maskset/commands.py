@@ -217,14 +217,14 @@ def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("--coco80", action="store_true", help="keep the 80 classes of COCO only, not all 91 channels")
     parser.add_argument("--last-wins", action="store_true", help="where copies of a tensor differ, take the last")
     parser.add_argument("--from", dest="start", choices=["deformable-detr"], help="FILE is mmdetection's: take from it what fits")
-    parser.add_argument("--licence", default="unknown", help="of the weights; recorded in the file (default: unknown)")
+    parser.add_argument("--license", default="unknown", help="of the weights; recorded in the file (default: unknown)")
 
 
 def _convert(given: Namespace) -> None:
     """Turn an official checkpoint into one of maskset's."""
     from maskset.conversion import convert_file, start_file
 
-    settings = {"last_wins": given.last_wins, "licence": given.licence}
+    settings = {"last_wins": given.last_wins, "license": given.license}
     if given.start:
         print(start_file(given.system, given.source, given.out, **settings))
     else:
@@ -247,13 +247,13 @@ def _show_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _show(given: Namespace) -> None:
-    """Print every setting of a recipe, or of a model with its classes, its source and its licence."""
+    """Print every setting of a recipe, or of a model with its classes, its source and its license."""
     from maskset import checkpoint, config, flags, recipes
 
     if checkpoint.is_model(given.what) and not recipes.known(given.what):
         metadata = checkpoint.read_metadata(checkpoint.find(given.what))
         recipe, names = metadata.recipe, ", ".join(category.name for category in metadata.categories)
-        about = f"classes: {names}\nsource: {metadata.source or 'trained here'}\nlicence: {metadata.licence}\n\n"
+        about = f"classes: {names}\nsource: {metadata.source or 'trained here'}\nlicense: {metadata.license}\n\n"
     else:
         recipe, about = recipes.get(given.what), ""
     print(json.dumps(config.to_dict(recipe), indent=2) if given.json else about + flags.table(recipe))

@@ -108,12 +108,12 @@ def test_a_file_becomes_a_checkpoint_that_loads(tmp_path):
     source = tmp_path / "official.pth"
     state = {f"module.{name}": value for name, value in small().items()}
     torch.save({"model": state, "epoch": 49, "args": argparse.Namespace(lr=2e-4)}, source)
-    out = convert_file("solq", source, tmp_path / "solq.safetensors", licence="Apache-2.0")
+    out = convert_file("solq", source, tmp_path / "solq.safetensors", license="Apache-2.0")
     model = maskset.load(out)
     assert model.categories == raw_categories()
     metadata = read_metadata(out)
     assert hashlib.sha256(source.read_bytes()).hexdigest() in metadata.source
-    assert metadata.licence == "Apache-2.0"
+    assert metadata.license == "Apache-2.0"
     torch.save({"epoch": 3}, source)
     with pytest.raises(ConversionError, match="holds no state dict"):
         read(source)

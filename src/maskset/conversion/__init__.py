@@ -35,7 +35,7 @@ def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = Fal
 
 
 def convert_file(
-    system: str, source: Path, out: Path, *, coco80: bool = False, last_wins: bool = False, licence: str = "unknown"
+    system: str, source: Path, out: Path, *, coco80: bool = False, last_wins: bool = False, license: str = "unknown"
 ) -> Path:
     """Write an official checkpoint file as one of ours and return its path.
 
@@ -45,7 +45,7 @@ def convert_file(
         out: the .safetensors file to write.
         coco80: keep only the 80 class channels that COCO uses, not all raw category ids 0 ... 90.
         last_wins: where copies of one tensor differ, take the last, as official loading does.
-        licence: of the weights, recorded in the file.
+        license: of the weights, recorded in the file.
 
     Raises:
         ConversionError: the file is no checkpoint of that system, or holds objects that are not read for safety.
@@ -72,12 +72,12 @@ def convert_file(
     known = [recipe for make in recipes.RECIPES.values() if (recipe := make()).model.system == config.system]
     nearest = max(known, key=lambda recipe: len(vars(recipe.model).items() & vars(config).items()))
     recipe = dataclasses.replace(nearest, model=config)
-    save(model, recipe, out, source=f"official {system} checkpoint {_named(source)}", licence=licence)
+    save(model, recipe, out, source=f"official {system} checkpoint {_named(source)}", license=license)
     return out
 
 
 def start_file(
-    system: str, source: Path, out: Path, *, last_wins: bool = False, licence: str = "unknown"
+    system: str, source: Path, out: Path, *, last_wins: bool = False, license: str = "unknown"
 ) -> deformable_detr.Start:
     """Write what a system takes from mmdetection's plain Deformable DETR as a checkpoint to start from, and return it.
 
@@ -86,7 +86,7 @@ def start_file(
         source: mmdetection's .pth file.
         out: the .safetensors file to write, for `maskset train --init`.
         last_wins: where copies of one tensor differ, take the last, as official loading does.
-        licence: of the weights, recorded in the file.
+        license: of the weights, recorded in the file.
 
     Raises:
         ConversionError: the file is no such checkpoint, or holds objects that are not read for safety.
@@ -99,7 +99,7 @@ def start_file(
     recipe = recipes.get(f"{system}-r50")
     start = deformable_detr.start(recipe.model, read(source), last_wins)
     about = f"start of {len(start.taken)} tensors from the Deformable DETR checkpoint {_named(source)}"
-    save(start.model, recipe, out, source=about, licence=licence)
+    save(start.model, recipe, out, source=about, license=license)
     return start
 
 
