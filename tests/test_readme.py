@@ -64,6 +64,13 @@ def test_every_command_of_a_page_is_understood(page, folder):
             cli.parse(words[1:])
 
 
+def test_every_conversion_of_the_model_zoo_is_understood():
+    conversions = re.findall(r"`maskset (convert [^`]+)`", (ROOT / "docs" / "zoo.md").read_text())
+    assert len(conversions) > 15
+    for command in conversions:
+        cli.parse(shlex.split(command))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=named(PAGES))
 def test_every_make_target_of_a_page_exists(page):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
