@@ -36,9 +36,9 @@ docs: .venv/installed  ## build the documentation into site/; a warning is an er
 
 bench: .venv/installed  ## measure everything that benchmarks/ tells: an hour on a quiet machine
 	for name in attention inference training masks loader evaluation matching twin scaling; do \
-		$(BIN)/maskset bench $$name --out benchmarks || exit; \
+		$(BIN)/python -m benchmarks $$name --out benchmarks || exit; \
 	done
-	$(BIN)/maskset bench attention --threads 2 --out benchmarks
+	$(BIN)/python -m benchmarks attention --threads 2 --out benchmarks
 	cp benchmarks/scaling.svg docs/assets/scaling.svg
 
 clean:  ## remove what the commands above made

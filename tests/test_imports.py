@@ -65,8 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     "training": PARTS | {"systems", "data", "checkpoint", "inference", "evaluation", "recipe", "recipes", "training"},
     "comparison": GROUND
     | {"systems.base", "data", "checkpoint", "inference", "evaluation", "recipe", "recipes", "training", "comparison"},
-    "bench": PARTS | {"systems", "data", "evaluation", "recipe", "recipes", "bench"},
     "flags": {"config", "errors"},
+    "info": {"kernels", "layers"},
     "demo": GROUND | {"recipe", "recipes", "data", "checkpoint", "inference", "evaluation", "training"},
 }
 

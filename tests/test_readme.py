@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import __main__ as benchmarks
 from maskset import cli, recipes
 from maskset.data import shapes
 from maskset.training import train as loop
@@ -59,6 +60,8 @@ def _printed(*arguments: str) -> str:
 def test_every_command_of_a_page_is_understood(page, folder):
     for command in commands(page):
         words = shlex.split(command)
+        if words[:3] == ["python", "-m", "benchmarks"]:
+            benchmarks.parse(words[3:])
         words = words[words.index("maskset") :] if "maskset" in words else words  # behind accelerate launch -m, torchrun -m
         if words[:1] == ["maskset"] and words[1:] and words[-1] not in ("--help", "..."):
             cli.parse(words[1:])

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from maskset.bench import BENCHES
 from maskset.errors import ConfigError, MasksetError
 from maskset.files import check_file, check_folder, check_new
 
@@ -259,21 +258,11 @@ def _show(given: Namespace) -> None:
     print(json.dumps(config.to_dict(recipe), indent=2) if given.json else about + flags.table(recipe))
 
 
-def _bench_flags(name: str, parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("--quick", action="store_true", help="small inputs, once: only to see that results agree")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: 1)")
-    results = "write FOLDER/results/NAME.json, and FOLDER/README.md anew from all results (default: print only)"
-    parser.add_argument("--out", type=_new_folder, metavar="FOLDER", help=results)
-    if name == "evaluation":
-        parser.add_argument("--images", type=int, default=None, metavar="N", help="how many are evaluated (default: 500)")
-    parser.set_defaults(benchmark=name)
+def _info(given: Namespace) -> None:
+    """Print versions, devices and which fast paths work on this machine, for bug reports."""
+    from maskset.info import info
 
-
-def _bench(given: Namespace) -> None:
-    from maskset.bench.run import run
-
-    images = getattr(given, "images", None)
-    run(given.benchmark, quick=given.quick, threads=given.threads, out=given.out, images=images)
+    print(info())
 
 
 def _add_model(parser: ArgumentParser) -> None:
@@ -330,16 +319,15 @@ def _add_masks(parser: ArgumentParser, split: str) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """What a command takes, and what it does; its help is the docstring of that, unless it is given."""
+    """What a command takes, and what it does; its help is the docstring of that."""
 
     flags: Callable[[ArgumentParser, Sequence[str]], None]
     call: Callable[[Namespace], None]
-    about: str = ""
 
     @property
     def help(self) -> str:
         """What `--help` says of it."""
-        return self.about or self.call.__doc__ or ""
+        return self.call.__doc__ or ""
 
 
 COMMANDS = {
@@ -353,5 +341,5 @@ COMMANDS = {
     "convert": Command(_convert_flags, _convert),
     "recipes": Command(lambda parser, arguments: None, _recipes),
     "show": Command(_show_flags, _show),
-    **{f"bench {name}": Command(partial(_bench_flags, name), _bench, about) for name, about in BENCHES.items()},
+    "info": Command(lambda parser, arguments: None, _info),
 }

@@ -8,12 +8,17 @@ from typing import Any
 from maskset.errors import ConfigError
 from maskset.files import atomic_write
 
-START, END = "<!-- from maskset bench -->", "<!-- end -->"  # in the README: what is between them comes from here
 _BEGIN = "# Benchmarks\n\nMade from the files in [results](results) by"
 _HEAD = f"""\
-{_BEGIN} `maskset bench NAME --out benchmarks`; do not edit. `make bench` measures everything
+{_BEGIN} `python -m benchmarks NAME --out benchmarks`; do not edit. `make bench` measures everything
 again. All ways of a case take turns in one process; times are medians of the rounds, in milliseconds, with the least in
 parentheses. Memory is MiB. "x faster" and "x smaller" are ratios to the way for which they are 1.0."""
+
+_HEADLINES = (
+    ("attention-2-threads.json", "attention of an encoder, 2 threads, inference: time, C kernel"),
+    ("inference.json", "whole SOLQ: memory, transformers' DeformableDetr"),
+    ("masks.json", "100 box masks to text: time, torchvision and pycocotools"),
+)
 
 
 def check(folder: Path) -> None:
@@ -24,21 +29,15 @@ def check(folder: Path) -> None:
     """
     readme = folder / "README.md"
     if readme.exists() and not readme.read_text(encoding="utf-8", errors="replace").startswith(_BEGIN):
-        raise ConfigError(f"{readme} would be written over, and is not from maskset bench: choose another folder.")
+        raise ConfigError(f"{readme} would be written over, and is not a page of benchmarks: choose another folder.")
     read(folder / "results")
 
 
-def write(folder: Path) -> list[Path]:
-    """Write the README.md of a folder from its results, and the marked part of the README.md beside it; return what changed."""
-    results = read(folder / "results")
-    texts = {folder / "README.md": page(results)}
-    beside = folder.absolute().parent / "README.md"
-    if beside.is_file() and START in beside.read_text(encoding="utf-8"):
-        texts[beside] = with_summary(beside.read_text(encoding="utf-8"), results)
-    for path, text in texts.items():
-        with atomic_write(path) as part:
-            part.write_text(text, encoding="utf-8")
-    return list(texts)
+def write(folder: Path) -> Path:
+    """Write the README.md of a folder from its results and return its path."""
+    with atomic_write(folder / "README.md") as part:
+        part.write_text(page(read(folder / "results")), encoding="utf-8")
+    return folder / "README.md"
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -70,11 +69,10 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def with_summary(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a text with the bars of the results between its marks."""
-    before, _, rest = text.partition(START)
-    tables = summary([result for result in results.values() if _is_ours(result)])
-    return before + "\n\n".join([START, *tables, END]) + rest.partition(END)[2]
+def headlines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the figures that the README of the repository shows, as it writes them."""
+    reached = [next(bar["reached"] for bar in results[file]["bars"] if bar["what"] == what) for file, what in _HEADLINES]
+    return [f"{_number(value)}x" for value in reached]
 
 
 def summary(results: Sequence[Mapping[str, Any]] | Any) -> list[str]:
@@ -162,3 +160,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in cells
     ]
     return "\n".join(f"|{'|'.join(line)}|" for line in (lines[0], rule, *lines[1:]))
+
+
+if __name__ == "__main__":
+    print(f"written: {write(Path(__file__).parent)}")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maskset.bench.measure import in_turn
-from maskset.bench.report import Report
+from benchmarks.measure import in_turn
+from benchmarks.report import Report
 
 if TYPE_CHECKING:
-    from maskset.bench.attention import Sample
+    from benchmarks.attention import Sample
 
 _NAME = "CUDA kernel"
 _SOURCE = r"""

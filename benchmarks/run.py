@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from maskset.bench import page
-from maskset.bench.report import Report, save
+from benchmarks import page
+from benchmarks.report import Report, save
 from maskset.errors import ConfigError
 from maskset.kernels.library import NATIVE_ENV
 from maskset.layers.deformable import CHOICE
@@ -19,7 +19,7 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
     """Return what a benchmark found, after it has been told on stdout and, where that is asked for, written.
 
     Args:
-        name: one of `maskset.bench.BENCHES`.
+        name: one of `benchmarks.BENCHMARKS`.
         quick: with small inputs, once: only to see that results agree.
         threads: of the CPU.
         out: folder whose `results` get a file and whose README.md is written anew.
@@ -27,7 +27,7 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
 
     Raises:
         ConfigError: `threads` or `images` is less than 1, a package is missing, or what is in `out` cannot be written anew.
-        maskset.bench.report.Disagreement: maskset and a peer do not compute the same.
+        benchmarks.report.Disagreement: maskset and a peer do not compute the same.
     """
     for flag, number in (("--threads", threads), ("--images", images)):
         if number is not None and number < 1:
@@ -39,18 +39,18 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that are started, and of what is not PyTorch's
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory would speak on stderr
     torch.set_num_threads(threads)
-    module = importlib.import_module(f"maskset.bench.{name}")
+    module = importlib.import_module(f"benchmarks.{name}")
     start, report = time.monotonic(), Report(name, _about(module.__doc__ or ""), threads)
     module.run(report, quick, **({} if images is None else {"images": images}))
     chosen = [f"{variable}={os.environ[variable]}" for variable in (CHOICE, NATIVE_ENV) if os.environ.get(variable)]
     command = " ".join(
-        [*chosen, "maskset bench", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])]
+        [*chosen, "python -m benchmarks", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])]
     )
     result = report.to_dict(command, start)
     heads = ["Small inputs, once: the results agree, the figures mean nothing."] if quick else page.summary([result])
     print("", *heads, *page.section(result), sep="\n\n")
     if out is not None:
-        print(f"\nwritten: {', '.join(str(file) for file in [save(result, out / 'results'), *page.write(out)])}")
+        print(f"\nwritten: {', '.join(str(file) for file in [save(result, out / 'results'), page.write(out)])}")
         if hasattr(module, "draw"):
             print(f"written: {module.draw(result, out)}")
     return report

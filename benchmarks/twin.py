@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from maskset.bench.measure import Way, in_turn, peaks
-from maskset.bench.report import Report
+from benchmarks.measure import Way, in_turn, peaks
+from benchmarks.report import Report
 from maskset.layers.twin import Attention, Copies, ReleasedLayer, ReleasedTransformer
 
 WIDTH, HEADS, DEPTH = 256, 8, 12

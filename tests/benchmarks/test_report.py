@@ -2,13 +2,15 @@
 
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from maskset.bench import BENCHES, page
-from maskset.bench.report import Disagreement, Report, save
+import maskset
+from benchmarks import BENCHMARKS, page
+from benchmarks.report import Disagreement, Report, save
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +25,7 @@ def report(reached: float | None = 4.0) -> Report:
 
 
 def result(**changed) -> dict:
-    return json.loads(json.dumps(report().to_dict("maskset bench matching --out benchmarks", time.monotonic()))) | changed
+    return json.loads(json.dumps(report().to_dict("python -m benchmarks matching --out benchmarks", time.monotonic()))) | changed
 
 
 def test_ratios_are_those_of_the_medians():
@@ -47,6 +49,19 @@ def test_a_result_says_where_it_comes_from():
     assert found["versions"].keys() >= {"torch", "transformers", "pycocotools"}
 
 
+def test_the_commit_of_a_repository_that_does_not_track_the_source_is_not_reported(tmp_path, monkeypatch):
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "--allow-empty", "-m", "other"],
+    ):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    installed = tmp_path / "site-packages" / "maskset" / "__init__.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(maskset, "__file__", str(installed))
+    assert result()["commit"] == "unknown"
+
+
 @pytest.mark.parametrize(("changed", "name"), [({}, "matching"), ({"threads": 2}, "matching-2-threads")])
 def test_each_number_of_threads_and_a_gpu_have_a_file_of_their_own(tmp_path, changed, name):
     assert save(result(**changed), tmp_path / "results") == tmp_path / "results" / f"{name}.json"
@@ -59,7 +74,7 @@ def test_the_page_shows_bars_figures_and_other_files(tmp_path):
     (tmp_path / "results" / "codecs.json").write_text(json.dumps({"command": "maskset codecs compare DATA", "scores": []}))
     page.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert re.search(r"\| a \\\| ratio +\| +3\.00x \| \*\*4\.00x\*\* +\| `maskset bench matching` ", text)
+    assert re.search(r"\| a \\\| ratio +\| +3\.00x \| \*\*4\.00x\*\* +\| `python -m benchmarks matching` ", text)
     assert re.search(r"\| ours +\| +2\.00 \(1\.00\) \| +4\.00 \| +50\.0 \| +2\.00 \|", text)
     assert "`maskset codecs compare DATA`" in text
 
@@ -74,30 +89,19 @@ def test_a_file_of_another_program_does_not_spoil_the_page(tmp_path, content):
 
 
 def test_a_bar_that_could_not_be_measured_says_why():
-    (table, _) = page.summary([json.loads(json.dumps(report(None).to_dict("maskset bench matching", time.monotonic())))])
+    (table, _) = page.summary([json.loads(json.dumps(report(None).to_dict("python -m benchmarks matching", time.monotonic())))])
     assert "not measured here (no GPU)" in table
 
 
-def test_the_marked_part_of_the_readme_beside_is_written_anew_and_nothing_else(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{page.START}\nold numbers\n{page.END}\nafter\n")
-    save(result(), tmp_path / "benchmarks" / "results")
-    page.write(tmp_path / "benchmarks")
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith(f"{page.END}\nafter\n")
-    assert "old numbers" not in text
-    assert "**4.00x**" in text
-    page.write(tmp_path / "benchmarks")
-    assert readme.read_text() == text
+def test_the_committed_page_is_made_from_the_committed_results():
+    expected = page.page(page.read(ROOT / "benchmarks" / "results"))
+    assert (ROOT / "benchmarks" / "README.md").read_text() == expected, "run `python -m benchmarks.page`"
 
 
-def test_the_committed_page_and_the_readme_are_what_the_committed_results_give():
-    results = page.read(ROOT / "benchmarks" / "results")
-    assert (ROOT / "benchmarks" / "README.md").read_text() == page.page(results), "run any `maskset bench NAME --out benchmarks`"
+def test_the_readme_shows_the_measured_headline_figures():
     readme = (ROOT / "README.md").read_text()
-    assert page.START in readme
-    assert readme == page.with_summary(readme, results)
+    for figure in page.headlines(page.read(ROOT / "benchmarks" / "results")):
+        assert f"**{figure}**" in readme
 
 
 def test_curves_of_the_documentation_are_those_that_were_measured_last():
@@ -109,11 +113,11 @@ def test_curves_of_the_documentation_are_those_that_were_measured_last():
 def test_make_bench_runs_every_benchmark():
     loop = re.search(r"for name in (.*); do", (ROOT / "Makefile").read_text())
     assert loop is not None
-    assert loop[1].split() == list(BENCHES)
+    assert loop[1].split() == list(BENCHMARKS)
 
 
 def test_curves_are_drawn_from_figures_alone(tmp_path):
-    from maskset.bench import scaling
+    from benchmarks import scaling
 
     made = Report("scaling", "")
     made.compare("inference, slots", None, {"100": [0.1], "300": [0.2]}, {"100": 10.0, "300": 20.0})

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from maskset import cli
-from maskset.bench import BENCHES, measure
-from maskset.bench.report import Disagreement, Report
-from maskset.bench.run import run
+from benchmarks import BENCHMARKS, measure
+from benchmarks.__main__ import main
+from benchmarks.report import Disagreement, Report
+from benchmarks.run import run
 
 
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.filterwarnings("ignore")  # other packages warn as they like
 def test_a_quick_benchmark_finds_that_results_agree_and_writes_nothing(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["bench", name, "--quick"]) == 0
+    assert main([name, "--quick"]) == 0
     output = capsys.readouterr().out
     assert "the results agree" in output
     assert ("agree: " in output) == (name != "scaling")  # which has nobody to agree with
@@ -23,7 +23,7 @@ def test_a_quick_benchmark_finds_that_results_agree_and_writes_nothing(name, cap
 
 
 def test_ways_that_differ_are_not_compared(monkeypatch):
-    from maskset.bench import matching
+    from benchmarks import matching
 
     monkeypatch.setattr(matching, "giou_cost", lambda boxes, targets: torch.zeros(()))
     with pytest.raises(Disagreement, match="costs of all slots and objects, absolute: they differ by"):
@@ -31,7 +31,7 @@ def test_ways_that_differ_are_not_compared(monkeypatch):
 
 
 def test_a_gradient_that_is_no_number_is_no_agreement():
-    from maskset.bench import attention
+    from benchmarks import attention
 
     def broken(sample: attention.Sample) -> torch.Tensor:
         locations = sample.locations * 1
@@ -46,13 +46,13 @@ def test_a_gradient_that_is_no_number_is_no_agreement():
 @pytest.mark.parametrize(("name", "missing"), [("inference", "transformers"), ("scaling", "matplotlib")])
 def test_a_package_that_is_missing_is_named_with_what_installs_it(name, missing, monkeypatch, capsys):
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["bench", name, "--quick"]) == 2
+    assert main([name, "--quick"]) == 2
     assert f"{missing}: pip install 'maskset[bench]'" in capsys.readouterr().err
 
 
 def test_what_works_here_is_told_also_without_the_package_to_compare_with(monkeypatch, capsys):
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["bench", "attention", "--quick"]) == 2
+    assert main(["attention", "--quick"]) == 2
     told = capsys.readouterr()
     assert "Implementation bag: works here." in told.out
     assert "compares with transformers: pip install 'maskset[bench]'" in told.err
@@ -61,7 +61,7 @@ def test_what_works_here_is_told_also_without_the_package_to_compare_with(monkey
 def test_a_choice_in_the_environment_is_part_of_the_command(monkeypatch, capsys):
     monkeypatch.setenv("MASKSET_NATIVE", "off")
     run("matching", quick=True)
-    assert "`MASKSET_NATIVE=off maskset bench matching --quick`" in capsys.readouterr().out
+    assert "`MASKSET_NATIVE=off python -m benchmarks matching --quick`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -73,21 +73,21 @@ def test_a_choice_in_the_environment_is_part_of_the_command(monkeypatch, capsys)
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, message, capsys):
-    assert cli.main(["bench", "evaluation", *flags]) == 2
+    assert main(["evaluation", *flags]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("README.md", "# My project", "README.md would be written over, and is not from maskset bench: choose another folder"),
+        ("README.md", "# My project", "README.md would be written over, and is not a page of benchmarks: choose another folder"),
         ("results/half.json", '{"bars": [', "half.json is not JSON"),
     ],
 )
 def test_a_folder_that_cannot_be_written_anew_is_refused_before_the_work(file, content, message, tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / file).write_text(content)
-    assert cli.main(["bench", "matching", "--out", str(tmp_path)]) == 2
+    assert main(["matching", "--out", str(tmp_path)]) == 2
     told = capsys.readouterr()
     assert message in told.err
     assert "agree" not in told.out
@@ -95,5 +95,7 @@ def test_a_folder_that_cannot_be_written_anew_is_refused_before_the_work(file, c
 
 
 def test_only_evaluation_has_a_number_of_images(capsys):
-    assert cli.main(["bench", "twin", "--images", "5"]) == 2
-    assert "there is no flag --images" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["twin", "--images", "5"])
+    assert end.value.code == 2
+    assert "--images is an option of `evaluation` only" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import maskset
 from maskset.files import atomic_write
 
 _PACKAGES = ("maskset", "torch", "torchvision", "timm", "transformers", "numpy", "pycocotools", "faster-coco-eval", "triton")
@@ -228,13 +229,17 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Return the commit of the source that runs, with "-dirty" if it has changed since; "unknown" outside of a repository."""
+    """Return the commit of the source that runs, with "-dirty" if it has changed since.
+
+    "unknown" if no repository tracks the source, for example if it is installed in an environment inside of another repository.
+    """
+    source = Path(maskset.__file__)
 
     def git(*words: str) -> str:
-        folder = Path(__file__).parents[1]
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=folder).stdout.strip()
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=source.parent).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", source.name)
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import Way, in_new_process, in_turn, peaks, require, resident
+from benchmarks.report import Report
 from maskset import recipes
-from maskset.bench.measure import Way, in_new_process, in_turn, peaks, require, resident
-from maskset.bench.report import Report
 from maskset.layers.deformable import FUSED, implementations, using
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.structures import ImageBatch

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from maskset.bench import measure
+from benchmarks import measure
 
 
 def test_ways_take_turns_and_the_first_call_of_each_does_not_count():

@@ -19,10 +19,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from benchmarks import inference
+from benchmarks.measure import Way, in_new_process, in_turn, peaks, require, resident
+from benchmarks.report import Report
 from maskset import recipes
-from maskset.bench import inference
-from maskset.bench.measure import Way, in_new_process, in_turn, peaks, require, resident
-from maskset.bench.report import Report
 from maskset.data.shapes import CATEGORIES, ShapesDataset
 from maskset.instances import Instances, Masks
 from maskset.kernels import library

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.ops import generalized_box_iou
 
+from benchmarks.measure import in_turn, peaks
+from benchmarks.report import Report
 from maskset import boxes as box_ops
-from maskset.bench.measure import in_turn, peaks
-from maskset.bench.report import Report
 from maskset.matching import focal_cost, giou_cost, l1_cost, match, pad
 
 CASE, PEER = "cost matrices of 6 layers", "all pairs, as DETR"

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskset.bench.measure import in_turn
-from maskset.bench.report import Report
+from benchmarks.measure import in_turn
+from benchmarks.report import Report
 from maskset.data.dataset import ImageRecord
 from maskset.evaluation.average_precision import average_precision
 from maskset.instances import Category, Instances, Masks

@@ -19,9 +19,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from benchmarks.measure import in_turn
+from benchmarks.report import Report
 from maskset import rle
-from maskset.bench.measure import in_turn
-from maskset.bench.report import Report
 from maskset.instances import Masks
 from maskset.masks.boxed import paste_soft
 from maskset.masks.codecs.dct import DctCodec, dct_basis, zigzag

@@ -19,8 +19,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from maskset.bench.measure import in_turn
-from maskset.bench.report import Report
+from benchmarks.measure import in_turn
+from benchmarks.report import Report
 from maskset.data import open_data
 from maskset.data.dataset import Dataset
 from maskset.data.transforms import fitted_size, resize

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskset.bench.measure import Way, in_turn, peaks, require
-from maskset.bench.report import Report
+from benchmarks.measure import Way, in_turn, peaks, require
+from benchmarks.report import Report
 from maskset.layers.deformable import FUSED, deformable_attention, implementations, using
 
 HEADS, WIDTH, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
@@ -52,7 +52,7 @@ def run(report: Report, quick: bool) -> None:
     if quick:
         size, images = (64, 96), 1
     if gpu:
-        from maskset.bench import cuda
+        from benchmarks import cuda
 
         attentions |= cuda.attentions(report)
     for place, queries in (("encoder", None), ("decoder", 300)):

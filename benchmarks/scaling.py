@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.inference import noise, results
+from benchmarks.measure import Way, in_turn, peaks, require
+from benchmarks.report import Report
+from benchmarks.training import example
 from maskset import recipes
-from maskset.bench.inference import noise, results
-from maskset.bench.measure import Way, in_turn, peaks, require
-from maskset.bench.report import Report
-from maskset.bench.training import example
 from maskset.files import atomic_write
 from maskset.instances import Instances
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
