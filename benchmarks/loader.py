@@ -25,7 +25,7 @@ from maskset.data import open_data
 from maskset.data.dataset import Dataset
 from maskset.data.transforms import fitted_size, resize
 from maskset.instances import Instances
-from maskset.masks.boxed import crop
+from maskset.masks.targets import crop
 from maskset.systems.base import InputConfig
 
 SHORT_SIDE, LONG_SIDE, CROP = 800, 1333, 128

@@ -23,9 +23,8 @@ from benchmarks.measure import in_turn
 from benchmarks.report import Report
 from maskset import rle
 from maskset.instances import Masks
-from maskset.masks.boxed import paste_soft
 from maskset.masks.codecs.dct import DctCodec, dct_basis, zigzag
-from maskset.masks.resample import paint_probabilities
+from maskset.masks.paint import paint_probabilities, paste_soft
 
 SIDE, STRIDE, CODE = 128, 4, 256
 PYCOCOTOOLS = "pycocotools"

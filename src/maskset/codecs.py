@@ -21,7 +21,6 @@ from maskset.evaluation.average_precision import measured
 from maskset.evaluation.overlaps import Overlaps, overlaps
 from maskset.files import atomic_write, check_new
 from maskset.instances import Instances, Masks
-from maskset.masks.boxed import binarise, crop, paste, paste_soft
 from maskset.masks.codecs import MaskCodec
 from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs.autoencoder import AutoencoderCodec
@@ -31,6 +30,8 @@ from maskset.masks.codecs.flatten import FlattenCodec
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.codecs.pca import PcaCodec
 from maskset.masks.codecs.sparse import SparseCodec
+from maskset.masks.paint import binarise, paste, paste_soft
+from maskset.masks.targets import crop
 from maskset.progress import track
 
 FOOTNOTE = """\

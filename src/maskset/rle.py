@@ -18,7 +18,7 @@ from maskset.errors import MaskError
 from maskset.kernels import library, runs
 
 Counts = Int32[Tensor, "_"]
-Shown = Int64[Tensor, "_"]  # rows or columns
+Indices = Int64[Tensor, "_"]  # rows or columns
 Polygons = tuple[np.ndarray, ...]  # the parts of one object, each float64 [n, 2], x and y in pixels
 LONGEST_OUTLINE = 2**22  # pixels; pycocotools takes about 60 bytes for each
 _PIXELS = 2**26  # that are decoded at a time
@@ -28,10 +28,10 @@ def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
     """Return the run lengths of each mask, on the device of the masks.
 
     Raises:
-        MaskError: a mask has too many pixels, see `check_size`.
+        MaskError: a mask has too many pixels, see `check_pixel_count`.
     """
     count, height, width = masks.shape
-    check_size((height, width))
+    check_pixel_count((height, width))
     if library.supports(masks.device):
         return runs.encode(masks)
     flat = masks.transpose(1, 2).reshape(count, height * width)
@@ -45,7 +45,7 @@ def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
 
 
 def decode(
-    counts: Sequence[Counts], size: tuple[int, int], rows: Shown | None = None, columns: Shown | None = None
+    counts: Sequence[Counts], size: tuple[int, int], rows: Indices | None = None, columns: Indices | None = None
 ) -> Bool[Tensor, "T h w"]:
     """Return dense masks, on the device of the counts.
 
@@ -85,14 +85,14 @@ def _columns(counts: Counts, height: int, first: int, end: int) -> Counts:
     return torch.diff(ends, prepend=ends.new_tensor([first * height]))
 
 
-def viewed(counts: Sequence[Counts], size: tuple[int, int], rows: Shown | None, columns: Shown | None) -> list[Counts]:
+def select(counts: Sequence[Counts], size: tuple[int, int], rows: Indices | None, columns: Indices | None) -> list[Counts]:
     """Return the run lengths of some rows and columns of masks, see `decode`.
 
     Raises:
-        MaskError: a mask would have too many pixels, see `check_size`.
+        MaskError: a mask would have too many pixels, see `check_pixel_count`.
     """
     shown = [side if which is None else len(which) for side, which in zip(size, (rows, columns), strict=True)]
-    check_size((shown[0], shown[1]))
+    check_pixel_count((shown[0], shown[1]))
     if library.supports(counts[0].device if len(counts) else torch.device("cpu")):
         return runs.viewed(runs.view(counts, size, rows, columns))
     few = max(1, _PIXELS // max(1, size[0] * size[1]))
@@ -100,7 +100,7 @@ def viewed(counts: Sequence[Counts], size: tuple[int, int], rows: Shown | None, 
     return [one for part in parts for one in encode(part)]
 
 
-def placed(window: Bool[Tensor, "h w"], left: int, top: int, size: tuple[int, int]) -> Counts:
+def encode_window(window: Bool[Tensor, "h w"], left: int, top: int, size: tuple[int, int]) -> Counts:
     """Return the run lengths of an image of `size` that is empty but for a window at (left, top)."""
     height, width = size
     columns = torch.zeros(window.shape[1], height, dtype=torch.bool, device=window.device)
@@ -212,7 +212,7 @@ def _from_string(text: bytes) -> Counts:
     return _as_counts(numbers)
 
 
-def check_size(size: tuple[int, int]) -> tuple[int, int]:
+def check_pixel_count(size: tuple[int, int]) -> tuple[int, int]:
     """Return the height and width of an image whose masks can be written as run lengths.
 
     Raises:
@@ -261,12 +261,12 @@ def from_polygons(polygons: Polygons, size: tuple[int, int]) -> Counts:
     Raises:
         MaskError: a coordinate is not finite or far outside of the image, see `check_polygons`.
     """
-    return rasterised([polygons], size)[0]
+    return rasterise([polygons], size)[0]
 
 
-def rasterised(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
+def rasterise(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
     """Return the run lengths of each mask, see `from_polygons`."""
-    check_size(size)
+    check_pixel_count(size)
     for polygons in masks:
         check_polygons(polygons, size)
     if library.supports(torch.device("cpu")):

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskset.masks.boxed import paste, paste_soft
-from maskset.masks.resample import by_centres, by_corners, by_factor, paint, paint_probabilities, resample
+from maskset.masks.paint import paint, paint_probabilities, paste, paste_soft
+from maskset.masks.resize import align_corners, aligned_bilinear, half_pixel, resample
 
 
 def smooth(count: int, size: tuple[int, int], seed: int) -> torch.Tensor:
@@ -53,12 +53,12 @@ def test_pasting_differs_from_float64_only_where_a_sample_is_the_threshold():
 
 
 STEPS = {
-    "one resize": lambda mid, size: [(by_centres(9, size[0]), by_centres(11, size[1]))],
+    "one resize": lambda mid, size: [(half_pixel(9, size[0]), half_pixel(11, size[1]))],
     "SOIT": lambda mid, size: [
-        (by_factor(9, 4), by_factor(11, 4)),
+        (aligned_bilinear(9, 4), aligned_bilinear(11, 4)),
         torch.sigmoid,
-        (by_corners(36, mid[0]), by_corners(44, mid[1])),
-        (by_corners(mid[0], size[0]), by_corners(mid[1], size[1])),
+        (align_corners(36, mid[0]), align_corners(44, mid[1])),
+        (align_corners(mid[0], size[0]), align_corners(mid[1], size[1])),
     ],
 }
 
@@ -82,7 +82,7 @@ def test_what_is_painted_is_what_the_twin_paints(both, steps, size):
 def test_few_maps_at_a_time_are_all_maps(monkeypatch):
     maps = smooth(30, (9, 11), 3).sigmoid()
     expected = paint_probabilities(maps, 4, (33, 44), (50, 60))
-    monkeypatch.setattr("maskset.masks.resample._CELLS", 2000)
+    monkeypatch.setattr("maskset.masks.paint._MAX_CELLS", 2000)
     assert paint_probabilities(maps, 4, (33, 44), (50, 60)) == expected
 
 

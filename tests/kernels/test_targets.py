@@ -6,10 +6,8 @@ import torch.nn.functional as F
 from torchvision.ops import roi_align
 
 from maskset.instances import Masks
-from maskset.masks.boxed import crop
-from maskset.masks.quarter import quarter_masks
-from maskset.masks.resample import by_corners, resample, stretched
-from maskset.masks.soft import central_means
+from maskset.masks.resize import align_corners, resample
+from maskset.masks.targets import central_means, crop, quarter_masks, resize_by_corners
 
 
 def some_masks(seed: int) -> Masks:
@@ -60,8 +58,8 @@ def test_coarser_masks_are_what_the_twins_make(both, seed):
         lambda: central_means(masks, 4, (height // 4 + 2, width // 4 + 3)),
         lambda: central_means(masks, 8, (height // 8 + 1, width // 8 + 1)),
         lambda: quarter_masks(masks, (height // 4 + 2, width // 4 + 3)),
-        lambda: stretched(masks, (height + 7, width + 3), (33, 21), torch.device("cpu")),
-        lambda: stretched(masks, (height, width), (111, 150), torch.device("cpu")),
+        lambda: resize_by_corners(masks, (height + 7, width + 3), (33, 21), torch.device("cpu")),
+        lambda: resize_by_corners(masks, (height, width), (111, 150), torch.device("cpu")),
     ):
         found, expected = both(work)
         assert torch.equal(found, expected)
@@ -70,6 +68,6 @@ def test_coarser_masks_are_what_the_twins_make(both, seed):
 def test_stretched_masks_are_those_of_float64_but_for_rounding():
     masks = some_masks(2)
     padded = F.pad(masks.dense().double(), (0, 6, 0, 4))
-    expected = resample(padded, by_corners(padded.shape[1], 40), by_corners(padded.shape[2], 30))
-    found = stretched(masks, (padded.shape[1], padded.shape[2]), (40, 30), torch.device("cpu"))
+    expected = resample(padded, align_corners(padded.shape[1], 40), align_corners(padded.shape[2], 30))
+    found = resize_by_corners(masks, (padded.shape[1], padded.shape[2]), (40, 30), torch.device("cpu"))
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)

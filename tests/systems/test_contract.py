@@ -19,9 +19,9 @@ from maskset.instances import Category, Instances, Masks
 from maskset.kernels import library
 from maskset.layers import recompute
 from maskset.layers.deformable import implementations, using
-from maskset.masks.quarter import quarter_masks
-from maskset.masks.resample import by_corners, by_factor, paint, paint_probabilities, resample, stretched
-from maskset.masks.soft import central_means
+from maskset.masks.paint import paint, paint_probabilities
+from maskset.masks.resize import align_corners, aligned_bilinear, resample
+from maskset.masks.targets import central_means, quarter_masks, resize_by_corners
 from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems import CONFIGS, System, build
 from maskset.systems.isda import Isda
@@ -452,15 +452,15 @@ def after_the_quarter_mask(model: Sotr, found: Instances) -> Masks:
 def drawn_at_stride_8(model: Soit, found: Instances) -> Masks:
     """Return the masks as the best map of their logits at stride 8 draws them: no instance-aware transformer draws better."""
     (height, width), cells = found.masks.size, (found.masks.size[0] // 8, found.masks.size[1] // 8)
-    wanted = stretched(found.masks, found.masks.size, (cells[0] * 4, cells[1] * 4), torch.device("cpu"))
-    upsampled = (by_factor(cells[0], 4), by_factor(cells[1], 4))
+    wanted = resize_by_corners(found.masks, found.masks.size, (cells[0] * 4, cells[1] * 4), torch.device("cpu"))
+    upsampled = (aligned_bilinear(cells[0], 4), aligned_bilinear(cells[1], 4))
     logits = torch.zeros(len(found), *cells, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.3)
     for _ in range(300):
         optimizer.zero_grad()
         F.binary_cross_entropy_with_logits(resample(logits, *upsampled), wanted).backward()
         optimizer.step()
-    to_size = (by_corners(cells[0] * 4, height), by_corners(cells[1] * 4, width))
+    to_size = (align_corners(cells[0] * 4, height), align_corners(cells[1] * 4, width))
     return paint(logits.detach(), [upsampled, torch.sigmoid, to_size], least=0.0)
 
 

@@ -10,8 +10,8 @@ from tiny import TINY, batch, shapes
 from maskset import matching
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
-from maskset.masks.resample import paint_probabilities
-from maskset.masks.soft import central_means
+from maskset.masks.paint import paint_probabilities
+from maskset.masks.targets import central_means
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build, isda
 from maskset.systems.base import InputConfig

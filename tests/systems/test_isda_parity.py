@@ -14,8 +14,8 @@ from maskset.conversion.keys import rename
 from maskset.instances import Instances, Masks
 from maskset.layers.positions import sine_positions
 from maskset.masks.heads.dynamic_conv import dynamic_conv
-from maskset.masks.resample import paint_probabilities
-from maskset.masks.soft import central_means
+from maskset.masks.paint import paint_probabilities
+from maskset.masks.targets import central_means
 from maskset.matching import Matches, focal_cost
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build

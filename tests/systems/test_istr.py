@@ -11,7 +11,7 @@ from maskset.boxes import fractions
 from maskset.errors import ConfigError, MatchingError
 from maskset.layers.refinement import RegionAttention
 from maskset.losses import squared_dice_loss
-from maskset.masks.boxed import crop
+from maskset.masks.targets import crop
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.istr import Istr, IstrConfig

@@ -16,7 +16,7 @@ from maskset.conversion.istr import RULES
 from maskset.conversion.keys import rename
 from maskset.instances import Instances, Masks
 from maskset.layers.roi import levels_of
-from maskset.masks.boxed import crop
+from maskset.masks.targets import crop
 from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build

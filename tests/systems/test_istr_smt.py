@@ -9,7 +9,7 @@ from tiny import TINY, batch, shapes
 from maskset import codecs
 from maskset.boxes import fractions
 from maskset.errors import ConfigError, MatchingError
-from maskset.masks.boxed import crop
+from maskset.masks.targets import crop
 from maskset.matching import Matches
 from maskset.structures import ModelOutput, SlotPredictions
 from maskset.systems import build

@@ -14,7 +14,7 @@ from maskset.conversion import convert
 from maskset.conversion.coco import used_categories
 from maskset.instances import Instances, Masks
 from maskset.layers.roi import pyramid_roi_align
-from maskset.masks.boxed import crop
+from maskset.masks.targets import crop
 from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems import build

@@ -14,7 +14,7 @@ from maskset.conversion.keys import proposal_class_head, rename
 from maskset.conversion.soit import RULES
 from maskset.instances import Instances, Masks
 from maskset.masks.heads.instance_transformer import encode_positions, instance_transformer
-from maskset.masks.resample import by_factor, resample
+from maskset.masks.resize import aligned_bilinear, resample
 from maskset.structures import ImageBatch
 from maskset.systems import build
 
@@ -212,7 +212,7 @@ def test_masks_at_stride_8_are_the_official_ones(name):
         logits = model()._draw(features[i], padding[i], last.mask_params[i, queries], last.boxes[i, queries, :2])
         expected = golden("soit", f"{name}.det{i}.mask_logits_p3")
         close(logits[:, ~padding[i]], expected[:, ~padding[i]])
-        upsampled = resample(expected[:2], by_factor(expected.shape[1], 4), by_factor(expected.shape[2], 4))
+        upsampled = resample(expected[:2], aligned_bilinear(expected.shape[1], 4), aligned_bilinear(expected.shape[2], 4))
         close(upsampled, golden("soit", f"{name}.det{i}.mask_logits_up4"), 1e-5)
 
 
@@ -242,6 +242,6 @@ def test_the_instance_aware_transformer_alone_is_the_official_one():
     padding, centres = golden("soit", "unit.padding").bool(), golden("soit", "unit.centres")
     logits = instance_transformer(features, padding, golden("soit", "unit.theta"), centres, 4, 4)
     close(logits, golden("soit", "unit.logits"), 1e-5)
-    close(resample(logits, by_factor(9, 4), by_factor(13, 4)), golden("soit", "unit.logits_up4"), 1e-5)
+    close(resample(logits, aligned_bilinear(9, 4), aligned_bilinear(13, 4)), golden("soit", "unit.logits_up4"), 1e-5)
     encoded = encode_positions(padding, centres, 8).flatten(2).transpose(1, 2)
     close(encoded, golden("soit", "unit.rel_pos"), 1e-6)

@@ -12,7 +12,8 @@ from maskset.conversion.coco import raw_categories
 from maskset.conversion.keys import rename
 from maskset.conversion.solq import RULES
 from maskset.instances import Instances, Masks
-from maskset.masks.boxed import binarise, crop
+from maskset.masks.paint import binarise
+from maskset.masks.targets import crop
 from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build

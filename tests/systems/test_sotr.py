@@ -12,7 +12,7 @@ from maskset import distributed
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
 from maskset.layers.resnet import DeformableConvolution
-from maskset.masks.quarter import quarter_masks
+from maskset.masks.targets import quarter_masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build, sotr
 from maskset.systems.base import InputConfig

@@ -16,7 +16,7 @@ from maskset.layers.twin import Copies
 from maskset.losses import squared_dice_loss
 from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.nms import mask_iou, matrix_nms
-from maskset.masks.quarter import quarter_masks
+from maskset.masks.targets import quarter_masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.sotr import Candidates, Sotr, assign, point_nms

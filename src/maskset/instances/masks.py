@@ -101,7 +101,7 @@ class Masks(TensorRecord):
             return NotImplemented
         if self.size != other.size or len(self) != len(other):
             return False
-        ours, theirs = (rle.viewed(one.rle(), one.size, None, None) for one in (self, other))  # without runs of no pixels
+        ours, theirs = (rle.select(one.rle(), one.size, None, None) for one in (self, other))  # without runs of no pixels
         return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
@@ -132,7 +132,7 @@ class Masks(TensorRecord):
     def rle(self) -> list[Counts]:
         """Return the run lengths of each mask (see `maskset.rle`)."""
         runs = self._source_runs()
-        return runs if self._is_source else rle.viewed(runs, self._source_size, self._rows, self._columns)
+        return runs if self._is_source else rle.select(runs, self._source_size, self._rows, self._columns)
 
     def view(self) -> View:
         """Return what the C library reads; the masks must be on the CPU."""
@@ -175,7 +175,7 @@ class Masks(TensorRecord):
 
     def _source_runs(self) -> list[Counts]:
         polygons = {id(shape): shape for shape in self._shapes if not isinstance(shape, Tensor)}  # each is drawn once
-        drawn = rle.rasterised(list(polygons.values()), self._source_size) if polygons else []
+        drawn = rle.rasterise(list(polygons.values()), self._source_size) if polygons else []
         device, runs = self.device, dict(zip(polygons, drawn, strict=True))
         return [shape if isinstance(shape, Tensor) else runs[id(shape)].to(device) for shape in self._shapes]
 

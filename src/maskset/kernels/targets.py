@@ -12,7 +12,7 @@ _LEAST = 4  # masks that are worth a thread's attention
 
 
 def crop(view: View, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "T S S"]:
-    """Return each mask inside its box x0 y0 x1 y1 (pixels of the view): the plain twin is in maskset/masks/boxed.py."""
+    """Return each mask inside its box x0 y0 x1 y1 (pixels of the view): the plain twin is in maskset/masks/targets.py."""
     crops = torch.zeros(len(view), size, size, dtype=torch.bool)
     work, passed, boxes = library.function("targets_crop"), view.passed(), boxes.double().contiguous()
 

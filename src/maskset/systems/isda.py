@@ -26,8 +26,8 @@ from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, in
 from maskset.losses import focal_loss, in_pieces, name_by_layer, squared_dice_loss
 from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.heads.features import MaskFeatureHead, with_coordinates
-from maskset.masks.resample import paint_probabilities
-from maskset.masks.soft import central_means
+from maskset.masks.paint import paint_probabilities
+from maskset.masks.targets import central_means
 from maskset.matching import Matches, class_targets, focal_cost, match, pad, soft_iou_cost
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas

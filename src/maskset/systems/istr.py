@@ -27,10 +27,11 @@ from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionAttention, RegionEncoder, Tower, image_feature, move, reset_stage
 from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss, sum_by_layer
-from maskset.masks.boxed import crop, paste_soft
 from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs.flatten import FlattenCodec
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
+from maskset.masks.paint import paste_soft
+from maskset.masks.targets import crop
 from maskset.matching import cosine_cost, l1_cost, pad, squared_dice_cost
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas

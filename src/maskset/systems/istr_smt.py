@@ -27,11 +27,12 @@ from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, image_feature, move, reset_stage
 from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss
-from maskset.masks.boxed import crop, paste_soft
 from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs.autoencoder import CONTEXT_CHANNELS, AutoencoderCodec
 from maskset.masks.codecs.dct import DctCodec
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
+from maskset.masks.paint import paste_soft
+from maskset.masks.targets import crop
 from maskset.matching import Matches, cosine_cost, pad
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas

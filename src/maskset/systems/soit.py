@@ -28,7 +28,9 @@ from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import in_pieces, name_by_layer, squared_dice_loss
 from maskset.masks.heads.instance_transformer import instance_transformer, parameter_count
-from maskset.masks.resample import by_corners, by_factor, paint, resample, stretched
+from maskset.masks.paint import paint
+from maskset.masks.resize import align_corners, aligned_bilinear, resample
+from maskset.masks.targets import resize_by_corners
 from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
@@ -218,7 +220,7 @@ class Soit(System):
         def draw_and_compare(i: int, weights: Float[Tensor, "n D"], features: Float[Tensor, "B C h w"]) -> Float[Tensor, "2"]:
             image, which = pieces[i].image, pieces[i].objects
             logits = self._draw(features[image], targets.padding[image], weights, pieces[i].centres)
-            rows, columns = (by_factor(cells, _UPSAMPLING) for cells in features.shape[2:])
+            rows, columns = (aligned_bilinear(cells, _UPSAMPLING) for cells in features.shape[2:])
             logits, wanted = resample(logits, rows, columns), targets.masks[image][which]
             dice = squared_dice_loss(logits.sigmoid(), wanted, 1e-5).sum()
             entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / targets.pixels[image]
@@ -304,7 +306,7 @@ class Soit(System):
             for few in slots.split(max(1, _SAMPLES_AT_ONCE // self._samples(features)))
         ]
         rows, columns = (
-            (by_factor(cells, _UPSAMPLING), by_corners(cells * _UPSAMPLING, seen), by_corners(seen, pixels))
+            (aligned_bilinear(cells, _UPSAMPLING), align_corners(cells * _UPSAMPLING, seen), align_corners(seen, pixels))
             for cells, seen, pixels in zip((height, width), images.sizes[image].tolist(), size, strict=True)
         )
         upsampled, to_input, to_size = zip(rows, columns, strict=True)
@@ -333,6 +335,6 @@ def _targets(images: ImageBatch, objects: Sequence[Instances], features: Float[T
     height, width = features.shape[2:]
     canvas, size = (images.pixels.shape[2], images.pixels.shape[3]), (height * _UPSAMPLING, width * _UPSAMPLING)
     padding = images.padding((height, width)).to(features.device)
-    beyond = resample(padding.float(), by_corners(height, size[0]), by_corners(width, size[1])) > 0
-    masks = [stretched(found.masks, canvas, size, features.device) for found in objects]
+    beyond = resample(padding.float(), align_corners(height, size[0]), align_corners(width, size[1])) > 0
+    masks = [resize_by_corners(found.masks, canvas, size, features.device) for found in objects]
     return _Targets(padding, masks, (~beyond).float().sum((1, 2)))

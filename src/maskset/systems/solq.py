@@ -25,12 +25,13 @@ from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import dice_loss, name_by_layer, sum_by_layer
-from maskset.masks.boxed import binarise, crop, paste
 from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs.dct import DctCodec
 from maskset.masks.codecs.flatten import FlattenCodec
 from maskset.masks.codecs.pca import PcaCodec
 from maskset.masks.codecs.sparse import SparseCodec
+from maskset.masks.paint import binarise, paste
+from maskset.masks.targets import crop
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 

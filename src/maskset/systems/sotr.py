@@ -30,10 +30,9 @@ from maskset.layers.twin import PaperTransformer, ReleasedTransformer
 from maskset.losses import focal_loss, in_pieces, squared_dice_loss
 from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.heads.features import MaskFeatureHead
-from maskset.masks.moments import centres_of_mass
 from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
-from maskset.masks.quarter import quarter_masks
-from maskset.masks.resample import paint_probabilities
+from maskset.masks.paint import paint_probabilities
+from maskset.masks.targets import centres_of_mass, quarter_masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System, check_canvas
 

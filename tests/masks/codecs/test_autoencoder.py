@@ -4,10 +4,10 @@ from tiny import shapes
 
 from maskset import codecs
 from maskset.errors import ConfigError
-from maskset.masks.boxed import crop
 from maskset.masks.codecs import MaskCodec, autoencoder
 from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs.autoencoder import AutoencoderCodec
+from maskset.masks.targets import crop
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from goldens import ellipses, golden, unpacked
 
 from maskset.errors import ConfigError
 from maskset.instances import Masks
-from maskset.masks.boxed import binarise, crop, paste
 from maskset.masks.codecs.dct import DctCodec, dct_basis, zigzag
+from maskset.masks.paint import binarise, paste
+from maskset.masks.targets import crop
 
 
 def test_the_scan_is_the_official_one():

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from maskset.errors import ConfigError
-from maskset.masks.boxed import binarise
 from maskset.masks.codecs import MaskCodec
 from maskset.masks.codecs.flatten import FlattenCodec
+from maskset.masks.paint import binarise
 
 
 def test_a_code_is_the_pixels_row_by_row():

@@ -4,9 +4,9 @@ import torch
 from goldens import ellipses
 
 from maskset.errors import ConfigError
-from maskset.masks.boxed import binarise
 from maskset.masks.codecs import MaskCodec, pca
 from maskset.masks.codecs.pca import PcaCodec
+from maskset.masks.paint import binarise
 
 
 @pytest.fixture(scope="module")

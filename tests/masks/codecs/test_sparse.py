@@ -3,9 +3,9 @@ import torch
 from goldens import ellipses
 
 from maskset.errors import ConfigError
-from maskset.masks.boxed import binarise
 from maskset.masks.codecs import MaskCodec, sparse
 from maskset.masks.codecs.sparse import SparseCodec
+from maskset.masks.paint import binarise
 
 
 @pytest.fixture(scope="module", autouse=True)

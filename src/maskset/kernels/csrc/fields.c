@@ -1,6 +1,6 @@
 /* Fields of numbers resized, and cut to masks without being stored. Items are fields.
 
-   Every number is computed in float32 and in the order of the plain twins (maskset/masks/boxed.py and resample.py): along the rows
+   Every number is computed in float32 and in the order of the plain twins (maskset/masks/paint.py and resize.py): along the rows
    first, then along the columns, each product rounded before it is added. */
 #include "runs.h"
 EXACT
@@ -112,7 +112,7 @@ FAST EXPORT void fields_cut(const float *cells, const Part *parts, const int32_t
     }
 }
 
-/* Write what the pixels from `first` up to `end` see of `cells` cells that span a box from low to high: maskset/masks/boxed.py. */
+/* Write what the pixels from `first` up to `end` see of `cells` cells that span a box from low to high: maskset/masks/paint.py. */
 INLINE void see(int32_t *low, int32_t *high, float *near, float *far, ptrdiff_t first, ptrdiff_t end, double from, double to,
                 int32_t cells, int32_t apart) {
     float start = (float)from, span = (float)(to - from);

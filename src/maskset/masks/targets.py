@@ -1,0 +1,204 @@
+"""Training targets made from the masks of one image, one function for each rule that a system learns from.
+
+| function            | used by              | rule                                                        | C function        |
+|---------------------|----------------------|-------------------------------------------------------------|-------------------|
+| `crop`              | SOLQ, ISTR, ISTR-SMT | RoIAlign in the box, >= 0.5 (detectron2, `crop_and_resize`) | `targets_crop`    |
+| `central_means`     | ISDA                 | `F.interpolate` by 1 / stride, bilinear, half-pixel         | `targets_mean`    |
+| `quarter_masks`     | SOTR                 | `cv2.resize` of bytes by 1 / 4 (mmcv, `imrescale`)          | `targets_quarter` |
+| `resize_by_corners` | SOIT                 | bilinear, `align_corners=True`, of the padded mask          | `targets_mean`    |
+| `centres_of_mass`   | SOTR                 | mean y and x of the pixels (scipy, `center_of_mass`)        | none              |
+
+Masks on the CPU take the C path (kernels/targets.py, kernels/csrc/targets.c) where the library is available. The Python code here
+is the reference that the C code is tested against (tests/kernels/test_targets.py), and what runs on other devices.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from maskset.errors import MasksetError
+from maskset.instances import Masks
+from maskset.kernels import library
+from maskset.kernels import targets as c_targets
+from maskset.masks.resize import align_corners, resample, taps
+
+_OPENCV_UNIT = 2048  # OpenCV's fixed-point representation of a weight of 1 (11 bits)
+_MAX_PIXELS = 2**26  # decoded at a time
+
+
+def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "T S S"]:
+    """Return each mask cropped to its box and resampled to size x size pixels.
+
+    Each pixel is the mean of ceil(box / size) bilinear samples along each axis (RoIAlign, half-pixel convention), set where
+    the mean is at least 0.5. Samples near the border of a box also read pixels just outside of it. A box without area, or
+    with a coordinate that is not finite, gives an empty mask.
+
+    Args:
+        masks: of one image.
+        boxes: x0 y0 x1 y1, pixels of that image.
+        size: side S of the result, pixels.
+
+    Raises:
+        MasksetError: the numbers of boxes and masks differ.
+    """
+    if len(boxes) != len(masks):
+        raise MasksetError(f"crop needs a box for each mask, got {len(boxes)} boxes and {len(masks)} masks.")
+    if library.supports(masks.device) and library.supports(boxes.device):
+        return c_targets.crop(masks.view(), boxes, size)  # Fast path: kernels/csrc/targets.c, targets_crop
+    crops = torch.zeros(len(masks), size, size, dtype=torch.bool, device=boxes.device)
+    height, width = masks.size
+    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        if not (-math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf):
+            continue
+        # A window of whole pixels with a margin of one gives the same samples as the whole image, at less cost.
+        left, top = max(int(x0) - 2, 0), max(int(y0) - 2, 0)
+        right, bottom = min(int(x1) + 3, width), min(int(y1) + 3, height)
+        if right <= left or bottom <= top:
+            continue
+        window = masks[i].cropped((left, top, right, bottom)).dense().to(boxes.device, torch.float32)
+        shifted = boxes[i] - boxes.new_tensor([left, top, left, top])
+        crops[i] = roi_align(window[None], [shifted[None].float()], size, sampling_ratio=-1, aligned=True)[0, 0] >= 0.5
+    return crops
+
+
+def central_means(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Tensor, "T h w"]:
+    """Return for each block of factor x factor pixels the mean of its central four: 0, 0.25, 0.5, 0.75 or 1.
+
+    This is bilinear resizing by 1 / factor (half-pixel convention, no antialiasing). The result is on the device of the masks.
+
+    Args:
+        masks: of one image.
+        factor: side of a block, pixels; even.
+        size: height and width h, w of the result, which covers the padded canvas; blocks outside of the image are 0.
+    """
+    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_mean
+        rows, columns = (factor * torch.arange(cells) + factor // 2 for cells in size)
+        half = [torch.full((cells,), 0.5) for cells in size]
+        return c_targets.mean(masks.view(), (rows - 1, rows, half[0], half[0]), (columns - 1, columns, half[1], half[1]))
+    central = slice(factor // 2 - 1, None, factor), slice(factor // 2, None, factor)
+    chunk = max(1, _MAX_PIXELS // max(1, masks.size[0] * masks.size[1]))
+    sums = torch.zeros(len(masks), *size, device=masks.device)
+    for start in range(0, len(masks), chunk):
+        pixels = masks[start : start + chunk].dense()
+        for rows in central:
+            for columns in central:
+                part = pixels[:, rows, columns]
+                sums[start : start + chunk, : part.shape[1], : part.shape[2]] += part
+    return sums / 4
+
+
+def resize_by_corners(
+    masks: Masks, canvas: tuple[int, int], size: tuple[int, int], device: torch.device
+) -> Float[Tensor, "T H W"]:
+    """Return masks, zero-padded to a canvas, after a bilinear resize with `align_corners=True`. Borders become soft.
+
+    Args:
+        masks: of one image.
+        canvas: height and width of the padded batch, pixels.
+        size: height and width of the result.
+        device: of the result.
+    """
+    rows, columns = align_corners(canvas[0], size[0]), align_corners(canvas[1], size[1])
+    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_mean
+        return c_targets.mean(masks.view(), taps(rows, canvas[0]), taps(columns, canvas[1])).to(device)
+    resized = torch.zeros(len(masks), *size, device=device)
+    for i in range(len(masks)):  # one mask at full size at a time
+        dense = masks[i].dense().to(device)
+        padded = F.pad(dense, (0, canvas[1] - dense.shape[2], 0, canvas[0] - dense.shape[1])).float()
+        resized[i] = resample(padded, rows, columns)[0]
+    return resized
+
+
+def centres_of_mass(masks: Masks) -> tuple[Int[Tensor, "T"], Float[Tensor, "T 2"]]:
+    """Return the area of each mask in pixels and the mean y and x of its pixels (the first pixel is 0), on the CPU.
+
+    Computed from run lengths. The sums are exact, the quotient is float32. The centre of an empty mask is 0, 0.
+    """
+    height, runs = masks.size[0], masks.rle()
+    moments = torch.zeros(len(runs), 3, dtype=torch.int64)
+    if not runs:
+        return moments[:, 0], moments[:, 1:].float()
+    lengths = torch.cat(runs).cpu().long()  # one copy for all masks
+    owner = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(counts) for counts in runs]))
+    ends = torch.cat([counts.cumsum(0) for counts in lengths.split([len(counts) for counts in runs])])
+    is_set = torch.cat([torch.arange(len(counts)) % 2 == 1 for counts in runs])
+    ends, lengths = ends[is_set], lengths[is_set]
+    moments.index_add_(0, owner[is_set], _sums_before(ends, height) - _sums_before(ends - lengths, height))
+    return moments[:, 0], moments[:, 1:].float() / moments[:, :1].clamp(min=1).float()
+
+
+def _sums_before(end: Int[Tensor, "n"], height: int) -> Int[Tensor, "n 3"]:
+    """Return the count, the sum of y and the sum of x of the first `end` pixels, column by column."""
+    columns, rest = end // height, end % height
+    sum_y = columns * (height * (height - 1) // 2) + rest * (rest - 1) // 2
+    sum_x = height * (columns * (columns - 1) // 2) + rest * columns
+    return torch.stack([end, sum_y, sum_x], 1)
+
+
+def quarter_masks(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
+    """Return masks as cv2.resize(mask, (int(w / 4 + 0.5), int(h / 4 + 0.5))) gives them, on the device of the masks.
+
+    OpenCV resizes bytes bilinearly in whole numbers. Where both sides of the image are multiples of 4, a cell is set if two or
+    more of its four central pixels are. Only the columns that an object covers are decoded.
+
+    Args:
+        masks: of one image.
+        size: height and width h, w of the result, which covers the padded canvas; cells outside of the image are not set.
+    """
+    height, width = masks.size
+    rows, columns = (_opencv_taps(pixels, int(pixels / 4 + 0.5), masks.device) for pixels in (height, width))
+    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_quarter
+        return c_targets.quarter(masks.view(), rows.padded(size[0], height), columns.padded(size[1], width))
+    resized = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
+    for i, (left, _, right, _) in enumerate(masks.boxes().tolist()):
+        cells = ((columns.high >= left) & (columns.low < right)).nonzero()[:, 0].tolist()
+        if right > left and cells:
+            first, end = cells[0], cells[-1] + 1
+            window = masks[i].cropped((int(columns.low[first]), 0, int(columns.high[end - 1]) + 1, height)).dense()[0]
+            resized[i, : len(rows.low), first:end] = _opencv_resize(window, rows, columns.part(first, end))
+    return resized
+
+
+@dataclass(frozen=True)
+class _OpencvTaps:
+    """For each cell along an axis: the two neighbouring pixels that it reads and their weights, in units of 1 / 2048."""
+
+    low: Int[Tensor, "n"]
+    high: Int[Tensor, "n"]
+    low_weight: Int[Tensor, "n"]
+    high_weight: Int[Tensor, "n"]
+
+    def part(self, first: int, end: int) -> "_OpencvTaps":
+        """Return the taps of cells `first` up to `end`, with pixels counted from the first one that they read."""
+        low, high = self.low[first:end], self.high[first:end]
+        return _OpencvTaps(low - low[0], high - low[0], self.low_weight[first:end], self.high_weight[first:end])
+
+    def padded(self, cells: int, pixels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return low, high and their weights for `cells` cells; those outside of the image read a pixel outside of it."""
+        missing = (0, cells - len(self.low))
+        low, high = F.pad(self.low, missing, value=pixels), F.pad(self.high, missing, value=pixels)
+        return low, high, F.pad(self.low_weight, missing), F.pad(self.high_weight, missing)
+
+
+def _opencv_taps(pixels: int, cells: int, device: torch.device) -> _OpencvTaps:
+    # Computed on the CPU, so that all devices have the same rounding.
+    position = ((torch.arange(cells, dtype=torch.float64) + 0.5) * pixels / max(1, cells) - 0.5).float()
+    low = position.floor()
+    share = (position - low).masked_fill((low < 0) | (low >= pixels - 1), 0)
+    low = low.long().clamp(0, max(0, pixels - 1))
+    weights = (((1 - share) * _OPENCV_UNIT).round().int(), (share * _OPENCV_UNIT).round().int())
+    parts = (low, (low + 1).clamp(max=max(0, pixels - 1)), *weights)
+    return _OpencvTaps(*(part.to(device) for part in parts))
+
+
+def _opencv_resize(pixels: Bool[Tensor, "H W"], rows: _OpencvTaps, columns: _OpencvTaps) -> Bool[Tensor, "h w"]:
+    """Return a mask resized along x, then along y, with each product shifted to fewer bits as OpenCV does."""
+    sums = pixels[:, columns.low] * columns.low_weight + pixels[:, columns.high] * columns.high_weight
+    upper = rows.low_weight[:, None] * (sums[rows.low] >> 4)
+    lower = rows.high_weight[:, None] * (sums[rows.high] >> 4)
+    return (((upper >> 16) + (lower >> 16) + 2) >> 2) > 0
