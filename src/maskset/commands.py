@@ -209,11 +209,11 @@ def _codecs_compare(given: Namespace) -> None:
 
 
 def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    whose = "whose checkpoint it is, or shall start from it: solq, soit, isda, istr, istr-smt, sotr"
-    parser.add_argument("system", metavar="SYSTEM", help=whose)
+    parser.add_argument("system", metavar="SYSTEM", help="system of the checkpoint: solq, soit, isda, istr, istr-smt or sotr")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
     parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep the 80 classes of COCO only, not all 91 channels")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="text file with one class name per line")
     parser.add_argument("--last-wins", action="store_true", help="where copies of a tensor differ, take the last")
     parser.add_argument("--from", dest="start", choices=["deformable-detr"], help="FILE is mmdetection's: take from it what fits")
     parser.add_argument("--license", default="unknown", help="of the weights; recorded in the file (default: unknown)")
@@ -223,11 +223,13 @@ def _convert(given: Namespace) -> None:
     """Turn an official checkpoint into one of maskset's."""
     from maskset.conversion import convert_file, start_file
 
-    settings = {"last_wins": given.last_wins, "license": given.license}
+    settings = {"classes": given.classes, "last_wins": given.last_wins, "license": given.license}
+    if given.start and given.coco80:
+        raise MasksetError("--coco80 does not go with --from: mmdetection's Deformable DETR has 80 classes.")
     if given.start:
         print(start_file(given.system, given.source, given.out, **settings))
     else:
-        convert_file(given.system, given.source, given.out, coco80=given.coco80, **settings)
+        print(convert_file(given.system, given.source, given.out, coco80=given.coco80, **settings))
     print(f"written to {given.out}")
 
 

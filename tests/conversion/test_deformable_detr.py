@@ -9,7 +9,7 @@ from goldens import notes, weights
 import maskset
 from maskset.checkpoint import read_metadata
 from maskset.cli import main
-from maskset.conversion import read
+from maskset.conversion import read_state_dict
 from maskset.conversion.coco import NAMES
 from maskset.conversion.deformable_detr import start
 from maskset.errors import ConversionError
@@ -114,7 +114,8 @@ def test_the_command_writes_a_start_and_says_what_it_took(tmp_path, capsys):
     assert "taken, " in said
     assert "starts anew, 33 tensors: project_finest 3, mask_feature_head 24, kernel_head 6" in said
     assert "left out, 36 tensors: reg_branches 36" in said
-    assert torch.equal(maskset.load(out).state_dict()["level_embedding"], read(source)["bbox_head.transformer.level_embeds"])
+    level_embedding = read_state_dict(source)["bbox_head.transformer.level_embeds"]
+    assert torch.equal(maskset.load(out).state_dict()["level_embedding"], level_embedding)
     assert "Deformable DETR checkpoint detr.pth, sha256" in read_metadata(out).source
     assert main(["convert", "yolact", "--from", "deformable-detr", str(source), str(tmp_path / "no.safetensors")]) == 2
 

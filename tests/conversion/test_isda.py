@@ -80,7 +80,7 @@ def test_copies_that_differ_are_refused_unless_the_last_shall_win():
 def test_a_file_becomes_a_checkpoint_with_the_classes_of_coco(tmp_path):
     source = tmp_path / "official.pth"
     torch.save({"meta": {"mmdet_version": "2.17.0", "CLASSES": ("person",)}, "state_dict": official()}, source)
-    out = convert_file("isda", source, tmp_path / "isda.safetensors", license="Apache-2.0")
+    out = convert_file("isda", source, tmp_path / "isda.safetensors", license="Apache-2.0").file
     model = maskset.load(out)
     assert [category.coco_id for category in model.categories] == list(NAMES)
     assert (model.categories[0].name, model.categories[79].name) == ("person", "toothbrush")

@@ -9,9 +9,12 @@ from goldens import notes, weights
 
 import maskset
 from maskset.checkpoint import read_metadata
-from maskset.conversion import _select_classes, convert, convert_file, read
-from maskset.conversion.coco import NAMES, raw_categories
+from maskset.cli import main
+from maskset.conversion import _select_classes, convert, convert_file, read_state_dict
+from maskset.conversion.class_names import read_class_names
+from maskset.conversion.coco import NAMES, raw_categories, used_categories
 from maskset.errors import ConfigError, ConversionError
+from maskset.instances import Category
 from maskset.systems import build
 
 
@@ -108,7 +111,7 @@ def test_a_file_becomes_a_checkpoint_that_loads(tmp_path):
     source = tmp_path / "official.pth"
     state = {f"module.{name}": value for name, value in small().items()}
     torch.save({"model": state, "epoch": 49, "args": argparse.Namespace(lr=2e-4)}, source)
-    out = convert_file("solq", source, tmp_path / "solq.safetensors", license="Apache-2.0")
+    out = convert_file("solq", source, tmp_path / "solq.safetensors", license="Apache-2.0").file
     model = maskset.load(out)
     assert model.categories == raw_categories()
     metadata = read_metadata(out)
@@ -116,14 +119,14 @@ def test_a_file_becomes_a_checkpoint_that_loads(tmp_path):
     assert metadata.license == "Apache-2.0"
     torch.save({"epoch": 3}, source)
     with pytest.raises(ConversionError, match="holds no state dict"):
-        read(source)
+        read_state_dict(source)
 
 
 def test_coco80_keeps_the_classes_that_coco_has(tmp_path):
     source = tmp_path / "official.pth"
     state = small()
     torch.save({"model": state}, source)
-    model = maskset.load(convert_file("solq", source, tmp_path / "solq80.safetensors", coco80=True))
+    model = maskset.load(convert_file("solq", source, tmp_path / "solq80.safetensors", coco80=True).file)
     assert len(model.categories) == 80
     assert [c.coco_id for c in model.categories] == list(NAMES)
     assert model.categories[79].name == "toothbrush"
@@ -158,7 +161,7 @@ def test_an_entry_of_other_dimensions_and_names_that_are_no_text_are_told(tmp_pa
         convert("solq", small() | {"query_embed.weight": torch.zeros(20)})
     torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pth")
     with pytest.raises(ConversionError, match="not known here: 1"):
-        convert("solq", read(tmp_path / "numbers.pth"))
+        convert("solq", read_state_dict(tmp_path / "numbers.pth"))
 
 
 class Bomb:
@@ -175,25 +178,78 @@ def test_a_pickle_is_never_executed(tmp_path, write):
     path = tmp_path / "official.pth"
     write(path)
     with pytest.raises(ConversionError, match="safely"):
-        read(path)
+        read_state_dict(path)
 
 
 def test_a_pickle_is_refused_without_a_word_from_torch(tmp_path):
     path = tmp_path / "official.pth"
     path.write_bytes(pickle.dumps(Bomb(), protocol=4))  # of which torch warns
     with warnings.catch_warnings(record=True, action="always") as told, pytest.raises(ConversionError, match="Unpickling"):
-        read(path)
+        read_state_dict(path)
     assert not told
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
     path = tmp_path / "official.pth"
     with pytest.raises(ConversionError, match="does not exist"):
-        read(path)
+        read_state_dict(path)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ConversionError, match="cannot be read safely"):
-        read(path)
+        read_state_dict(path)
     torch.save(small(), path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ConversionError, match="cannot be read safely"):
-        read(path)
+        read_state_dict(path)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """An official SOLQ that was fine-tuned on three classes: four channels."""
+    state = {name: value[:4] if value.ndim and value.shape[0] == 91 else value for name, value in small().items()}
+    torch.save({"model": state}, tmp_path / "own.pth")
+    return tmp_path / "own.pth"
+
+
+def test_other_numbers_of_classes_are_not_named_as_cocos(own, tmp_path):
+    out = convert_file("solq", own, tmp_path / "own.safetensors").file
+    assert [category.name for category in maskset.load(out).categories] == ["class 0", "class 1", "class 2", "class 3"]
+
+
+@pytest.mark.parametrize(("categories", "channels"), [(raw_categories, 91), (used_categories, 80)])
+def test_only_cocos_number_of_channels_has_cocos_names(categories, channels):
+    assert "person" in [category.name for category in categories(channels)]
+    for other in (1, 4, channels - 1, channels + 1):
+        assert [category.name for category in categories(other)] == [f"class {i}" for i in range(other)]
+
+
+def test_the_command_takes_class_names_and_says_what_it_converted(own, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("background\ncell\ndebris\r\nZellkern, groß\n\n", encoding="utf-8-sig")
+    out = str(tmp_path / "own.safetensors")
+    assert main(["convert", "solq", str(own), out, "--classes", str(tmp_path / "names.txt")]) == 0
+    names = ["background", "cell", "debris", "Zellkern, groß"]
+    assert maskset.load(out).categories == tuple(Category(name, i) for i, name in enumerate(names))
+    said = capsys.readouterr().out
+    assert "weights of 'model'" in said
+    assert "4 classes: background, cell, debris, Zellkern, groß" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"cell\ndebris\nhair\n", "names.txt has 3 class names, but the checkpoint has 4 class channels"),
+        (b"a\nb\nc\nd\ne\n", "names.txt has 5 class names, but the checkpoint has 4"),
+        (b"a\n\nc\nd\n", "names.txt, line 2: the line is empty"),
+        (b"a\nb\nc\na\n", "names.txt, line 4: 'a' occurs twice"),
+        (b"\xff\xfe\n", "cannot be read: it is not UTF-8 text"),
+    ],
+)
+def test_class_names_that_do_not_fit_are_refused(own, tmp_path, text, message):
+    (tmp_path / "names.txt").write_bytes(text)
+    with pytest.raises(ConversionError, match=message):
+        convert_file("solq", own, tmp_path / "own.safetensors", classes=tmp_path / "names.txt")
+    assert not (tmp_path / "own.safetensors").exists()
+
+
+def test_a_file_of_class_names_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ConversionError, match="nowhere.txt cannot be read: No such file"):
+        read_class_names(tmp_path / "nowhere.txt", 4)

@@ -99,7 +99,7 @@ def test_a_missing_entry_is_named(name, ours):
 def test_a_file_becomes_a_checkpoint_with_the_classes_of_coco(tmp_path):
     source = tmp_path / "official.pth"
     torch.save({"model": official(depth=1), "iteration": 299_999}, source)
-    out = convert_file("sotr", source, tmp_path / "sotr.safetensors", license="MIT")
+    out = convert_file("sotr", source, tmp_path / "sotr.safetensors", license="MIT").file
     model = maskset.load(out)
     assert [category.coco_id for category in model.categories] == list(NAMES)
     metadata = read_metadata(out)

@@ -1,23 +1,45 @@
-"""Official checkpoints become ours: every entry used or named as an alias, nothing guessed, nothing unpickled."""
+"""Conversion of official checkpoints: every entry is used or named as an alias, and nothing is unpickled."""
 
-import argparse
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from maskset import recipes
+from maskset.checkpoint import save
 from maskset.conversion import deformable_detr, isda, istr, istr_smt, soit, solq, sotr
+from maskset.conversion.class_names import read_class_names
 from maskset.conversion.coco import NAMES, used_categories
+from maskset.conversion.reading import OfficialWeights, read_state_dict, read_weights, unwrap
 from maskset.errors import ConversionError
 from maskset.files import check_new
-from maskset.systems import Config
+from maskset.instances import Category
+from maskset.systems import Config, build
 
 _CONVERTERS = {"solq": solq, "soit": soit, "isda": isda, "istr": istr, "istr-smt": istr_smt, "sotr": sotr}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted checkpoint.
+
+    Attributes:
+        file: the .safetensors file.
+        weights: the official weights, with their place in the official file.
+        categories: what the class channels stand for.
+    """
+
+    file: Path
+    weights: OfficialWeights
+    categories: tuple[Category, ...]
+
+    def __str__(self) -> str:
+        names = ", ".join(category.name for category in self.categories[:5]) + (", ..." if len(self.categories) > 5 else "")
+        return f"converted {self.weights}\n{len(self.categories)} classes: {names}"
 
 
 def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = False) -> tuple[Config, dict[str, Tensor]]:
@@ -25,42 +47,53 @@ def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = Fal
 
     Args:
         system: "solq", "soit", "isda", "istr", "istr-smt" or "sotr".
-        state_dict: official names and tensors.
+        state_dict: official names and tensors. Prefixes such as "module." are removed.
         last_wins: where copies of one tensor differ, take the last, as official loading does.
 
     Raises:
         ConversionError: the system is unknown, an entry is unknown or missing, or copies differ.
     """
-    return _converter(system).convert(state_dict, last_wins)
+    return _converter(system).convert(unwrap(dict(state_dict)).state, last_wins)
 
 
 def convert_file(
-    system: str, source: Path, out: Path, *, coco80: bool = False, last_wins: bool = False, license: str = "unknown"
-) -> Path:
-    """Write an official checkpoint file as one of ours and return its path.
+    system: str,
+    source: Path,
+    out: Path,
+    *,
+    coco80: bool = False,
+    classes: Path | None = None,
+    last_wins: bool = False,
+    license: str = "unknown",
+) -> Conversion:
+    """Write an official checkpoint file as one of maskset's.
 
     Args:
         system: "solq", "soit", "isda", "istr", "istr-smt" or "sotr".
         source: the official .pth file.
         out: the .safetensors file to write.
         coco80: keep only the 80 class channels that COCO uses, not all raw category ids 0 ... 90.
+        classes: a text file with the name of each class channel, one per line. By default a checkpoint with COCO's number of
+            channels has COCO's names, any other "class 0" and so on.
         last_wins: where copies of one tensor differ, take the last, as official loading does.
         license: of the weights, recorded in the file.
 
     Raises:
-        ConversionError: the file is no checkpoint of that system, or holds objects that are not read for safety.
-        ConfigError: `out` is there already, or cannot be written.
+        ConversionError: the file is not a checkpoint of that system, holds objects that are not read for safety, or does not
+            have as many class channels as `classes` has names.
+        ConfigError: `out` exists already, or cannot be written.
     """
-    from maskset import recipes
-    from maskset.checkpoint import save
-    from maskset.systems import build
-
     check_new(out, ".safetensors")
-    config, state = convert(system, read(source), last_wins)
+    weights = read_weights(source)
+    config, state = _converter(system).convert(weights.state, last_wins)
+    if coco80 and config.num_classes != 91:
+        raise ConversionError(f"coco80 needs the 91 class channels of COCO's raw ids, the file has {config.num_classes}.")
+    if coco80 and classes is not None:
+        raise ConversionError("coco80 keeps COCO's classes and their names: leave out the file of class names, or coco80.")
     categories = _converter(system).categories(config.num_classes)
+    if classes is not None:
+        categories = read_class_names(classes, config.num_classes)
     if coco80:
-        if config.num_classes != 91:
-            raise ConversionError(f"coco80 needs the 91 class channels of COCO's raw ids, the file has {config.num_classes}.")
         state = _select_classes(state, list(NAMES))
         config = dataclasses.replace(config, num_classes=len(NAMES))
         categories = used_categories()
@@ -69,63 +102,50 @@ def convert_file(
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ConversionError(f"{source} does not fit the model that its shapes describe: {error}") from None
-    known = [recipe for make in recipes.RECIPES.values() if (recipe := make()).model.system == config.system]
-    nearest = max(known, key=lambda recipe: len(vars(recipe.model).items() & vars(config).items()))
-    recipe = dataclasses.replace(nearest, model=config)
-    save(model, recipe, out, source=f"official {system} checkpoint {_named(source)}", license=license)
-    return out
+    about = f"official {system} checkpoint {_fingerprint(source)}, {weights}"
+    save(model, _nearest_recipe(config), out, source=about, license=license)
+    return Conversion(out, weights, categories)
 
 
 def start_file(
-    system: str, source: Path, out: Path, *, last_wins: bool = False, license: str = "unknown"
+    system: str,
+    source: Path,
+    out: Path,
+    *,
+    classes: Path | None = None,
+    last_wins: bool = False,
+    license: str = "unknown",
 ) -> deformable_detr.Start:
     """Write what a system takes from mmdetection's plain Deformable DETR as a checkpoint to start from, and return it.
 
     Args:
-        system: whose ResNet-50 recipe says what the model is like.
+        system: the system to start, built as its ResNet-50 recipe says.
         source: mmdetection's .pth file.
         out: the .safetensors file to write, for `maskset train --init`.
+        classes: a text file with the name of each class channel, one per line, see `convert_file`.
         last_wins: where copies of one tensor differ, take the last, as official loading does.
         license: of the weights, recorded in the file.
 
     Raises:
-        ConversionError: the file is no such checkpoint, or holds objects that are not read for safety.
+        ConversionError: the file is not such a checkpoint, or holds objects that are not read for safety.
     """
-    from maskset import recipes
-    from maskset.checkpoint import save
-
     _converter(system)
     check_new(out, ".safetensors")
     recipe = recipes.get(f"{system}-r50")
-    start = deformable_detr.start(recipe.model, read(source), last_wins)
-    about = f"start of {len(start.taken)} tensors from the Deformable DETR checkpoint {_named(source)}"
+    weights = read_weights(source)
+    start = deformable_detr.start(recipe.model, weights.state, last_wins)
+    if classes is not None:
+        start.model.categories = read_class_names(classes, len(start.model.categories))
+    about = f"start of {len(start.taken)} tensors from the Deformable DETR checkpoint {_fingerprint(source)}, {weights}"
     save(start.model, recipe, out, source=about, license=license)
     return start
 
 
-def read(source: Path) -> dict[str, Tensor]:
-    """Return the state dict in a .pth file, reading only tensors, plain containers and argparse's namespace.
-
-    Raises:
-        ConversionError: the file is missing, no PyTorch file, holds anything else, or holds no state dict.
-    """
-    if not source.is_file():
-        raise ConversionError(f"{source} is a folder: name the .pth file." if source.is_dir() else f"{source} does not exist.")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            content: Any = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, all of which mean: not a file that we read
-        reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise ConversionError(
-            f"{source} cannot be read safely as a PyTorch checkpoint ({type(error).__name__}: {reason}). Only tensors and plain "
-            "settings are read, never code."
-        ) from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConversionError(f"{source} holds no state dict (a dict of tensors, or one under 'model' or 'state_dict').")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
+def _nearest_recipe(config: Any) -> Any:
+    """Return the recipe of the system whose model has most settings in common with a config, with that config."""
+    known = [recipe for make in recipes.RECIPES.values() if (recipe := make()).model.system == config.system]
+    nearest = max(known, key=lambda recipe: len(vars(recipe.model).items() & vars(config).items()))
+    return dataclasses.replace(nearest, model=config)
 
 
 def _select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[str, Tensor]:
@@ -135,8 +155,9 @@ def _select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[st
     return {name: value if (index := kept[name]) is None else value[index] for name, value in state.items()}
 
 
-def _named(source: Path) -> str:
-    return f"{source.name}, sha256 {hashlib.sha256(source.read_bytes()).hexdigest()}"
+def _fingerprint(source: Path) -> str:
+    with source.open("rb") as file:
+        return f"{source.name}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def _converter(system: str) -> Any:
@@ -145,4 +166,4 @@ def _converter(system: str) -> Any:
     return _CONVERTERS[system]
 
 
-__all__ = ["ConversionError", "convert", "convert_file", "read", "start_file"]
+__all__ = ["Conversion", "ConversionError", "convert", "convert_file", "read_state_dict", "start_file"]

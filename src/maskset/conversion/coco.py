@@ -1,4 +1,4 @@
-"""What the class channels of models trained on COCO stand for: 91 raw category ids, or the 80 that COCO uses, in order."""
+"""The class channels of models trained on COCO: 91 raw category ids, or the 80 that COCO uses, in order."""
 
 from maskset.instances import Category
 
@@ -17,12 +17,22 @@ NAMES = {
 
 
 def raw_categories(channels: int = 91) -> tuple[Category, ...]:
-    """Return one category for each raw id from 0 on; ids that COCO does not use are named "unused 12" and so on."""
+    """Return one category for each raw id from 0 on.
+
+    With COCO's 91 channels they have COCO's names, and ids that COCO does not use are named "unused 12" and so on. With any
+    other number the classes are not COCO's: they are named "class 0" and so on.
+    """
+    if channels != 91:
+        return _numbered(channels)
     return tuple(Category(NAMES.get(i, f"unused {i}"), i) for i in range(channels))
 
 
 def used_categories(channels: int = 80) -> tuple[Category, ...]:
     """Return the 80 categories that COCO uses, in order; "class 0" and so on where there are not 80 channels."""
     if channels != len(NAMES):
-        return tuple(Category(f"class {i}", i) for i in range(channels))
+        return _numbered(channels)
     return tuple(Category(name, i) for i, name in NAMES.items())
+
+
+def _numbered(channels: int) -> tuple[Category, ...]:
+    return tuple(Category(f"class {i}", i) for i in range(channels))

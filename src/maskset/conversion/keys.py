@@ -9,6 +9,14 @@ from torch import Tensor
 from maskset.errors import ConversionError
 
 Rule = tuple[str, str | None]  # a pattern for the whole name, and what it becomes; None: left out on purpose
+RESNETS = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}  # by the number of blocks in the third stage
+NUM_HEADS = 8  # the number of attention heads cannot be read off the shapes; all official models have 8
+ATTENTION = {  # deformable attention, from the name in Deformable DETR's code and in mmdetection to ours
+    "sampling_offsets": "sampling_offsets",
+    "attention_weights": "attention_weights",
+    "value_proj": "value_projection",
+    "output_proj": "output_projection",
+}
 
 
 def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], last_wins: bool = False) -> dict[str, Tensor]:
@@ -78,10 +86,9 @@ def resnet_name(state: Mapping[str, Tensor]) -> str:
         ConversionError: neither ResNet-50 nor ResNet-101.
     """
     blocks = count(state, r"backbone\.body\.layer3\.(\d+)\.")
-    resnets = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}
-    if blocks not in resnets:
-        raise ConversionError(f"the backbone is none of {', '.join(resnets.values())}: its third stage has {blocks} blocks.")
-    return resnets[blocks]
+    if blocks not in RESNETS:
+        raise ConversionError(f"the backbone is none of {', '.join(RESNETS.values())}: its third stage has {blocks} blocks.")
+    return RESNETS[blocks]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,25 +1,17 @@
-"""What mmdetection calls the parts of a deformable transformer, and what we do: for SOIT, ISDA and Deformable DETR."""
+"""mmdetection's names for the parts of a deformable transformer, for SOIT, ISDA and Deformable DETR."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from maskset.conversion.keys import Rule, count, need, resnet_name
-
-_HEADS = 8  # the number of attention heads cannot be read off the shapes; all official models have 8
-_ATTENTION = {
-    "sampling_offsets": "sampling_offsets",
-    "attention_weights": "attention_weights",
-    "value_proj": "value_projection",
-    "output_proj": "output_projection",
-}
+from maskset.conversion.keys import ATTENTION, NUM_HEADS, Rule, count, need, resnet_name
 
 
 def encoder_layer(old: str, new: str) -> list[Rule]:
     """Return the rules of an encoder layer, given patterns of its official and its own name."""
     return [
-        *[(rf"{old}\.attentions\.0\.{a}\.(weight|bias)", rf"{new}.attention.{b}.\2") for a, b in _ATTENTION.items()],
+        *[(rf"{old}\.attentions\.0\.{a}\.(weight|bias)", rf"{new}.attention.{b}.\2") for a, b in ATTENTION.items()],
         (rf"{old}\.norms\.0\.(weight|bias)", rf"{new}.norm.\2"),
         *_feed_forward(old, new, norm=1),
     ]
@@ -49,7 +41,7 @@ RULES: list[Rule] = [
     (rf"{_DECODER[0]}\.attentions\.0\.attn\.out_proj\.(weight|bias)", rf"{_DECODER[1]}.self_attention.out_proj.\2"),
     *[
         (rf"{_DECODER[0]}\.attentions\.1\.{a}\.(weight|bias)", rf"{_DECODER[1]}.cross_attention.{b}.\2")
-        for a, b in _ATTENTION.items()
+        for a, b in ATTENTION.items()
     ],
     (rf"{_DECODER[0]}\.norms\.0\.(weight|bias)", rf"{_DECODER[1]}.self_norm.\2"),
     (rf"{_DECODER[0]}\.norms\.1\.(weight|bias)", rf"{_DECODER[1]}.cross_norm.\2"),
@@ -68,9 +60,9 @@ def transformer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "backbone": resnet_name(state),
         "hidden_dim": width,
-        "num_heads": _HEADS,
+        "num_heads": NUM_HEADS,
         "num_levels": levels,
-        "num_points": samples // (_HEADS * levels),
+        "num_points": samples // (NUM_HEADS * levels),
         "feedforward_dim": need(state, "encoder.layers.0.feed_forward.up.weight", 2).shape[0],
         "encoder_layers": count(state, r"encoder\.layers\.(\d+)\."),
         "decoder_layers": count(state, r"decoder\.(\d+)\."),

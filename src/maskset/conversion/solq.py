@@ -5,20 +5,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from maskset.conversion.coco import raw_categories
-from maskset.conversion.keys import Rule, count, need, proposal_class_head, rename
+from maskset.conversion.keys import ATTENTION, NUM_HEADS, RESNETS, Rule, count, need, proposal_class_head, rename
 from maskset.errors import ConversionError
 from maskset.layers.swin import SWIN_RULES
 from maskset.systems.base import InputConfig
 from maskset.systems.solq import SolqConfig
 
-_ATTENTION = [
-    (r"sampling_offsets", r"sampling_offsets"),
-    (r"attention_weights", r"attention_weights"),
-    (r"value_proj", r"value_projection"),
-    (r"output_proj", r"output_projection"),
-]
 categories = raw_categories  # what the class channels stand for
-_HEADS = 8  # the number of attention heads cannot be read off the shapes; all official models have 8
 
 RULES: list[Rule] = [
     (r"backbone\.0\.body\.(.*)\.num_batches_tracked", None),  # frozen batch norm counts nothing
@@ -29,7 +22,7 @@ RULES: list[Rule] = [
     (r"transformer\.level_embed", r"level_embedding"),
     *[
         (rf"transformer\.encoder\.layers\.(\d+)\.self_attn\.{old}\.(weight|bias)", rf"encoder.layers.\1.attention.{new}.\2")
-        for old, new in _ATTENTION
+        for old, new in ATTENTION.items()
     ],
     (r"transformer\.encoder\.layers\.(\d+)\.norm1\.(weight|bias)", r"encoder.layers.\1.norm.\2"),
     (r"transformer\.encoder\.layers\.(\d+)\.linear1\.(weight|bias)", r"encoder.layers.\1.feed_forward.up.\2"),
@@ -37,7 +30,7 @@ RULES: list[Rule] = [
     (r"transformer\.encoder\.layers\.(\d+)\.norm2\.(weight|bias)", r"encoder.layers.\1.feed_forward.norm.\2"),
     *[
         (rf"transformer\.decoder\.layers\.(\d+)\.cross_attn\.{old}\.(weight|bias)", rf"decoder.\1.cross_attention.{new}.\2")
-        for old, new in _ATTENTION
+        for old, new in ATTENTION.items()
     ],
     (r"transformer\.decoder\.layers\.(\d+)\.norm1\.(weight|bias)", r"decoder.\1.cross_norm.\2"),
     (r"transformer\.decoder\.layers\.(\d+)\.self_attn\.(in_proj_weight|in_proj_bias)", r"decoder.\1.self_attention.\2"),
@@ -87,9 +80,9 @@ def _config(state: Mapping[str, Tensor]) -> SolqConfig:
         backbone=backbone,
         drop_path={"swin_base": 0.3, "swin_large": 0.3}.get(backbone, 0.2),
         hidden_dim=width,
-        num_heads=_HEADS,
+        num_heads=NUM_HEADS,
         num_levels=levels,
-        num_points=samples // (_HEADS * levels),
+        num_points=samples // (NUM_HEADS * levels),
         feedforward_dim=need(state, "encoder.layers.0.feed_forward.up.weight", 2).shape[0],
         encoder_layers=count(state, r"encoder\.layers\.(\d+)\."),
         decoder_layers=decoder_layers,
@@ -105,13 +98,12 @@ def _config(state: Mapping[str, Tensor]) -> SolqConfig:
 def _backbone(state: Mapping[str, Tensor]) -> tuple[str, InputConfig]:
     """Return which backbone it is, and the size of the test images that it was published with (README, issue 19)."""
     swins = {(96, 6): "swin_tiny", (96, 18): "swin_small", (128, 18): "swin_base", (192, 18): "swin_large"}
-    resnets = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}
     embedding = state.get("backbone.body.patches.projection.weight")
     if embedding is not None:
         depth = count(state, r"backbone\.body\.stages\.2\.blocks\.(\d+)\.")
         if (embedding.shape[0], depth) in swins:
             return swins[embedding.shape[0], depth], InputConfig(short_side=1088, long_side=1333)
     blocks = count(state, r"backbone\.body\.layer3\.(\d+)\.")
-    if blocks in resnets:
-        return resnets[blocks], InputConfig()
-    raise ConversionError(f"the backbone is none of {', '.join([*resnets.values(), *swins.values()])}.")
+    if blocks in RESNETS:
+        return RESNETS[blocks], InputConfig()
+    raise ConversionError(f"the backbone is none of {', '.join([*RESNETS.values(), *swins.values()])}.")

@@ -1,0 +1,203 @@
+"""Read an official checkpoint file without running anything in it, and find the weights among what is stored beside them."""
+
+import argparse
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskset.errors import ConversionError
+
+# What stands around weights, as the key of a dict or as a prefix of names, in order of preference: averaged weights first.
+WRAPPERS = ("model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "ema", "model", "state_dict", "module", "_orig_mod")
+_DEPTH = 8  # of dicts that are looked into; a file may hold itself
+
+
+@dataclass(frozen=True)
+class OfficialWeights:
+    """A state dict and where in its file it was found.
+
+    Attributes:
+        state: official names and tensors.
+        path: the wrappers around it, outermost first, such as ("ema", "module").
+        unused: the entries with tensors beside it, such as "model" and "optimizer".
+    """
+
+    state: dict[str, Tensor]
+    path: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"weights of {'.'.join(self.path)!r}" if self.path else "the weights"
+        return where + (f" (not used: {', '.join(self.unused)})" if self.unused else "")
+
+
+def read_weights(source: Path) -> OfficialWeights:
+    """Return the weights in a .pth file.
+
+    Only tensors, plain containers, NumPy's numbers and arrays, paths, and the settings objects of common libraries are read, by
+    torch's `weights_only`. Nothing that the file names is imported or called: settings become inert stand-ins.
+
+    Raises:
+        ConversionError: the file is missing, is not a PyTorch file, holds another kind of object, or holds no state dict.
+    """
+    if not source.is_file():
+        if source.is_dir():
+            raise ConversionError(f"{source} is a folder: name the .pth file.")
+        raise ConversionError(f"{source} {'is not a regular file' if source.exists() else 'does not exist'}.")
+    try:
+        weights = unwrap(_load(source))
+    except _NoWeights as error:
+        raise ConversionError(f"{source} {error}") from None
+    if not weights.state:
+        raise ConversionError(f"{source} holds no state dict: there is no tensor in it.")
+    return weights
+
+
+def read_state_dict(source: Path) -> dict[str, Tensor]:
+    """Return the state dict in a .pth file, see `read_weights`."""
+    return read_weights(source).state
+
+
+class _NoWeights(ConversionError):
+    """The weights are not where they are looked for."""
+
+
+def unwrap(content: Any) -> OfficialWeights:
+    """Return the weights inside a checkpoint's content.
+
+    `{"ema": {"module": {...}}, "model": {...}}`, names that start with "module." (DistributedDataParallel), "_orig_mod."
+    (torch.compile) or "model." (Lightning) are all wrappers; averaged weights are preferred.
+
+    Raises:
+        ConversionError: there are dicts with tensors, but under other names.
+    """
+    path: list[str] = []
+    unused: list[str] = []
+    content = _with_tensors(content)
+    for _ in range(_DEPTH):
+        groups = _groups(content)
+        wrapper = next((name for name in WRAPPERS if name in groups), None)
+        if wrapper is None:
+            break
+        unused += [".".join([*path, name]) for name in dict.fromkeys(_first(key) for key in content) if name != wrapper]
+        path.append(wrapper)
+        content = _with_tensors(groups[wrapper])
+    if not all(isinstance(value, Tensor) for value in content.values()):
+        raise _NoWeights(
+            f"holds no state dict, neither at the top nor under {', '.join(WRAPPERS)}; its tensors are under "
+            f"{', '.join(map(repr, content))}. Save the dict of weights alone as a .pth file and convert that."
+        )
+    return OfficialWeights(content, tuple(path), tuple(unused))
+
+
+def _groups(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what is inside each wrapper: a dict of that name, or all entries whose names start with it and a dot."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            groups.setdefault(name, {}).update(value)
+        elif "." in name:
+            groups.setdefault(_first(name), {})[name.partition(".")[2]] = value
+    return groups
+
+
+def _first(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _with_tensors(content: Any) -> dict[str, Any]:
+    return {str(name): value for name, value in content.items() if _holds_tensors(value)} if isinstance(content, dict) else {}
+
+
+def _holds_tensors(value: Any, depth: int = _DEPTH) -> bool:
+    if isinstance(value, dict) and depth:
+        return any(_holds_tensors(entry, depth - 1) for entry in value.values())
+    return isinstance(value, Tensor)
+
+
+class _Settings:
+    """Takes the place of a settings object, whose content is not needed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _empty(*arguments: Any) -> OrderedDict[Any, Any]:
+    """Take the place of `defaultdict`, whose argument would be called."""
+    return OrderedDict()
+
+
+_STAND_INS: dict[Any, tuple[str, ...]] = {
+    argparse.Namespace: ("argparse.Namespace", "types.SimpleNamespace"),
+    PurePosixPath: ("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath"),
+    PureWindowsPath: ("pathlib.WindowsPath", "pathlib.PureWindowsPath", "pathlib._local.WindowsPath"),
+    np.float64(0).__reduce__()[0]: ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    np.zeros(0).__reduce__()[0]: ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+    np.ndarray: ("numpy.ndarray",),
+    np.dtype: ("numpy.dtype",),
+    **{type(np.dtype(code)): (f"numpy.dtypes.{type(np.dtype(code)).__name__}",) for code in "?bBhHiIlLqQefdgFDSU"},
+    OrderedDict: (
+        "addict.addict.Dict",
+        "detectron2.config.config.CfgNode",
+        "easydict.EasyDict",
+        "fvcore.common.config.CfgNode",
+        "lightning.fabric.utilities.data.AttributeDict",
+        "lightning_fabric.utilities.data.AttributeDict",
+        "mmcv.utils.config.ConfigDict",
+        "mmengine.config.config.ConfigDict",
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+        "yacs.config.CfgNode",
+    ),
+    _empty: ("collections.defaultdict",),
+    _Settings: (
+        "mmengine.logging.history_buffer.HistoryBuffer",
+        "omegaconf.base.ContainerMetadata",
+        "omegaconf.base.Metadata",
+        "omegaconf.dictconfig.DictConfig",
+        "omegaconf.listconfig.ListConfig",
+        *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")),
+        "typing.Any",
+        *(f"builtins.{name}" for name in ("bool", "dict", "float", "getattr", "int", "list", "str", "tuple")),
+    ),
+}
+_READABLE = [(stand_in, name) for stand_in, names in _STAND_INS.items() for name in names]
+
+
+def _load(source: Path) -> Any:
+    """Return the content of a .pth file, with stand-ins for the objects that are known."""
+    known = [entry for entry in _READABLE if entry not in torch.serialization.get_safe_globals()]  # those stay registered
+    try:
+        with torch.serialization.safe_globals(known), warnings.catch_warnings(action="ignore"):
+            refused = _refused(source)
+            if not refused:
+                return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, all of which mean: not a file that we read
+        refused = re.findall(r"GLOBAL (\S+) was", str(error))
+        if not refused:
+            reason = str(error).strip().split("\n")[0].split(". ")[0]
+            raise ConversionError(
+                f"{source} cannot be read safely as a PyTorch checkpoint ({type(error).__name__}: {reason}). Is the file whole?"
+            ) from None
+    raise ConversionError(
+        f"{source} cannot be read safely: it holds {', '.join(refused)}, and reading these objects could run code. Where it was "
+        "written, save the weights alone, torch.save(model.state_dict(), 'weights.pth'), and convert that file."
+    )
+
+
+def _refused(source: Path) -> list[str]:
+    """Return the classes and functions in a file that are not read; none where the file is not of the present format."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+    except Exception:  # the old format or no PyTorch file at all, which `torch.load` tells
+        return []

@@ -1,0 +1,212 @@
+"""Official files as people have them: wrapped, averaged, compiled, with settings beside the weights; and nothing is run."""
+
+import argparse
+import pickle
+import sys
+from collections import defaultdict
+from itertools import accumulate
+from pathlib import Path, PosixPath, WindowsPath
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from maskset.conversion.reading import read_state_dict, read_weights
+from maskset.errors import ConversionError
+
+STATE = {"backbone.weight": torch.zeros(2), "head.bias": torch.zeros(3)}
+AVERAGED = {name: torch.ones_like(value) for name, value in STATE.items()}
+
+
+def prefixed(prefix: str, state=STATE):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def saved(path: Path, content) -> Path:
+    torch.save(content, path / "official.pth")
+    return path / "official.pth"
+
+
+@pytest.mark.parametrize(
+    ("content", "path", "unused"),
+    [
+        (STATE, "", ""),
+        ({"model": STATE, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}, "epoch": 3}, "model", "optimizer"),
+        ({"model": STATE, "model_ema": AVERAGED}, "model_ema", "model"),
+        ({"model": STATE, "ema": {"module": AVERAGED, "updates": 4}}, "ema.module", "model"),
+        ({"model": STATE, "ema": None}, "model", ""),
+        ({"model": "solq", "state_dict": STATE}, "state_dict", ""),
+        ({"state_dict": STATE, "state_dict_ema": AVERAGED}, "state_dict_ema", "state_dict"),
+        (prefixed("module."), "module", ""),
+        (prefixed("module.") | {"n_averaged": torch.tensor(7)}, "module", "n_averaged"),
+        (prefixed("_orig_mod."), "_orig_mod", ""),
+        (prefixed("module._orig_mod."), "module._orig_mod", ""),
+        ({"model": prefixed("_orig_mod.module.")}, "model._orig_mod.module", ""),
+        ({"state_dict": prefixed("model.") | {"criterion.weights": torch.zeros(4)}}, "state_dict.model", "state_dict.criterion"),
+        ({"state_dict": prefixed("model.") | prefixed("ema_model.module.", AVERAGED)}, "state_dict.ema_model.module",
+         "state_dict.model"),
+        ({"ema_state_dict": prefixed("module.", AVERAGED) | {"steps": torch.zeros(1)}, "state_dict": STATE},
+         "ema_state_dict.module", "state_dict, ema_state_dict.steps"),
+    ],
+)  # fmt: skip
+def test_weights_are_found_inside_what_wraps_them(tmp_path, content, path, unused):
+    weights = read_weights(saved(tmp_path, content))
+    assert weights.state.keys() == STATE.keys()
+    assert (".".join(weights.path), ", ".join(weights.unused)) == (path, unused)
+    averaged = "ema" in path
+    assert all(bool((value == averaged).all()) for value in weights.state.values())
+
+
+def test_what_was_taken_and_what_was_not_is_said(tmp_path):
+    weights = read_weights(saved(tmp_path, {"model": STATE, "ema": {"module": AVERAGED}}))
+    assert str(weights) == "weights of 'ema.module' (not used: model)"
+
+
+def test_weights_in_a_place_that_is_not_known_are_named(tmp_path):
+    with pytest.raises(ConversionError, match=r"holds no state dict.* its tensors are under 'net', 'optimizer'\. Save"):
+        read_weights(saved(tmp_path, {"net": STATE, "optimizer": {"state": {0: torch.zeros(1)}}, "epoch": 3}))
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    content: dict = {"epoch": 3}
+    content["model"] = content
+    with pytest.raises(ConversionError, match="holds no state dict"):
+        read_weights(saved(tmp_path, content))
+
+
+def test_numpy_numbers_arrays_paths_and_settings_beside_the_weights_are_read(tmp_path):
+    beside = {
+        "best": np.float64(0.4),
+        "epoch": np.int64(3),
+        "scores": [np.float32(1), np.bool_(True), np.str_("bbox")],
+        "random_state": np.random.RandomState(0).get_state(),
+        "folder": PosixPath("/runs/first"),
+        "args": argparse.Namespace(lr=np.float64(2e-4), output_dir=PosixPath("out")),
+        "log": defaultdict(list, {"loss": [1.0]}),
+    }
+    for legacy in (True, False):
+        torch.save({"model": STATE, **beside}, tmp_path / "official.pth", _use_new_zipfile_serialization=not legacy)
+        assert read_state_dict(tmp_path / "official.pth").keys() == STATE.keys()
+
+
+def test_numpy_numbers_of_numpy_1_and_windows_paths_are_read(tmp_path, monkeypatch):
+    file = saved(tmp_path, {"model": STATE, "best": np.float64(0.4), "array": np.zeros(3)})
+    _replace_in(file, b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert read_state_dict(file).keys() == STATE.keys()
+    monkeypatch.setattr(PosixPath, "__reduce__", lambda path: (WindowsPath, ("C:\\", "runs")))
+    monkeypatch.setattr(WindowsPath, "__new__", object.__new__)
+    assert read_state_dict(saved(tmp_path, {"model": STATE, "folder": PosixPath("runs")})).keys() == STATE.keys()
+
+
+def _replace_in(file: Path, old: bytes, new: bytes) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    assert any(old in entry for entry in entries.values())
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, entry in entries.items():
+            archive.writestr(name, entry.replace(old, new))
+
+
+class DictConfig:
+    """Resembles OmegaConf's: state with nodes, metadata and types."""
+
+    def __init__(self, content):
+        self._metadata = ContainerMetadata()
+        self._content = {name: AnyNode(value) for name, value in content.items()}
+
+
+class ContainerMetadata:
+    def __init__(self):
+        self.ref_type, self.object_type, self.resolver_cache = dict, str, defaultdict(dict)
+
+
+class AnyNode:
+    def __init__(self, value):
+        self._val = value
+
+
+class AttributeDict(dict):
+    """Resembles Lightning's."""
+
+
+class Unknown:
+    pass
+
+
+def settle(monkeypatch, kind: type, module: str) -> None:
+    """Let a class be pickled as one of another package, which reading must not import."""
+    for name in accumulate(module.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules[module], kind.__name__, kind, raising=False)
+    monkeypatch.setattr(kind, "__module__", module)
+    monkeypatch.setattr(kind, "__init__", lambda self: pytest.fail("it was made"), raising=False)
+
+
+def test_settings_objects_of_other_packages_are_read_without_importing_them(tmp_path, monkeypatch):
+    content = {"model": STATE, "cfg": DictConfig({"lr": 1e-4, "data": "coco"}), "hyper_parameters": AttributeDict(lr=1)}
+    settle(monkeypatch, DictConfig, "omegaconf.dictconfig")
+    settle(monkeypatch, ContainerMetadata, "omegaconf.base")
+    settle(monkeypatch, AnyNode, "omegaconf.nodes")
+    settle(monkeypatch, AttributeDict, "lightning_fabric.utilities.data")
+    file = saved(tmp_path, content)
+    for module in ("omegaconf.dictconfig", "omegaconf.base", "omegaconf.nodes", "lightning_fabric.utilities.data"):
+        monkeypatch.delitem(sys.modules, module)
+    assert read_state_dict(file).keys() == STATE.keys()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_object_of_another_class_is_named_with_the_next_step(tmp_path, legacy):
+    torch.save({"model": STATE, "mine": Unknown()}, tmp_path / "official.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ConversionError, match=r"it holds \S*test_reading\.Unknown, .*save the weights alone"):
+        read_weights(tmp_path / "official.pth")
+
+
+class Bomb:
+    """What a hostile pickle does when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def explode(*arguments):
+    pytest.fail("a pickle was executed")
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        Bomb(exec, "raise SystemExit('a pickle was executed')"),
+        Bomb(explode),
+        Bomb(getattr, Unknown, "__init__"),
+        Bomb(defaultdict, explode),
+        Bomb(argparse.Namespace, explode),
+    ],
+)
+def test_a_function_in_a_pickle_is_never_called(tmp_path, bomb):
+    with pytest.raises(ConversionError, match="safely|no state dict"):
+        read_weights(saved(tmp_path, {"weights": bomb}))
+    (tmp_path / "official.pth").write_bytes(pickle.dumps(bomb, protocol=2))
+    with pytest.raises(ConversionError, match="safely|no state dict"):
+        read_weights(tmp_path / "official.pth")
+
+
+def test_what_others_registered_with_torch_stays_registered(tmp_path):
+    mine = (argparse.Namespace, "argparse.Namespace")
+    with torch.serialization.safe_globals([mine]):
+        before = set(torch.serialization.get_safe_globals())
+        read_weights(saved(tmp_path, STATE))
+        assert set(torch.serialization.get_safe_globals()) == before
+    assert mine not in torch.serialization.get_safe_globals()
+
+
+def test_a_folder_and_what_is_no_file_are_refused(tmp_path):
+    with pytest.raises(ConversionError, match="is a folder"):
+        read_weights(tmp_path)
+    with pytest.raises(ConversionError, match="is not a regular file"):
+        read_weights(Path("/dev/null"))
