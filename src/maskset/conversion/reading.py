@@ -171,7 +171,7 @@ _STAND_INS: dict[Any, tuple[str, ...]] = {
         *(f"builtins.{name}" for name in ("bool", "dict", "float", "getattr", "int", "list", "str", "tuple")),
     ),
 }
-_READABLE = [(stand_in, name) for stand_in, names in _STAND_INS.items() for name in names]
+_READABLE: list[Any] = [(stand_in, name) for stand_in, names in _STAND_INS.items() for name in names]
 
 
 def _load(source: Path) -> Any:
