@@ -1,7 +1,7 @@
-"""How much of a mask do D numbers keep? python examples/decode_masks.py [DATA]
+"""Measure how well D numbers represent a mask: python examples/decode_masks.py [DATA]
 
-SOLQ predicts a mask as the low frequencies of its cosine transform. This codes the annotated masks of a few images, decodes
-them, and compares. No network is involved: it is an upper bound of what any network with this code can reach.
+SOLQ predicts a mask as low-frequency DCT coefficients. This example encodes the annotated masks of a few images, decodes them and
+compares both. There is no network: the result is an upper bound for every network with this code.
 """
 
 import sys
@@ -15,7 +15,7 @@ from maskset.masks.codecs.dct import DctCodec
 
 
 def iou(masks: Masks, others: Masks) -> torch.Tensor:
-    """Return the IoU of each mask with the other at its place."""
+    """Return the IoU of corresponding masks."""
     a, b = masks.dense(), others.dense()
     return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
 

@@ -1,6 +1,6 @@
 """Train a small model on your own images: python examples/train_on_your_data.py DATA RUN [EPOCHS]
 
-DATA is a folder with COCO JSON files, or the word shapes for generated images.
+DATA is a folder of images with COCO JSON files, or the word `shapes` for generated images.
 """
 
 import sys
@@ -11,14 +11,14 @@ from maskset.evaluation.metrics import Metrics
 
 
 def main(data: str, run: str, epochs: int = 6) -> Metrics:
-    """Return what the trained model reaches on the images in the data's split val."""
+    """Return the metrics of the trained model on the `val` split."""
     recipe = maskset.recipes.solq_tiny()
-    # A recipe is plain data: change what you like, and the run folder's recipe.json will tell you later what you did
-    recipe = replace(recipe, train=replace(recipe.train, epochs=epochs, drop_epochs=(round(epochs * 0.7),)))
+    # A recipe is a frozen dataclass: change any setting with `replace`. The run folder keeps the result in recipe.json.
+    recipe = replace(recipe, train=replace(recipe.train, epochs=epochs))
     metrics = maskset.train(recipe, data, run)
     print(metrics)
-    for one in sorted(metrics.per_class, key=lambda one: one.mask_ap)[:5]:
-        print(f"{one.name}: mask AP {one.mask_ap:.3f} on {one.objects} objects")
+    for worst in sorted(metrics.per_class, key=lambda row: row.mask_ap)[:5]:
+        print(f"{worst.name}: mask AP {worst.mask_ap:.3f} on {worst.objects} objects")
     return metrics
 
 
