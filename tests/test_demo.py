@@ -23,7 +23,7 @@ def test_the_demo_measures_draws_and_says_what_to_type_next(tmp_path, monkeypatc
     output = capsys.readouterr().out
     assert str(measured) in output
     assert f"maskset predict {tmp_path}/demo/run" in output
-    assert len(list((tmp_path / "demo" / "found" / "drawings").iterdir())) == 12
+    assert len(list((tmp_path / "demo" / "predictions" / "drawings").iterdir())) == 12
 
     demo.demo(tmp_path / "demo")  # once more: the run is there
     assert asked == [("solq-tiny", "shapes", False), ("solq-tiny", "shapes", True)]

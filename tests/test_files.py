@@ -1,4 +1,6 @@
-"""Files are whole or not there, and what cannot be written is told first."""
+"""Files are written atomically, and paths are checked before the work."""
+
+import errno
 
 import pytest
 
@@ -21,8 +23,16 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.json'"), atomic_write(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "missing" / "a.json") as part:
+        part.write_text("")
+    assert caught.value.filename == str(tmp_path / "missing" / "a.json")
+
+
 @pytest.mark.parametrize(("name", "message"), [(".", "it is a folder"), ("new/a.json", "new does not exist. Make it first")])
-def test_what_cannot_be_written_is_told_before_the_work(tmp_path, name, message):
+def test_a_file_that_cannot_be_written_is_refused(tmp_path, name, message):
     with pytest.raises(ConfigError, match=message):
         check_file(tmp_path / name)
     check_file(tmp_path / "a.json")

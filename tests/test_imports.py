@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "boxes": {"errors"},
     "distributed": set(),
     "progress": set(),
-    "tensors": set(),
+    "tensors": {"errors"},
     "config": {"errors"},
     "files": {"errors"},
     "kernels": {"errors", "kernels"},

@@ -1,5 +1,8 @@
-"""What a prediction can be asked for: files, folders, patterns, and pictures in memory."""
+"""Images are read from files, folders, patterns, bytes, Pillow, NumPy and PyTorch; anything else is refused."""
 
+import inspect
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 
 from maskset.errors import DataError, SourceError
-from maskset.pictures import files, listed, read, several
+from maskset.pictures import check, expand, expand_files, is_single, read
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -50,17 +53,61 @@ def test_a_pillow_image_is_turned_as_its_exif_says():
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (RGB.astype(np.float32), r"must be uint8 \[h w 3\] \(RGB\) or \[h w\] \(grey\), got float32 \[5, 7, 3\]"),
+        (RGB.astype(np.float32), r"must be uint8 \[h w 3\] or \[h w\], got float32 \[5, 7, 3\]"),
         (RGB[:, :, :2], r"got uint8 \[5, 7, 2\]"),
         (RGB[:0], r"got uint8 \[0, 7, 3\]"),
-        (torch.zeros(5, 7, 3, dtype=torch.uint8), r"must be uint8 \[3 h w\] \(RGB\), got torch.uint8 \[5, 7, 3\]"),
+        (torch.zeros(5, 7, 3, dtype=torch.uint8), r"must be uint8 \[3 h w\], got torch.uint8 \[5, 7, 3\]"),
         (torch.zeros(3, 5, 7), "got torch.float32"),
         (Image.fromarray(RGB[:, :, 0].astype(np.uint16)), "mode I;16 has no fixed range"),
+        (np.stack([RGB, RGB]), r"got uint8 \[2, 5, 7, 3\].*several images are a list"),
+        (None, "NoneType is not an image. An image is a file name, bytes, "),
+        (5, "int is not an image"),
+        ([RGB], "list is not an image"),
+        (io.StringIO("text"), "must be opened in binary mode"),
     ],
 )
-def test_what_is_no_picture_is_refused(picture, message):
-    with pytest.raises(SourceError, match=message):
-        read(picture)
+def test_a_source_that_is_not_an_image_is_refused_with_what_is_accepted(picture, message):
+    for function in (check, inspect.unwrap(read)):  # without the type checker of the tests
+        with pytest.raises(SourceError, match=message):
+            function(picture)
+
+
+def test_a_data_set_is_not_taken_for_an_open_file():
+    class Dataset:
+        def read(self, index):
+            raise AssertionError
+
+    with pytest.raises(SourceError, match="Dataset is not an image"):
+        check(Dataset())
+
+
+def test_bytes_and_open_files_are_read_like_the_file(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    expected, data = read(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()
+    with open(tmp_path / "a.png", "rb") as file:
+        assert torch.equal(read(file), expected)
+    assert torch.equal(read(data), expected)
+    assert torch.equal(read(io.BytesIO(data)), expected)
+    with pytest.raises(DataError, match="the file in memory cannot be read as an image"):
+        read(data[:20])
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(SourceError, match=r"pipe\.png is not a regular file"):
+        expand(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png cannot be read as an image: it is not a regular file"):
+        read(tmp_path / "pipe.png")
+
+
+def test_postscript_under_another_name_starts_no_interpreter(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript would run"))
+    Image.fromarray(RGB).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(DataError, match="EPS is a program"):
+        read(tmp_path / "a.png")
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
@@ -72,34 +119,34 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 def test_a_folder_gives_its_images_by_name_and_nothing_else(tmp_path):
     touch(tmp_path, "b.png", "a.JPG", "inside/c.png", ".hidden.png")
     (tmp_path / "notes.txt").write_text("hello")
-    assert files([tmp_path]) == [tmp_path / "a.JPG", tmp_path / "b.png"]
+    assert expand_files([tmp_path]) == [tmp_path / "a.JPG", tmp_path / "b.png"]
 
 
 def test_a_pattern_can_reach_into_folders(tmp_path):
     touch(tmp_path, "b.png", "inside/c.png", "inside/deeper/d.jpg")
-    assert files([f"{tmp_path}/**/*.png"]) == [tmp_path / "b.png", tmp_path / "inside/c.png"]
+    assert expand_files([f"{tmp_path}/**/*.png"]) == [tmp_path / "b.png", tmp_path / "inside/c.png"]
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
     touch(tmp_path, "[1].png", "1.png")
-    assert files([tmp_path / "[1].png"]) == [tmp_path / "[1].png"]
-    assert not several(tmp_path / "[1].png")
+    assert expand_files([tmp_path / "[1].png"]) == [tmp_path / "[1].png"]
+    assert is_single(tmp_path / "[1].png")
 
 
 def test_sources_keep_their_order(tmp_path):
     touch(tmp_path, "z.png", "more/a.png", "more/b.png")
-    assert [file.name for file in files([tmp_path / "z.png", tmp_path / "more"])] == ["z.png", "a.png", "b.png"]
+    assert [file.name for file in expand_files([tmp_path / "z.png", tmp_path / "more"])] == ["z.png", "a.png", "b.png"]
 
 
 def test_one_picture_is_told_from_several(tmp_path):
     touch(tmp_path, "a.png")
-    assert not any(map(several, (RGB, torch.zeros(3, 5, 7), Image.fromarray(RGB), tmp_path / "a.png", str(tmp_path / "a.png"))))
-    assert all(map(several, ([RGB], [], tmp_path, str(tmp_path), f"{tmp_path}/*.png")))
+    assert all(map(is_single, (RGB, torch.zeros(3, 5, 7), Image.fromarray(RGB), tmp_path / "a.png", str(tmp_path / "a.png"))))
+    assert not any(map(is_single, ([RGB], [], tmp_path, str(tmp_path), f"{tmp_path}/*.png")))
 
 
 def test_a_list_may_mix_files_folders_and_pictures(tmp_path):
     touch(tmp_path, "a.png", "b.png")
-    first, *rest = listed([RGB, tmp_path])
+    first, *rest = expand([RGB, tmp_path])
     assert first is RGB
     assert rest == [tmp_path / "a.png", tmp_path / "b.png"]
 
@@ -108,12 +155,12 @@ def test_a_list_may_mix_files_folders_and_pictures(tmp_path):
     ("source", "message"),
     [
         ("missing.png", r"there is no file or folder .*missing\.png"),
-        ("*.png", r"no image matches .*\*\.png"),
-        ("*", r"no image among the 1 .* that .*\* matches.*\.jpg"),
+        ("*.png", r"no image among the 0 matches of .*\*\.png"),
+        ("*", r"no image among the 1 matches of .*\*; .*\.jpg"),
         ("empty", r"no image in the folder .*empty"),
     ],
 )
 def test_where_there_is_no_image_it_says_what_was_looked_for(tmp_path, source, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=message):
-        files([tmp_path / source])
+        expand_files([tmp_path / source])

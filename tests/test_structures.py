@@ -1,4 +1,5 @@
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
+from maskset.errors import MaskError, MasksetError
 from maskset.instances import Category, Instances, Masks
+from maskset.instances.masks import positions
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig
 
@@ -66,6 +69,26 @@ def test_masks_are_indexed_like_arrays():
         masks[4]
     with pytest.raises(IndexError, match="boolean"):
         masks[torch.tensor([True, False])]
+    assert len(masks[[]]) == 0
+
+
+@pytest.mark.parametrize(
+    "index", [torch.tensor([0.9, 0.2]), [0.5, 1.5], np.array([[0, 1], [1, 0]]), torch.ones(4, 1, dtype=torch.bool)]
+)
+def test_an_index_that_is_not_a_list_of_whole_numbers_or_booleans_is_refused(index):
+    with pytest.raises(IndexError, match="index"):
+        inspect.unwrap(positions)(index, 4)  # without the type checker of the tests
+
+
+@pytest.mark.parametrize("box", [(-2, 0, 4, 4), (0, 0, 18, 4), (5, 0, 4, 4), (0, 0, 4, 12)])
+def test_a_crop_outside_of_the_image_is_refused(box):
+    with pytest.raises(MaskError, match="must lie inside the image, 17 x 11 pixels"):
+        Masks.from_dense(dense()).cropped(box)
+
+
+def test_a_batch_of_no_images_is_refused():
+    with pytest.raises(MasksetError, match="at least one image"):
+        ImageBatch.from_images([])
 
 
 def test_masks_of_nothing_work():

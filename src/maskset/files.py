@@ -1,10 +1,10 @@
-"""Files that are whole or not there: what is written goes beside its place first, and takes it when it is on the disk."""
+"""Writing files atomically, and checking early that they can be written."""
 
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +13,67 @@ from maskset.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a file name beside `path` to write to, which takes its place if all goes well: nobody ever sees half a file."""
+    """Yield a temporary path beside `path`, and rename it to `path` at the end: a reader never sees half a file.
+
+    Raises:
+        OSError: the file cannot be written; the error names `path`.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(part)):  # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
 
-def check_file(path: Path) -> None:
-    """Raise a ConfigError if a file could not be written, before the work whose result it shall hold.
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and let no other process that also locks it write there inside the context.
+
+    Where the file system or the platform has no locks, nothing is locked.
 
     Raises:
-        ConfigError: `path` is a folder, its folder does not exist, or nothing may be written there.
+        ConfigError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)  # closing it, also at the end of the process, releases the lock
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"another process is writing to the folder {folder}: wait for it, or choose another folder.") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for child processes, which share the descriptor
+        os.close(descriptor)
+
+
+def check_file(path: Path) -> None:
+    """Check that a file can be written, before the work that leads to it.
+
+    Raises:
+        ConfigError: `path` is a folder, or its folder does not exist or cannot be written to.
     """
     if path.is_dir():
         raise ConfigError(f"{path} cannot be written: it is a folder. Name a file in it.")
@@ -41,10 +83,10 @@ def check_file(path: Path) -> None:
 
 
 def check_new(path: Path, ending: str) -> None:
-    """Raise a ConfigError unless a file can be written that is not there yet and has this ending.
+    """Check that a new file with this ending can be written.
 
     Raises:
-        ConfigError: `path` exists, ends otherwise, or could not be written.
+        ConfigError: `path` exists, has another ending, or cannot be written.
     """
     if path.suffix != ending:
         raise ConfigError(f"{path} must end in {ending}.")
@@ -54,15 +96,15 @@ def check_new(path: Path, ending: str) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise a ConfigError if nothing could be written into a folder, which need not be there yet.
+    """Check that files can be written into a folder, which need not exist yet.
 
     Raises:
-        ConfigError: `path` or one above it is a file, or nothing may be written there.
+        ConfigError: `path` or a folder above it is a file, or cannot be written to.
     """
     try:
-        nearest = next(one for one in (path, *path.absolute().parents) if one.exists())
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not nearest.is_dir():
-            raise ConfigError(f"{nearest} is a file, it must be a folder or a new name.")
+            raise ConfigError(f"{nearest} is a file; name a folder.")
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
@@ -70,13 +112,13 @@ def check_folder(path: Path) -> None:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically. In file names, bytes that are not UTF-8 are escaped."""
     with atomic_write(path) as part:
-        part.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def write_picture(picture: "Image", path: Path) -> None:
-    """Write a PNG or JPEG file, whole or not at all; the ending chooses which."""
+    """Write a PNG file where `path` ends in .png, else a JPEG file, atomically."""
     with atomic_write(path) as part:
         if path.suffix.lower() == ".png":
             picture.save(part, "PNG")

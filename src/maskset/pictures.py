@@ -1,16 +1,19 @@
-"""Pictures from files, folders, patterns, Pillow, NumPy and PyTorch: all become RGB pixels.
+"""Reading images from whatever a user has: files, folders, patterns, bytes, Pillow, NumPy, PyTorch. All become RGB pixels.
 
-
-- Orientation: what EXIF says is obeyed. Where the annotations' size fits only the pixels as they are stored, those are taken.
-- Grey is repeated three times, palettes are looked up, CMYK is converted. Transparency is ignored: the colour beneath shows.
-- Grey of 16 or 32 bits or of floats: the image's own range, least to greatest, becomes 0 to 255. Cameras of 10 to 14 bits fill
-  only a part of a 16-bit file, and a fixed scale would leave a handful of grey levels. Convert to 8 bits for another scale.
-- Colour of 16 bits is divided by 256 (Pillow does so). Of several frames the first is read.
+- EXIF orientation is applied, unless only the stored orientation fits the annotated size.
+- Grey is repeated three times, palettes are looked up, CMYK is converted. Transparency is ignored.
+- Grey of 16 or 32 bits or floats: the image's own range becomes 0 to 255. Cameras of 10 to 14 bits fill only part of a 16-bit
+  file, so a fixed scale would leave few grey levels. Convert to 8 bits yourself for another scale.
+- Colour of 16 bits is divided by 256 (by Pillow). Of several frames, the first is read.
 """
 
 import glob
-from collections.abc import Iterable, Sequence
+import io
+import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +21,16 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from maskset.errors import DataError, MasksetError, SourceError
+from maskset.errors import DataError, SourceError
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what is taken from a folder or by a pattern
+Picture = str | Path | bytes | io.IOBase | Image.Image | np.ndarray | Tensor
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # read from folders and by patterns
 MAX_PIXELS = 2**26  # 8192 x 8192, a little below the size at which Pillow warns of decompression bombs
 MAX_SIDE = 2**15  # the rasteriser of polygons takes memory in proportion to the longer side
+_ACCEPTED = (
+    "An image is a file name, bytes, a file opened in binary mode, a Pillow image, a uint8 array [h w 3] (RGB) or [h w] (grey), "
+    "or a uint8 tensor [3 h w]; several images are a list of these, a folder, or a pattern such as 'photos/*.jpg'."
+)
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,73 +44,112 @@ _UPRIGHT = {
 
 
 def read(picture: Picture) -> UInt8[Tensor, "3 h w"]:
-    """Return the RGB pixels of a picture.
+    """Return the RGB pixels of an image.
 
     Args:
-        picture: a file (read as `maskset.pictures` says); a Pillow image, whose EXIF orientation is obeyed; uint8 arrays
-            [h w 3], [h w 4] (the last channel is ignored) or [h w]; a uint8 tensor [3 h w]. Colours are in the order RGB.
+        picture: a file name, the bytes of an image file, or a file opened in binary mode; a Pillow image, whose EXIF orientation
+            is applied; a uint8 array [h w 3], [h w 4] (the last channel is ignored) or [h w]; a uint8 tensor [3 h w].
+            Channels are in the order RGB.
 
     Raises:
-        SourceError: an array, tensor or Pillow image is not one of these.
-        maskset.errors.DataError: a file cannot be read, or the picture is too large.
+        SourceError: it is none of these.
+        DataError: a file cannot be read, or the image is too large.
     """
+    check(picture)
     if isinstance(picture, (str, Path)):
         return read_image(picture)
     if isinstance(picture, Tensor):
-        if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3 or not picture.numel():
-            raise SourceError(f"a tensor must be uint8 [3 h w] (RGB), got {picture.dtype} {list(picture.shape)}.")
         pixels = picture.cpu()
+    elif isinstance(picture, np.ndarray):
+        rgb = picture[:, :, None].repeat(3, 2) if picture.ndim == 2 else picture[:, :, :3]
+        pixels = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)
+    elif isinstance(picture, Image.Image):
+        pixels = torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB"))).permute(2, 0, 1)
     else:
-        pixels = torch.from_numpy(_array(picture)).permute(2, 0, 1)
+        return _decode(io.BytesIO(picture) if isinstance(picture, bytes) else picture, "the file in memory", None)
     check_size((pixels.shape[1], pixels.shape[2]))
     return pixels
 
 
-def files(sources: Iterable[str | Path]) -> list[Path]:
+def check(picture: Any) -> None:
+    """Check that `read` takes an image of this type and shape; the contents of files are not read.
+
+    Raises:
+        SourceError: it does not. The message says what it takes.
+    """
+    if isinstance(picture, Tensor):
+        usable = picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[0] == 3 and picture.numel() > 0
+        problem = f"a tensor must be uint8 [3 h w], got {picture.dtype} {list(picture.shape)}"
+    elif isinstance(picture, np.ndarray):
+        shape_fits = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))
+        usable = picture.dtype == np.uint8 and shape_fits and picture.size > 0
+        problem = f"an array must be uint8 [h w 3] or [h w], got {picture.dtype} {list(picture.shape)}"
+    elif isinstance(picture, Image.Image):
+        usable = picture.mode != "F" and not picture.mode.startswith("I")
+        problem = f"a Pillow image of mode {picture.mode} has no fixed range: give the file, or convert it to 8 bits"
+    elif hasattr(picture, "read") and hasattr(picture, "seek"):
+        usable = _is_binary(picture)
+        problem = "a file must be opened in binary mode: open(name, 'rb')"
+    else:
+        usable = isinstance(picture, (str, Path, bytes))
+        problem = f"{type(picture).__name__} is not an image"
+    if not usable:
+        raise SourceError(f"{problem}. {_ACCEPTED}")
+
+
+def _is_binary(file: Any) -> bool:
+    try:
+        return isinstance(file.read(0), bytes)
+    except (OSError, ValueError):  # closed, or not opened for reading
+        return False
+
+
+def is_single(source: Any) -> bool:
+    """Return whether a source is one image, as opposed to a list, a folder or a pattern."""
+    if isinstance(source, (str, Path)):
+        return not Path(source).is_dir() and (Path(source).exists() or not _is_pattern(source))
+    return not isinstance(source, (list, tuple))
+
+
+def expand(source: Any) -> list[Picture]:
+    """Return the images of a source, with folders and patterns replaced by their files.
+
+    Raises:
+        SourceError: see `check` and `expand_files`.
+    """
+    pictures: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
+    for picture in pictures:
+        check(picture)
+    return [one for picture in pictures for one in (_files(picture) if isinstance(picture, (str, Path)) else [picture])]
+
+
+def expand_files(sources: Iterable[str | Path]) -> list[Path]:
     """Return the image files that files, folders and patterns such as "photos/**/*.jpg" stand for, in order.
 
-    A folder gives the images that lie directly in it, by name. A file that is named itself may have any ending.
+    A folder stands for the images directly in it, sorted by name. A file that is named itself may have any ending.
 
     Raises:
-        SourceError: a file or folder does not exist, or a folder or pattern has no image.
+        SourceError: a file or folder does not exist or is a device, or a folder or pattern has no image.
     """
     return [file for source in sources for file in _files(source)]
-
-
-def listed(source: Picture | Sequence[Picture]) -> list[Picture]:
-    """Return the pictures that a source stands for, with folders and patterns replaced by their files.
-
-    Raises:
-        SourceError: see `files`.
-    """
-    given = [source] if isinstance(source, (str, Path, Image.Image, np.ndarray, Tensor)) else source
-    return [picture for one in given for picture in (_files(one) if isinstance(one, (str, Path)) else [one])]
-
-
-def several(source: Picture | Sequence[Picture]) -> bool:
-    """Return whether a source means any number of pictures: a list, a folder or a pattern."""
-    if isinstance(source, (str, Path)):
-        return Path(source).is_dir() or (_is_pattern(source) and not Path(source).exists())
-    return not isinstance(source, (Image.Image, np.ndarray, Tensor))
 
 
 def _files(source: str | Path) -> list[Path]:
     path = Path(source)
     if path.is_dir():
-        found = sorted(path.iterdir())
-    elif path.exists():
+        candidates = sorted(path.iterdir())
+    elif path.is_file():
         return [path]
+    elif path.exists():
+        raise SourceError(f"{source} is not a regular file or a folder.")  # reading a pipe could wait for ever
     elif _is_pattern(source):
-        found = sorted(Path(name) for name in glob.glob(str(source), recursive=True))
+        candidates = sorted(Path(name) for name in glob.glob(str(source), recursive=True))
     else:
         raise SourceError(f"there is no file or folder {source}.")
-    images = [file for file in found if file.suffix.lower() in ENDINGS and file.is_file() and not file.name.startswith(".")]
+    images = [file for file in candidates if file.suffix.lower() in ENDINGS and file.is_file() and not file.name.startswith(".")]
     if not images:
-        if path.is_dir():
-            where = f"in the folder {path}"
-        else:
-            where = f"among the {len(found)} files and folders that {source} matches" if found else f"matches {source}"
-        raise SourceError(f"no image {where}; looked for {' '.join(ENDINGS)}.")
+        where = f"in the folder {path}" if path.is_dir() else f"among the {len(candidates)} matches of {source}"
+        raise SourceError(f"there is no image {where}; images end in {' '.join(ENDINGS)}.")
     return images
 
 
@@ -111,45 +157,44 @@ def _is_pattern(source: str | Path) -> bool:
     return glob.has_magic(str(source))
 
 
-def _array(picture: Image.Image | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    if isinstance(picture, Image.Image):
-        if picture.mode.startswith("I") or picture.mode == "F":
-            raise SourceError(
-                f"a Pillow image of mode {picture.mode} has no fixed range: give the file, or convert it to 8 bits."
-            )
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    grey = picture[:, :, None].repeat(3, 2) if picture.ndim == 2 else picture
-    if grey.dtype != np.uint8 or grey.ndim != 3 or grey.shape[2] not in (3, 4) or not grey.size:
-        raise SourceError(f"an array must be uint8 [h w 3] (RGB) or [h w] (grey), got {picture.dtype} {list(picture.shape)}.")
-    return np.ascontiguousarray(grey[:, :, :3])
-
-
 def read_image(file: str | Path, size: tuple[int, int] | None = None) -> UInt8[Tensor, "3 h w"]:
     """Return the RGB pixels of an image file (a view that is channels-last in memory).
 
     Args:
-        file: any format that Pillow reads.
-        size: height and width that the annotations say.
+        file: in any format that Pillow decodes itself.
+        size: annotated height and width.
 
     Raises:
-        DataError: the file is missing, damaged, no image, too large, or not of that size.
+        DataError: the file is missing, not a regular file, damaged, not an image, too large, or not of that size.
     """
+    return _decode(file, str(file), size)
+
+
+def _decode(file: str | Path | io.IOBase, name: str, size: tuple[int, int] | None) -> UInt8[Tensor, "3 h w"]:
     try:
-        with Image.open(file) as picture:
+        if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise DataError("it is not a regular file.")  # reading a pipe could wait for ever
+        with Image.open(file) as picture:  # type: ignore[arg-type]  # Pillow's stubs do not know io.IOBase
+            if picture.format == "EPS":
+                raise DataError("EPS is a program, which is not run.")
             check_size((picture.height, picture.width))
             pixels = np.array(_rgb(_upright(picture, size)))
-    except Exception as error:  # Pillow's decoders meet damage with errors of every kind
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
+    except Exception as error:  # Pillow's decoders raise errors of every kind for damaged files
+        raise DataError(f"{name} cannot be read as an image: {error}") from error
     if size is not None and pixels.shape[:2] != size:
         raise DataError(
-            f"{file} is {pixels.shape[1]} x {pixels.shape[0]} pixels (width x height), but its annotations are for "
+            f"{name} is {pixels.shape[1]} x {pixels.shape[0]} pixels (width x height), but its annotations are for "
             f"{size[1]} x {size[0]}: correct the JSON's width and height, or give the image that was annotated."
         )
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raise a DataError where an image of `size` (height, width) is larger than maskset takes."""
+    """Check that an image of `size` (height, width) is not too large.
+
+    Raises:
+        DataError: it has more than MAX_PIXELS pixels, or a side longer than MAX_SIDE.
+    """
     if size[0] * size[1] > MAX_PIXELS or max(size) > MAX_SIDE:
         raise DataError(
             f"an image of {size[1]} x {size[0]} pixels is too large (at most {MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side): "
@@ -160,7 +205,7 @@ def check_size(size: tuple[int, int]) -> None:
 def _upright(picture: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     try:
         orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # a damaged EXIF block says nothing
+    except Exception:  # a damaged EXIF block is ignored
         orientation = 1
     turn = _UPRIGHT.get(orientation)
     if turn is None:
@@ -174,9 +219,9 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture).astype(np.float64)
         if not np.isfinite(values).all():
-            raise MasksetError("it holds values that are not finite.")
+            raise DataError("it has values that are not finite.")
         low, high = values.min(), values.max()
         picture = Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
     if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # Pillow warns where such a palette becomes RGB at once
+        picture = picture.convert("RGBA")  # Pillow warns if such a palette is converted to RGB directly
     return picture.convert("RGB")

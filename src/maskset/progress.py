@@ -1,4 +1,4 @@
-"""How far a long piece of work is, on stderr."""
+"""Progress on stderr."""
 
 import os
 import sys
@@ -9,17 +9,24 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
+def report(message: str, *details: str) -> None:
+    """Print a message to stderr, with one indented line for each detail."""
+    print(message, *(f"  {detail}" for detail in details), sep="\n", file=sys.stderr, flush=True)
+
+
 def track(items: Iterable[Item], total: int, what: str, unit: str = "images", note: Callable[[], str] = str) -> Iterator[Item]:
-    """Yield the items while a bar on stderr shows how far it is; not on a terminal, a line every half minute and at the end.
+    """Yield the items and show progress on stderr: a bar on a terminal, elsewhere a line every half minute and at the end.
+
+    Of several processes on a machine, only the first shows it.
 
     Args:
-        items: what is worked on.
-        total: how many there should be.
-        what: is done with them.
-        unit: what they are.
-        note: returns what else there is to say so far; nothing by default.
+        items: the items to process.
+        total: number of items.
+        what: description of the work, such as "predicting".
+        unit: what is counted, in the plural.
+        note: returns text to append to the description.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes on a machine, one speaks
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         yield from items
         return
     from rich.console import Console
@@ -33,11 +40,11 @@ def track(items: Iterable[Item], total: int, what: str, unit: str = "images", no
                 yield item
                 bar.update(task, advance=1, description=what + note())
         return
-    start = told = time.monotonic()
+    start = last_report = time.monotonic()
     count = 0
     for count, item in enumerate(items, 1):
         yield item
-        if count < total and time.monotonic() - told > 30:
-            told = time.monotonic()
-            print(f"{what}: {count} of {total} {unit} in {told - start:.0f} s{note()}", file=sys.stderr, flush=True)
-    print(f"{what}: {count} of {total} {unit} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        if count < total and time.monotonic() - last_report > 30:
+            last_report = time.monotonic()
+            report(f"{what}: {count} of {total} {unit} in {last_report - start:.0f} s{note()}")
+    report(f"{what}: {count} of {total} {unit} in {time.monotonic() - start:.0f} s")

@@ -1,4 +1,4 @@
-"""The things that travel between modules: a batch, masks, instances, slots, an output.
+"""What models take and return: `ImageBatch`, `SlotPredictions`, `ModelOutput`.
 
 Shape letters, used in every file of the package:
 
@@ -6,7 +6,7 @@ Shape letters, used in every file of the package:
     N  slots per image            h, w  height and width of one image or one feature map
     K  classes                    S     side of a box-local mask, pixels
     T  objects of one image       C     feature channels
-    D  numbers that describe one mask (a code's coefficients, a kernel's weights)
+    D  numbers that describe one mask (coefficients of a code, weights of a kernel)
     L  decoder layers or feature levels
 
 A *slot* is one place where a system may report an object: a query (SOLQ, SOIT, ISDA), a region of interest (ISTR) or a
@@ -28,7 +28,7 @@ from maskset.tensors import TensorRecord, register
 
 @runtime_checkable
 class Normalisation(Protocol):
-    """The part of a model's input settings that `ImageBatch.normalised` reads; all of it on the scale where white is 1."""
+    """The input settings that `ImageBatch.normalised` reads; mean and std are on the scale where white is 1."""
 
     @property
     def mean(self) -> tuple[float, float, float]: ...
@@ -40,10 +40,10 @@ class Normalisation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch(TensorRecord):
-    """Images padded at the bottom and the right to one size.
+    """Images padded at the bottom and the right to a common size.
 
     Attributes:
-        pixels: uint8 RGB as the loader gives them, or what `normalised` made of them, with padding zero.
+        pixels: uint8 RGB from the data loader, or floats from `normalised`; the padding is zero.
         sizes: height and width of each image before padding.
     """
 
@@ -54,8 +54,13 @@ class ImageBatch(TensorRecord):
     def from_images(cls, images: Sequence[Tensor], divisor: int = 1) -> "ImageBatch":
         """Return a batch of images [3 h w], padded with zero to the largest height and width, rounded up to `divisor`.
 
-        In memory the colours of a pixel stay together, as image files have them.
+        The memory format is channels-last, as in image files.
+
+        Raises:
+            MasksetError: there are no images.
         """
+        if len(images) == 0:
+            raise MasksetError("ImageBatch.from_images() needs at least one image, got none.")
         sizes = torch.tensor([tuple(image.shape[-2:]) for image in images]).view(-1, 2)
         height, width = (-(-sizes.amax(0) // divisor) * divisor).tolist()
         pixels = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
@@ -67,7 +72,11 @@ class ImageBatch(TensorRecord):
         return len(self.pixels)
 
     def normalised(self, input: Normalisation) -> "ImageBatch":
-        """Return the batch as a model wants it: float32, (pixel / 255 - mean) / std, planes of channels in the model's order."""
+        """Return the model's input: float32 planes of (pixel / 255 - mean) / std, channels in the model's order, padding zero.
+
+        Raises:
+            MasksetError: the pixels are not uint8.
+        """
         if self.pixels.dtype != torch.uint8:
             raise MasksetError(f"normalised() takes uint8 pixels, got {self.pixels.dtype}: was this batch normalised before?")
         pixels = self.pixels.flip(1) if input.channel_order == "bgr" else self.pixels
@@ -77,7 +86,7 @@ class ImageBatch(TensorRecord):
         return ImageBatch(planes.masked_fill_(self.padding((pixels.shape[2], pixels.shape[3]))[:, None], 0.0), self.sizes)
 
     def padding(self, size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
-        """Return where a map of `size` (height, width) over the canvas lies on padding: the nearest pixel, torch's rule."""
+        """Return the padding mask, resized to `size` (height, width) by nearest neighbour (as F.interpolate does)."""
         inside = []
         for axis, cells in enumerate(size):
             index = rle.nearest_index(self.pixels.shape[2 + axis], cells).to(self.sizes.device)
@@ -87,11 +96,11 @@ class ImageBatch(TensorRecord):
 
 @dataclass(eq=False)
 class SlotPredictions(TensorRecord):
-    """What one layer, stage or head says about every slot.
+    """Raw predictions of one decoder layer, stage or head, for all slots.
 
     Attributes:
         class_logits: one-vs-all, before the sigmoid.
-        mask_params: D numbers that the system turns into a mask.
+        mask_params: D numbers from which the system computes a mask.
         boxes: cx cy w h, fractions of the unpadded image.
         mask_context: features beside each code (ISTR-SMT).
     """
@@ -104,12 +113,12 @@ class SlotPredictions(TensorRecord):
 
 @dataclass(eq=False)
 class ModelOutput(TensorRecord):
-    """What a system's forward returns: every layer's or stage's predictions, raw; the last one answers.
+    """Raw predictions of every decoder layer or stage; the last is used at inference.
 
     Attributes:
-        layers: one element per decoder layer or stage.
-        mask_features: the map that mask_params work on, where the system has one.
-        proposals: what a first stage says, where the system has two.
+        layers: one element for each decoder layer or stage.
+        mask_features: the map that mask_params are applied to, where the system has one.
+        proposals: predictions of the first stage, where the system has two.
     """
 
     layers: list[SlotPredictions]

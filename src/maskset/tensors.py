@@ -1,4 +1,4 @@
-"""Records of tensors: moving them to a device, and telling PyTorch how to take them apart."""
+"""Dataclasses of tensors: moving them to a device, checking devices, and registration as pytrees."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -8,12 +8,33 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from maskset.errors import ConfigError
+
 Device = torch.device | str
 Same = TypeVar("Same", bound="TensorRecord")  # not typing.Self: the shape checker of the tests does not know it in methods
 
 
+def check_device(device: Device) -> torch.device:
+    """Return the device.
+
+    Raises:
+        ConfigError: this machine cannot compute on it.
+    """
+    try:
+        checked = torch.device(device)
+        torch.zeros(1, device=checked).item()  # not on "meta", which computes nothing
+    except (RuntimeError, AssertionError, TypeError) as error:
+        usable = ["cpu"]
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            usable += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used ({reason}). Available here: {', '.join(usable)}.") from None
+    return checked
+
+
 class TensorRecord:
-    """`.to` and `.pin_memory` for a dataclass of tensors, and of lists of such dataclasses."""
+    """Base of dataclasses whose fields are tensors, other TensorRecords, or lists of them."""
 
     def to(self: Same, device: Device, non_blocking: bool = False) -> Same:
         """Return a copy on the device."""
@@ -26,13 +47,14 @@ class TensorRecord:
     def _each(self: Same, change) -> Same:
         def walk(value):
             if isinstance(value, list):
-                return [walk(one) for one in value]
+                return [walk(item) for item in value]
             return change(value) if isinstance(value, (Tensor, TensorRecord)) else value
 
         return type(self)(**{field.name: walk(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
 
 
 def register(cls: type, names: Sequence[str]) -> None:
+    """Register a class as a pytree whose children are the attributes `names`, for torch.compile and torch.export."""
     pytree.register_pytree_node(
         cls,
         lambda value: ([getattr(value, name) for name in names], [(k, v) for k, v in vars(value).items() if k not in names]),
@@ -42,7 +64,7 @@ def register(cls: type, names: Sequence[str]) -> None:
 
 
 def _rebuild(cls: type, values: dict[str, Any]) -> Any:
-    made = object.__new__(cls)
+    instance = object.__new__(cls)
     for name, value in values.items():
-        object.__setattr__(made, name, value)
-    return made
+        object.__setattr__(instance, name, value)
+    return instance

@@ -1,4 +1,9 @@
-"""Prediction: every picture's objects, in order, whatever the company."""
+"""Prediction: each image's objects, in order, independent of the other images."""
+
+import inspect
+import io
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +11,7 @@ import torch
 from fakes import Mean
 from PIL import Image
 
-from maskset.errors import DataError, SourceError
+from maskset.errors import ConfigError, DataError, SourceError
 from maskset.inference.predict import predict, predict_files, predict_items
 from maskset.instances import Category
 
@@ -90,10 +95,16 @@ def test_threshold_and_limit_reach_the_model():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"threshold": 50}, "between 0 and 1, got 50"), ({"limit": 0}, "at least 1, got 0")]
+    ("settings", "message"),
+    [
+        ({"threshold": 50}, "between 0 and 1, got 50"),
+        ({"threshold": float("nan")}, "between 0 and 1, got nan"),
+        ({"limit": 0}, "at least 1 .*, got 0"),
+        ({"limit": 10**30}, r"below 2\^31"),
+    ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_are_not_allowed_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
         predict(model(), pictures()[0], **settings)
 
 
@@ -106,9 +117,63 @@ def test_a_file_gives_instances_and_a_folder_an_iterator(tmp_path):
     assert [one.masks.size for one in predict(model(), f"{tmp_path}/[01].png", threshold=0)] == [(20, 30), (30, 20)]
 
 
-def test_what_is_missing_is_told_at_once_and_not_when_the_first_result_is_asked_for(tmp_path):
+def test_a_missing_file_is_reported_at_the_call(tmp_path):
     with pytest.raises(SourceError, match="there is no file or folder"):
         predict(model(), [tmp_path / "missing.png"])
+
+
+@pytest.mark.parametrize("source", [[[pictures()[0]]], None, 5, [pictures()[0], None], np.zeros((2, 9, 9, 3), np.uint8), {}])
+def test_a_source_of_another_type_is_reported_at_the_call(source):
+    with pytest.raises(SourceError, match="An image is a file name"):
+        inspect.unwrap(predict)(model(), source)  # without the type checker of the tests
+
+
+def test_bytes_give_the_objects_of_the_file(tmp_path):
+    Image.fromarray(pictures()[0]).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    expected = predict(model(), tmp_path / "a.png", threshold=0)
+    for source in (data, io.BytesIO(data)):
+        assert predict(model(), source, threshold=0).scores.tolist() == expected.scores.tolist()
+    assert [len(detections) for detections in predict(model(), [data, io.BytesIO(data)], threshold=0)] == [1, 1]
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_reported_with_those_that_can(device):
+    fake = model()
+    with pytest.raises(ConfigError, match=r"device .* cannot be used \(.*\). Available here: cpu"):
+        predict(fake, pictures()[0], device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_pixels_are_cast_to_the_type_of_the_model(dtype):
+    class Typed(Mean):
+        def forward(self, images):
+            assert images.pixels.dtype == self.weight.dtype
+            return super().forward(replace(images, pixels=images.pixels.float()))
+
+    fake = Typed(CLASSES, short_side=20, long_side=64, divisor=16).eval()
+    fake.weight = torch.nn.Parameter(torch.zeros(1))
+    assert len(predict(fake.to(dtype), pictures()[0], threshold=0)) == 1
+
+
+def test_a_prediction_that_ends_leaves_another_thread_in_evaluation_mode():
+    fake, image, started, go_on, results = model().train(), pictures()[0], threading.Event(), threading.Event(), []
+    slow = threading.Thread(target=lambda: results.append(predict(fake, image, threshold=0)))
+
+    def wait(*_: object) -> None:
+        if threading.current_thread() is slow:
+            started.set()
+            go_on.wait(20)
+
+    fake.register_forward_pre_hook(wait)
+    slow.start()
+    assert started.wait(20)
+    predict(fake, image)
+    assert not fake.training
+    go_on.set()
+    slow.join(20)
+    assert len(results) == 1
+    assert fake.training
 
 
 def test_a_broken_file_is_named(tmp_path):
@@ -131,11 +196,11 @@ def test_files_that_cannot_be_read_are_left_out_on_request_and_named_at_the_end(
     answers = predict_files(model(), [some_broken(tmp_path)], threshold=0, skip_broken=True)
     assert [(file.name, found.masks.size) for file, found in answers] == [("0.png", (20, 30)), ("2.png", (20, 30))]
     *_, count, first, second = capsys.readouterr().err.splitlines()
-    assert count == "left out, because they cannot be read: 2 of 4 pictures"
+    assert count == "left out because they cannot be read: 2 of 4 images"
     assert "1.png cannot be read as an image" in first
     assert "3.png cannot be read as an image" in second
     assert len(list(predict(model(), tmp_path, threshold=0, skip_broken=True))) == 2
-    assert "2 of 4 pictures" in capsys.readouterr().err
+    assert "2 of 4 images" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_read_ends_with_the_way_to_leave_it_out(tmp_path):
@@ -145,7 +210,7 @@ def test_a_file_that_cannot_be_read_ends_with_the_way_to_leave_it_out(tmp_path):
 
 def test_where_nothing_can_be_read_there_is_no_result_to_give(tmp_path):
     broken = [some_broken(tmp_path) / name for name in ("1.png", "3.png")]
-    with pytest.raises(DataError, match=r"none of 2 pictures can be read. The first: .*1\.png"):
+    with pytest.raises(DataError, match=r"none of 2 images can be read. The first: .*1\.png"):
         list(predict_files(model(), broken, skip_broken=True))
     with pytest.raises(DataError, match=r"1\.png cannot be read"):
         predict(model(), broken[0], skip_broken=True)

@@ -129,7 +129,7 @@ def test_masks_may_be_empty_and_boxes_reach_out_of_the_image():
 
 
 def test_an_image_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="the image has 100 x 80 pixels, the objects are of one of 300 x 200"):
+    with pytest.raises(ValueError, match="the image has 100 x 80 pixels, but the masks have 300 x 200"):
         disc(50, 50, 20).draw(np.zeros((80, 100, 3), np.uint8))
 
 

@@ -1,6 +1,7 @@
 """Results as files: COCO JSON, label images, drawings; whole or not at all."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from fakes import discs, found
 from PIL import Image
 
 from maskset.data import CocoDataset
+from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
 from maskset.instances.saving import save_predictions
 
@@ -60,7 +62,7 @@ def test_more_objects_than_sixteen_bits_are_refused(tmp_path):
     count = 65536
     counts = [torch.tensor([4], dtype=torch.int32)] * count
     many = Instances(torch.zeros(count, dtype=torch.int64), torch.zeros(count, 4), Masks(counts, (2, 2)), None, CLASSES)
-    with pytest.raises(ValueError, match="can number 65535 objects, not 65536"):
+    with pytest.raises(ValueError, match="at most 65535 objects, got 65536"):
         many.save(tmp_path / "a.png")
 
 
@@ -74,7 +76,7 @@ def test_with_the_image_the_objects_are_drawn(tmp_path, name, format):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.jpg", "the image is needed"),
+        ("a.jpg", "a drawing needs the image"),
         ("a.txt", r"'a\.txt': the ending must be \.json, \.png or \.jpg"),
         ("a", "the ending must be"),
     ],
@@ -126,6 +128,41 @@ def test_nothing_is_made_where_the_first_image_fails(tmp_path):
     with pytest.raises(ValueError, match="broken.png"):
         save_predictions(broken(), tmp_path / "out", labels=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_earlier_predictions_in_the_folder_are_replaced_and_other_files_are_left_alone(tmp_path):
+    answers, out = several(tmp_path / "in"), tmp_path / "out"
+    save_predictions(answers, out, labels=True)
+    (out / "drawings" / "mine.jpg").write_text("mine")
+    save_predictions(answers[2:], out)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == [
+        "drawings/b.jpg",
+        "drawings/mine.jpg",
+        "results.json",
+    ]
+
+
+def test_a_second_process_that_writes_to_the_same_folder_is_refused(tmp_path):
+    answers = several(tmp_path / "in")
+
+    def during():
+        yield answers[0]
+        with pytest.raises(ConfigError, match="another process is writing to the folder"):
+            save_predictions(answers, tmp_path / "out")
+        yield answers[1]
+
+    save_predictions(during(), tmp_path / "out")
+    save_predictions(answers, tmp_path / "out")
+
+
+def test_a_file_name_that_is_not_utf8_survives_in_the_json(tmp_path):
+    file = Path(os.fsdecode(bytes(tmp_path / "in") + b"/bad\xff.png"))
+    several(tmp_path / "in")
+    Image.fromarray(PIXELS).save(file)
+    out = save_predictions([(file, objects([0.9, 0.8]))], tmp_path / "out")
+    (image,) = json.loads((out / "results.json").read_text(encoding="utf-8"))["images"]
+    assert file.parent / image["file_name"] == file
+    assert len(list((out / "drawings").iterdir())) == 1
 
 
 def test_label_images_are_written_on_request_and_drawings_can_be_left_out(tmp_path):

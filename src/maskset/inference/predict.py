@@ -1,39 +1,41 @@
-"""Prediction: pictures in, objects out, in the order of the pictures."""
+"""Prediction: images in, `Instances` out, in the order of the images."""
 
-import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from io import IOBase
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from maskset import pictures
+from maskset import checkpoint, pictures
 from maskset.data.transforms import fit
-from maskset.errors import DataError, MasksetError
+from maskset.errors import ConfigError, DataError
 from maskset.instances import Instances
 from maskset.pictures import Picture
-from maskset.progress import track
+from maskset.progress import report, track
 from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems.base import System
-from maskset.tensors import Device
+from maskset.tensors import Device, check_device
 
 Item = TypeVar("Item")
 Size = tuple[int, int]  # height, width
 
-_READERS = 4  # threads that read and resize pictures while a GPU computes; where the CPU computes, one is enough
-_WINDOW = 32  # pictures that are kept, to find those of one canvas among them
-_LARGEST_BATCH = 16  # pictures
-_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}  # a batch's canvases together: four of 800 x 1333 on a GPU, one on the CPU
+_READERS = 4  # threads that read and resize images while a GPU computes; one is enough where the CPU computes
+_WINDOW = 32  # images held in memory, among which those of equal canvas share a batch
+_LARGEST_BATCH = 16  # images
+_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}  # pixels of a batch: four images of 800 x 1333 on a GPU, one on the CPU
 
 
 @overload
@@ -49,7 +51,7 @@ def predict(
 @overload
 def predict(
     model: System | str | Path,
-    source: Image | np.ndarray | Tensor,
+    source: bytes | IOBase | Image | np.ndarray | Tensor,
     *,
     threshold: float = ...,
     limit: int = ...,
@@ -75,32 +77,34 @@ def predict(
     device: Device | None = None,
     skip_broken: bool = False,
 ) -> Instances | Iterator[Instances]:
-    """Return the objects in a picture, best first; for several pictures an iterator over those of each, in order.
+    """Return the objects in an image, best first; for several images an iterator over the objects of each, in order.
 
-    What is found in a picture does not depend on the others (but for rounding): pictures share a batch only if each has the
-    padding that it would have alone.
+    The result for an image does not depend on the others, up to rounding: images share a batch only where each has the padding
+    that it would have alone.
 
     Args:
         model: a system, or what `maskset.load` takes.
-        source: one picture: a file, a Pillow image, a uint8 array [h w 3] or [h w], or a uint8 tensor [3 h w]; RGB. Several:
-            a list of these, a folder, or a pattern such as "photos/*.jpg"; a list may hold folders and patterns.
+        source: an image: a file name, bytes, a file opened in binary mode, a Pillow image, a uint8 array [h w 3] or [h w], or a
+            uint8 tensor [3 h w]; RGB. Or several: a list of these, a folder, or a pattern such as "photos/*.jpg".
         threshold: least score of an object.
-        limit: how many objects a picture may have at the most.
-        device: where to compute; None leaves a system where it is, and puts one that is loaded on a GPU if there is one.
-        skip_broken: of several pictures, leave out those that cannot be read, and name them on stderr at the end; the iterator
-            is then shorter than the list, and `predict_files` says whose results these are.
+        limit: maximum number of objects in an image.
+        device: where to compute; by default a system stays where it is, and one that is loaded goes to a GPU if there is one.
+            A system is moved there and stays there.
+        skip_broken: leave out files of several that cannot be read, and list them on stderr at the end. The iterator is then
+            shorter than the list; `predict_files` tells which file each result belongs to.
 
     Raises:
-        maskset.pictures.SourceError: there is no such file, or no image in the folder, or it is no picture.
+        maskset.errors.SourceError: there is no such file, there is no image in the folder, or the source is not an image.
         maskset.errors.DataError: a file cannot be read as an image; with `skip_broken`, none of several can.
+        maskset.errors.ConfigError: `threshold`, `limit` or `device` is not allowed.
     """
     _check(threshold, limit)
-    listed, several = pictures.listed(source), pictures.several(source)
+    images, single = pictures.expand(source), pictures.is_single(source)
     unreadable: list[str] = []
-    read = partial(_read_or_skip, unreadable) if skip_broken and several else pictures.read
-    answers = predict_items(load_model(model, device), listed, read, limit=limit, threshold=threshold)
-    found = (instances for _, instances in answers)
-    return _and_tell(found, unreadable, len(listed)) if several else next(found)
+    read = partial(_read_or_skip, unreadable) if skip_broken and not single else pictures.read
+    results = predict_items(load_model(model, device), images, read, limit=limit, threshold=threshold)
+    detections = (instances for _, instances in results)
+    return next(detections) if single else _report_unreadable(detections, unreadable, len(images))
 
 
 def predict_files(
@@ -111,8 +115,9 @@ def predict_files(
     limit: int = 100,
     device: Device | None = None,
     skip_broken: bool = False,
+    progress: bool = True,
 ) -> Iterator[tuple[Path, Instances]]:
-    """Return an iterator over the files that are meant and the objects in each; it shows its progress on stderr.
+    """Return an iterator over image files and the objects in each.
 
     Args:
         model: see `predict`.
@@ -120,25 +125,26 @@ def predict_files(
         threshold: see `predict`.
         limit: see `predict`.
         device: see `predict`.
-        skip_broken: leave out files that cannot be read, and name them on stderr at the end.
+        skip_broken: leave out files that cannot be read, and list them on stderr at the end.
+        progress: whether to show progress on stderr.
 
     Raises:
-        ValueError: as `predict` does.
+        maskset.errors.MasksetError: as `predict` does.
     """
     _check(threshold, limit)
-    files, unreadable = pictures.files(sources), list[str]()
+    files, unreadable = pictures.expand_files(sources), list[str]()
     read = partial(_read_or_skip, unreadable) if skip_broken else _read_or_advise
-    answers = predict_items(load_model(model, device), files, read, limit=limit, threshold=threshold)
-    return _and_tell(track(answers, len(files), "predicting"), unreadable, len(files))
+    results = predict_items(load_model(model, device), files, read, limit=limit, threshold=threshold)
+    return _report_unreadable(track(results, len(files), "predicting") if progress else results, unreadable, len(files))
 
 
 def load_model(model: System | str | Path, device: Device | None = None) -> System:
-    """Return the model, loaded where it is given by name, on the device; see `predict`."""
+    """Return the model on the device, loaded where it is not a system yet; see `predict`."""
+    if device is not None:
+        device = check_device(device)
     if isinstance(model, System):
         return model if device is None else model.to(device)
-    from maskset.checkpoint import load
-
-    return load(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return checkpoint.load(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def predict_items(
@@ -151,15 +157,15 @@ def predict_items(
     batch_size: int | None = None,
     ignored_classes: Sequence[int] = (),
 ) -> Iterator[tuple[Item, Instances]]:
-    """Yield each item with the objects that the model finds in its picture, in order, on the CPU.
+    """Yield each item with the predicted objects of its image, in order, on the CPU.
 
     Args:
-        model: it is left in the mode (training or not) in which it was.
-        items: what `read` makes pictures of, in threads, a little ahead.
-        read: returns RGB pixels, or None for an item that shall be left out.
-        limit: how many objects a picture may have at the most.
+        model: in training or evaluation mode; the mode does not change.
+        items: arguments of `read`, which is called in threads, a little ahead.
+        read: returns RGB pixels, or None to leave out the item.
+        limit: maximum number of objects in an image.
         threshold: least score of an object.
-        batch_size: most pictures of a batch; None chooses by their size.
+        batch_size: maximum number of images in a batch; None depends on their size.
         ignored_classes: class channels that are left out; they do not count towards `limit`.
     """
 
@@ -169,28 +175,28 @@ def predict_items(
             return None
         return item, (pixels.shape[1], pixels.shape[2]), fit(pixels, model.input.short_side, model.input.long_side)
 
-    pending: dict[int, tuple[Item, Size, Tensor]] = {}  # read but not computed
-    found: dict[int, tuple[Item, Instances]] = {}  # computed, but one before it is not
+    pending: dict[int, tuple[Item, Size, Tensor]] = {}  # read, not yet predicted
+    done: dict[int, tuple[Item, Instances]] = {}  # predicted, but an earlier one is not
     readers = 1 if _device(model).type == "cpu" else _READERS
-    pictures_read = enumerate(one for one in _ahead(fitted, items, readers) if one is not None)
-    turn = 0
+    images = enumerate(image for image in _read_ahead(fitted, items, readers) if image is not None)
+    next_index = 0
     while True:
-        pending.update(islice(pictures_read, _WINDOW - len(pending)))
+        pending.update(islice(images, _WINDOW - len(pending)))
         if not pending:
             return
-        canvases = {place: _canvas(pixels, model.input.divisor) for place, (_, _, pixels) in pending.items()}
-        canvas = canvases[turn]  # the next in order is never kept waiting
-        alike = [place for place in canvases if canvases[place] == canvas]
-        batch = alike[: batch_size or _batch_size(canvas, model)]
-        answers = _answer(model, [pending[place][1:] for place in batch], limit, threshold, ignored_classes)
-        found |= {place: (pending.pop(place)[0], answer) for place, answer in zip(batch, answers, strict=True)}
-        while turn in found:
-            yield found.pop(turn)
-            turn += 1
+        canvases = {index: _canvas(pixels, model.input.divisor) for index, (_, _, pixels) in pending.items()}
+        canvas = canvases[next_index]  # so that no image waits for those after it
+        same = [index for index in canvases if canvases[index] == canvas]
+        batch = same[: batch_size or _batch_size(canvas, model)]
+        results = _predict_batch(model, [pending[index][1:] for index in batch], limit, threshold, ignored_classes)
+        done |= {index: (pending.pop(index)[0], result) for index, result in zip(batch, results, strict=True)}
+        while next_index in done:
+            yield done.pop(next_index)
+            next_index += 1
 
 
 def _read_or_skip(unreadable: list[str], picture: Picture) -> UInt8[Tensor, "3 h w"] | None:
-    """Return the pixels of a picture; None, and a message in `unreadable`, where it cannot be read."""
+    """Return the pixels of an image; where it cannot be read, None, and add a message to `unreadable`."""
     try:
         return pictures.read(picture)
     except DataError as error:
@@ -206,49 +212,62 @@ def _read_or_advise(file: Path) -> UInt8[Tensor, "3 h w"]:
         raise DataError(f"{str(error).removesuffix('.')}. {advice}") from error
 
 
-def _and_tell(answers: Iterable[Item], unreadable: Sequence[str], total: int) -> Iterator[Item]:
-    """Yield the answers, then name on stderr what was left out of `total` pictures.
+def _report_unreadable(results: Iterable[Item], unreadable: Sequence[str], total: int) -> Iterator[Item]:
+    """Yield the results, then list on stderr the images that were left out of `total`.
 
     Raises:
         DataError: all were left out.
     """
-    yield from answers
+    yield from results
     if unreadable and len(unreadable) == total:
-        raise DataError(f"none of {total} pictures can be read. The first: {unreadable[0]}")
+        raise DataError(f"none of {total} images can be read. The first: {unreadable[0]}")
     if unreadable:
-        print(f"left out, because they cannot be read: {len(unreadable)} of {total} pictures", file=sys.stderr)
-        print(*(f"  {problem}" for problem in unreadable), sep="\n", file=sys.stderr, flush=True)
+        report(f"left out because they cannot be read: {len(unreadable)} of {total} images", *unreadable)
 
 
 @torch.no_grad()
-def _answer(
+def _predict_batch(
     model: System, batch: Sequence[tuple[Size, Tensor]], limit: int, threshold: float, ignored_classes: Sequence[int]
 ) -> list[Instances]:
-    """Return the objects in pictures, given with their own sizes and at the size that the model wants."""
+    """Return the objects of images that are given by their original size and their pixels at the model's size."""
     sizes, pixels = zip(*batch, strict=True)
-    with _not_training(model):
+    with _evaluation_mode(model):
         images = ImageBatch.from_images(pixels, model.input.divisor).to(_device(model)).normalised(model.input)
+        images = replace(images, pixels=images.pixels.to(_dtype(model)))
         output = model(images)
         if ignored_classes:
             output = _without(output, ignored_classes)
-        return [found.to("cpu") for found in model.postprocess(output, images, sizes, limit, threshold)]
+        return [detections.to("cpu") for detections in model.postprocess(output, images, sizes, limit, threshold)]
+
+
+_predicting: WeakKeyDictionary[System, tuple[int, list[nn.Module]]] = WeakKeyDictionary()  # threads in it, modules to restore
+_predicting_lock = threading.Lock()
 
 
 @contextmanager
-def _not_training(model: System) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]  # frozen parts of a model in training are not
-    model.eval()
+def _evaluation_mode(model: System) -> Iterator[None]:
+    """Put a model into evaluation mode inside the context; the last of several threads in it restores training mode."""
+    with _predicting_lock:
+        threads, training = _predicting.get(model, (0, []))
+        training = training or [module for module in model.modules() if module.training]  # frozen parts are not in training mode
+        _predicting[model] = threads + 1, training
+        model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _predicting_lock:
+            threads, training = _predicting.pop(model)
+            if threads > 1:
+                _predicting[model] = threads - 1, training
+            else:
+                for module in training:
+                    module.training = True
 
 
 def _without(output: ModelOutput, channels: Sequence[int]) -> ModelOutput:
     """Return the output with a score of zero for some classes."""
-    places = torch.tensor(channels, device=output.layers[-1].class_logits.device)
-    layers = [replace(layer, class_logits=layer.class_logits.index_fill(2, places, -torch.inf)) for layer in output.layers]
+    index = torch.tensor(channels, device=output.layers[-1].class_logits.device)
+    layers = [replace(layer, class_logits=layer.class_logits.index_fill(2, index, -torch.inf)) for layer in output.layers]
     return replace(output, layers=layers)
 
 
@@ -256,18 +275,22 @@ def _device(model: System) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def _dtype(model: System) -> torch.dtype:
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
+
+
 def _canvas(pixels: UInt8[Tensor, "3 h w"], divisor: int) -> Size:
-    """Return the height and width to which a picture is padded when it is alone."""
+    """Return the height and width to which an image is padded when it is alone."""
     return -(-pixels.shape[1] // divisor) * divisor, -(-pixels.shape[2] // divisor) * divisor
 
 
 def _batch_size(canvas: Size, model: System) -> int:
-    most = _BATCH_PIXELS.get(_device(model).type, 2**22) // (canvas[0] * canvas[1])
-    return min(max(most, 1), _LARGEST_BATCH)
+    fitting = _BATCH_PIXELS.get(_device(model).type, 2**22) // (canvas[0] * canvas[1])
+    return min(max(fitting, 1), _LARGEST_BATCH)
 
 
-def _ahead(read: Callable[[Item], Any], items: Iterable[Item], readers: int) -> Iterator[Any]:
-    """Yield what `read` returns of each item, in order; threads work on the next ones meanwhile."""
+def _read_ahead(read: Callable[[Item], Any], items: Iterable[Item], readers: int) -> Iterator[Any]:
+    """Yield `read(item)` for each item, in order; threads read the next ones meanwhile."""
     with ThreadPoolExecutor(readers) as pool:
         waiting = deque()
         for item in items:
@@ -280,6 +303,6 @@ def _ahead(read: Callable[[Item], Any], items: Iterable[Item], readers: int) -> 
 
 def _check(threshold: float, limit: int) -> None:
     if not 0 <= threshold <= 1:
-        raise MasksetError(f"threshold must be between 0 and 1, got {threshold}.")
-    if limit < 1:
-        raise MasksetError(f"limit must be at least 1, got {limit}.")
+        raise ConfigError(f"threshold must be between 0 and 1, got {threshold}.")
+    if not 1 <= limit < 2**31:
+        raise ConfigError(f"limit must be at least 1 and below 2^31, got {limit}.")

@@ -1,4 +1,4 @@
-"""Pictures of objects: masks, boxes, names and scores over the image, in colours that colour-blind people can tell apart."""
+"""Drawing masks, boxes, names and scores in colours that colour-blind people can distinguish."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from maskset.instances.masks import Masks
 from maskset.pictures import Picture
 
 Colour = tuple[int, int, int]
-Box = tuple[int, int, int, int]  # x0 y0 x1 y1, pixels of the drawing, all inside of it
+Box = tuple[int, int, int, int]  # x0 y0 x1 y1, pixels of the drawing, inclusive
 
 # Okabe and Ito's colours (Color Universal Design, 2008) without black, those easiest to confuse far apart in the list.
 PALETTE: tuple[Colour, ...] = (
@@ -39,32 +39,33 @@ def draw_objects(
 ) -> Image.Image:
     """Return the image with masks, boxes and captions drawn on it.
 
-    With two to seven classes each class has a colour, and objects of a class that lie side by side have shades of it; with
-    one class, or more, objects that lie side by side differ in colour. Small objects lie on top of large ones. Captions for
-    which there is no room are left out, and so are the boxes of very small objects.
+    With two to seven classes, each class has a colour and neighbouring objects of a class have shades of it. Otherwise
+    neighbouring objects differ in colour. Small objects are drawn over large ones. Captions without room and boxes of very
+    small objects are omitted.
 
     Args:
-        image: the image of the objects, see `maskset.pictures.read`.
+        image: see `maskset.pictures.read`.
         masks: at the size of the image.
         boxes: x0 y0 x1 y1, pixels of the image.
         labels: class of each object.
-        captions: text for each object; nothing is written for an empty one.
-        num_classes: how many classes there are.
-        scale: whole factor to enlarge the image by; None enlarges small images, so that lines and captions do not hide them.
+        captions: text for each object; may be empty.
+        num_classes: number of classes.
+        scale: integer factor by which to enlarge the image; None enlarges small images, so that captions do not hide them.
 
     Raises:
-        MasksetError: the objects belong to an image of another size.
+        MasksetError: the image differs in size from the masks.
     """
     picture = Image.fromarray(pictures.read(image).permute(1, 2, 0).numpy())
     height, width = masks.size
     if picture.size != (width, height):
         raise MasksetError(
-            f"the image has {picture.width} x {picture.height} pixels, the objects are of one of {width} x {height}."
+            f"the image has {picture.width} x {picture.height} pixels, but the masks have {width} x {height}: "
+            "give the image that the objects belong to."
         )
     scale = scale or max(1, _COMFORTABLE // max(picture.size))
     picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     runs, colours = masks.to("cpu").rle(), _colours(labels.cpu(), boxes.cpu(), num_classes)
-    corners = [_inside(box, picture.size) for box in (boxes.cpu() * scale).tolist()]
+    corners = [_pixel_box(box, picture.size) for box in (boxes.cpu() * scale).tolist()]
     order = sorted(range(len(runs)), key=lambda i: -rle.area(runs[i]))
 
     pixels = np.array(picture)
@@ -82,36 +83,36 @@ def draw_objects(
     return picture
 
 
-def _inside(box: list[float], size: tuple[int, int]) -> Box:
-    """Return a box as the first and last pixels that it covers, inside of a picture of `size` (width, height)."""
+def _pixel_box(box: list[float], size: tuple[int, int]) -> Box:
+    """Return the first and last pixels that a box covers in a picture of `size` (width, height)."""
     x0, x1 = (min(max(round(value), 0), size[0]) for value in box[0::2])
     y0, y1 = (min(max(round(value), 0), size[1]) for value in box[1::2])
     return min(x0, size[0] - 1), min(y0, size[1] - 1), max(x0, x1 - 1), max(y0, y1 - 1)
 
 
 def _colours(labels: Int[Tensor, "T"], boxes: Float[Tensor, "T 4"], num_classes: int) -> list[Colour]:
-    """Return a colour for each object, where possible one that no object beside it has."""
+    """Return a colour for each object, where possible different from its neighbours'."""
     low, high = boxes[:, :2] - 2, boxes[:, 2:] + 2
     beside = ((low[:, None] < high[None]) & (low[None] < high[:, None])).all(-1).tolist()
     by_class = 1 < num_classes <= len(PALETTE)
-    chosen: list[Colour] = []
+    colours: list[Colour] = []
     for i, label in enumerate(labels.tolist()):
-        choice = _shades(PALETTE[label]) if by_class else PALETTE
-        near = [colour for colour, is_near in zip(chosen, beside[i], strict=False) if is_near]
-        everywhere = [] if by_class else chosen  # else the first colours of the palette would be in every place
-        chosen.append(min(choice, key=lambda colour: (near.count(colour), everywhere.count(colour))))
-    return chosen
+        candidates = _shades(PALETTE[label]) if by_class else PALETTE
+        near = [colour for colour, is_near in zip(colours, beside[i], strict=False) if is_near]
+        used = [] if by_class else colours  # spreads the colours evenly
+        colours.append(min(candidates, key=lambda colour: (near.count(colour), used.count(colour))))
+    return colours
 
 
 def _shades(colour: Colour) -> tuple[Colour, Colour, Colour]:
-    """Return the colour, a lighter and a darker one."""
+    """Return the colour, a lighter shade and a darker shade."""
     red, green, blue = colour
     lighter = (red + (255 - red) // 2, green + (255 - green) // 2, blue + (255 - blue) // 2)
     return colour, lighter, (red * 2 // 3, green * 2 // 3, blue * 2 // 3)
 
 
 def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, colour: Colour, line: int) -> None:
-    """Fill one mask in pixels [h w 3], with a line of its colour along the inside of its edge and a dark rim outside of it."""
+    """Draw one mask into pixels [h w 3]: a translucent fill, a solid line inside its edge, and a dark rim outside."""
     height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
     x0, y0, x1, y1 = (int(value) for value in rle.box(counts, height))
     x0, y0, x1, y1 = max(x0 - 2, 0), max(y0 - 2, 0), min(x1 + 2, width), min(y1 + 2, height)
@@ -120,14 +121,14 @@ def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, colour: Colour, l
         soft = Image.fromarray(mask.astype(np.uint8) * 255)
         mask = np.array(soft.resize(((x1 - x0) * scale, (y1 - y0) * scale), Image.Resampling.BICUBIC)) > 127
     window = pixels[y0 * scale : y1 * scale, x0 * scale : x1 * scale]
-    inside, rim = mask & ~_grown(~mask, line), _grown(mask, 1) & ~mask
+    inside, rim = mask & ~_dilate(~mask, line), _dilate(mask, 1) & ~mask
     window[inside] = (window[inside] * (1 - _FILL) + np.array(colour) * _FILL).astype(np.uint8)
     window[mask & ~inside] = colour
     window[rim] //= 2
 
 
-def _grown(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Return the mask with its 4-neighbours, `steps` times."""
+def _dilate(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Return the mask dilated `steps` times by its 4-neighbours."""
     for _ in range(steps):
         wider = mask.copy()
         wider[1:] |= mask[:-1]
@@ -139,7 +140,7 @@ def _grown(mask: np.ndarray, steps: int) -> np.ndarray:
 
 
 def _write(picture: Image.Image, labels: list[tuple[str, Box, Colour]]) -> None:
-    """Write each label on a plate of its object's colour, where there is room."""
+    """Write each label on a background of its object's colour, where there is room."""
     size = max(11, round(max(picture.size) / 54))
     font, margin = ImageFont.load_default(size), size // 5
     pen = ImageDraw.Draw(picture)
@@ -154,23 +155,23 @@ def _write(picture: Image.Image, labels: list[tuple[str, Box, Colour]]) -> None:
 
 
 def label_places(sizes: list[tuple[int, int]], boxes: list[Box], picture: tuple[int, int]) -> list[Box | None]:
-    """Return where to put labels: at their boxes, inside of the picture, none over another; None for those without room.
+    """Return a place for each label beside its box, inside the picture and without overlaps; None where there is no room.
 
     Args:
-        sizes: width and height of each label, the most important one first.
-        boxes: what they belong to.
-        picture: its width and height.
+        sizes: width and height of each label, in order of importance.
+        boxes: the box of each label's object.
+        picture: width and height of the picture.
     """
     places: list[Box | None] = []
     for (width, height), (x0, y0, x1, y1) in zip(sizes, boxes, strict=True):
         left, right, above, below = x0, x1 + 1 - width, y0 - height, y1 + 1
-        choice = [(left, above), (left, below), (left, y0), (right, above), (right, below), (right, below - height)]
-        # The more objects there are, the larger one must be to have a label, or labels would hide a crowded picture.
+        corners = [(left, above), (left, below), (left, y0), (right, above), (right, below), (right, below - height)]
+        # The more objects there are, the larger an object must be to get a label: labels must not hide a crowded picture.
         if width > picture[0] or height > picture[1] or width * height * len(sizes) > 30 * (x1 + 1 - x0) * (y1 + 1 - y0):
-            choice = []
-        choice = [(min(max(x, 0), picture[0] - width), min(max(y, 0), picture[1] - height)) for x, y in choice]
-        plates = [(x, y, x + width - 1, y + height - 1) for x, y in choice]
-        free = [plate for plate in plates if not any(other and _overlap(plate, other) for other in places)]
+            corners = []
+        corners = [(min(max(x, 0), picture[0] - width), min(max(y, 0), picture[1] - height)) for x, y in corners]
+        candidates = [(x, y, x + width - 1, y + height - 1) for x, y in corners]
+        free = [place for place in candidates if not any(other and _overlap(place, other) for other in places)]
         places.append(free[0] if free else None)
     return places
 

@@ -1,4 +1,4 @@
-"""The objects of one image: annotated (`scores` is None) or predicted."""
+"""`Instances`: the annotated or predicted objects of one image."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from maskset.tensors import TensorRecord, register
 
 @dataclass(frozen=True)
 class Category:
-    """What a class channel stands for: its name, and the id that COCO files of the data use for it."""
+    """A class: its name, and its id in COCO files of the data."""
 
     name: str
     coco_id: int
@@ -31,14 +31,14 @@ class Category:
 
 @dataclass(frozen=True, eq=False)
 class Instances(TensorRecord):
-    """The objects of one image, annotated (`scores` is None) or found.
+    """The annotated or predicted objects of one image.
 
     Attributes:
         labels: class of each object, an index into `categories`.
-        boxes: x0 y0 x1 y1, pixels of the image.
+        boxes: x0 y0 x1 y1 in pixels, x1 and y1 exclusive. Predicted boxes lie inside the image.
         masks: at the size of the image.
         scores: confidence in [0, 1], or None for annotations.
-        categories: what the classes are.
+        categories: names and COCO ids of the classes.
     """
 
     labels: Int[Tensor, "T"]
@@ -52,11 +52,11 @@ class Instances(TensorRecord):
         if self.scores is not None:
             lengths["scores"] = len(self.scores)
         if len(set(lengths.values())) > 1:
-            raise MasksetError(f"Instances needs equally many of everything, got {lengths}.")
+            raise MasksetError(f"the fields of Instances must have equal lengths, got {lengths}.")
 
     @classmethod
     def empty(cls, size: tuple[int, int], categories: tuple[Category, ...] = ()) -> "Instances":
-        """Return no objects, of an image of `size` (height, width)."""
+        """Return an empty list of objects for an image of `size` (height, width)."""
         return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), Masks([], size), None, categories)
 
     def __len__(self) -> int:
@@ -66,10 +66,16 @@ class Instances(TensorRecord):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int | Index | Sequence[int]) -> "Instances":
-        """Return the objects chosen: `found[found.scores > 0.5]`, `found[:10]`, `found[0]` (one object, still a list)."""
-        kept = torch.tensor(positions(index, len(self)), dtype=torch.int64, device=self.labels.device)
-        scores = None if self.scores is None else self.scores[kept]
-        return replace(self, labels=self.labels[kept], boxes=self.boxes[kept], masks=self.masks[kept.tolist()], scores=scores)
+        """Return the selected objects: `detections[detections.scores > 0.5]`, `detections[:10]`, `detections[0]` (one object).
+
+        Raises:
+            IndexError: see `positions`.
+        """
+        selected = torch.tensor(positions(index, len(self)), dtype=torch.int64, device=self.labels.device)
+        scores = None if self.scores is None else self.scores[selected]
+        return replace(
+            self, labels=self.labels[selected], boxes=self.boxes[selected], masks=self.masks[selected.tolist()], scores=scores
+        )
 
     def __repr__(self) -> str:
         counts: dict[str, int] = {}
@@ -84,7 +90,7 @@ class Instances(TensorRecord):
         return [self.categories[label].name if self.categories else f"class {label}" for label in self.labels.tolist()]
 
     def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
-        """Return COCO annotations (or results, where there are scores): boxes x y w h, masks as compressed run lengths."""
+        """Return COCO annotations (results, where there are scores) with boxes x y w h and masks as compressed run lengths."""
         size, runs = self.masks.size, self.masks.rle()
         areas, texts, rows = rle.areas(runs).tolist(), rle.to_strings(runs, size), []
         for i, (label, (x0, y0, x1, y1)) in enumerate(zip(self.labels.tolist(), self.boxes.tolist(), strict=True)):
@@ -106,7 +112,11 @@ class Instances(TensorRecord):
         return self.masks.polygons()
 
     def to_supervision(self) -> Any:
-        """Return `supervision.Detections`; needs the extra `viz`."""
+        """Return `supervision.Detections`.
+
+        Raises:
+            ImportError: the package supervision (extra `viz`) is not installed.
+        """
         try:
             import supervision
         except ImportError as error:
@@ -120,27 +130,27 @@ class Instances(TensorRecord):
         )
 
     def label_image(self) -> UInt16[np.ndarray, "h w"]:
-        """Return for each pixel 0, or the number, from 1 on, of the first object that covers it.
+        """Return the number, from 1, of the first object at each pixel; 0 for background.
 
         Raises:
-            MasksetError: there are more objects than 16 bits can number.
+            MasksetError: there are more than 65535 objects.
         """
         if len(self) > 65535:
-            raise MasksetError(f"a label image of 16 bits can number 65535 objects, not {len(self)}.")
+            raise MasksetError(f"a label image has 16 bits for at most 65535 objects, got {len(self)}.")
         image = np.zeros(self.masks.size, dtype=np.uint16)
         for number in range(len(self), 0, -1):
             image[self.masks[number - 1].dense()[0].cpu().numpy()] = number
         return image
 
     def draw(self, image: Picture, scale: int | None = None) -> Image.Image:
-        """Return the image with masks, boxes, names and scores drawn on it, in colours that colour-blind people can tell.
+        """Return the image with masks, boxes, names and scores drawn in colours that colour-blind people can distinguish.
 
         Args:
-            image: the image of the objects, see `maskset.pictures.read`.
-            scale: whole factor to enlarge the image by; None enlarges small images, so that lines and labels do not hide them.
+            image: see `maskset.pictures.read`.
+            scale: integer factor by which to enlarge the image; None enlarges small images, so that labels do not hide them.
 
         Raises:
-            MasksetError: the objects belong to an image of another size.
+            MasksetError: the image differs in size from the masks.
         """
         return draw_objects(image, self.masks, self.boxes, self.labels, self._captions(), len(self.categories), scale)
 
@@ -151,15 +161,15 @@ class Instances(TensorRecord):
         return [f"{name} {score}".strip() for name, score in zip(names, scores, strict=True)]
 
     def save(self, path: str | Path, image: Picture | None = None) -> Path:
-        """Write the objects and return the path; its ending chooses the format.
+        """Write the objects to a file and return its path.
 
         Args:
-            path: `.json` is a COCO file of one image with its objects and the classes; `.png` is a label image (see
-                `label_image`), or with `image` (also `.jpg`) the image with the objects drawn.
-            image: what to draw on.
+            path: ends in `.json` for a COCO file with the classes, in `.png` for a label image (see `label_image`), and with
+                `image` in `.png` or `.jpg` for a drawing.
+            image: the image to draw on; in a COCO file its name.
 
         Raises:
-            MasksetError: the ending is none of these, or there are more objects than a label image can number.
+            MasksetError: the ending is another one, or there are too many objects for a label image.
         """
         path = Path(path)
         ending = path.suffix.lower()
@@ -171,21 +181,21 @@ class Instances(TensorRecord):
         elif ending == ".png":
             write_picture(Image.fromarray(self.label_image()), path)
         elif ending in (".jpg", ".jpeg"):
-            raise MasksetError(f"to draw objects into {path} the image is needed: save(path, image).")
+            raise MasksetError(f"a drawing needs the image: save({str(path)!r}, image).")
         else:
-            raise MasksetError(f"objects cannot be written as {path.name!r}: the ending must be .json, .png or .jpg.")
+            raise MasksetError(f"cannot write objects to {path.name!r}: the ending must be .json, .png or .jpg.")
         return path
 
 
 def coco_file(images: Iterable[tuple[str, Instances]], categories: tuple[Category, ...]) -> dict[str, Any]:
-    """Return the content of a COCO file for image names and their objects; image and annotation ids count from 1."""
-    listed, annotations = [], []
+    """Return the content of a COCO file for named images with their objects. Image and annotation ids start at 1."""
+    records, annotations = [], []
     for number, (name, instances) in enumerate(images, 1):
         height, width = instances.masks.size
-        listed.append({"id": number, "file_name": name, "height": height, "width": width})
+        records.append({"id": number, "file_name": name, "height": height, "width": width})
         annotations += instances.to_coco(number)
     return {
-        "images": listed,
+        "images": records,
         "annotations": [{"id": number, **row} for number, row in enumerate(annotations, 1)],
         "categories": [{"id": category.coco_id, "name": category.name} for category in categories],
     }

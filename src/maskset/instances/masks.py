@@ -1,4 +1,4 @@
-"""The masks of one image, kept as run lengths or polygons."""
+"""The masks of one image, stored as run lengths or polygons."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,17 +8,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from maskset import rle
-from maskset.errors import MasksetError
+from maskset.errors import MaskError
 from maskset.kernels.runs import View, view
 from maskset.rle import Counts, Index, Polygons
 from maskset.tensors import Device, TensorRecord, register
 
 
 class Masks(TensorRecord):
-    """The masks of one image, each kept as it came: polygons or run lengths. Dense ones are made only on request.
+    """The masks of one image as polygons or run lengths; `dense()` computes pixels.
 
-    What augmentation does (flip, crop, nearest scaling) moves whole rows and columns, so it is kept as two index maps from
-    this view to the image that the masks were drawn on, and costs nothing until the pixels are asked for.
+    Flips, crops and nearest-neighbour scaling move whole rows and columns. They are stored as two index maps from this view to
+    the original image, and cost nothing until the pixels are needed.
 
     Attributes:
         size: height and width of the view, pixels.
@@ -37,7 +37,13 @@ class Masks(TensorRecord):
 
     @classmethod
     def from_dense(cls, masks: Bool[Tensor, "T h w"]) -> "Masks":
-        """Return masks kept as run lengths."""
+        """Return the masks as run lengths.
+
+        Raises:
+            MaskError: `masks` is not boolean, for example a label map.
+        """
+        if masks.dtype != torch.bool or masks.ndim != 3:
+            raise MaskError(f"from_dense() takes boolean masks [T h w], got {masks.dtype} {list(masks.shape)}.")
         return cls(rle.encode(masks), (masks.shape[1], masks.shape[2]))
 
     @classmethod
@@ -45,30 +51,34 @@ class Masks(TensorRecord):
         """Return one mask per element, each the union of polygons [n 2] (x, y in pixels), in an image of `size`.
 
         Raises:
-            maskset.errors.MaskError: a polygon is not finite, far outside of the image, or has fewer than three points.
+            MaskError: a polygon is not finite, far outside of the image, or has fewer than three points.
         """
-        parts = [tuple(np.asarray(part, dtype=np.float64).reshape(-1, 2) for part in one) for one in polygons]
-        return cls([rle.check_polygons(one, size) for one in parts], size)
+        shapes = [tuple(np.asarray(part, dtype=np.float64).reshape(-1, 2) for part in parts) for parts in polygons]
+        return cls([rle.check_polygons(shape, size) for shape in shapes], size)
 
     @classmethod
     def from_rle(cls, counts: Sequence[Counts | Sequence[int] | str | bytes], size: tuple[int, int]) -> "Masks":
         """Return masks from COCO run lengths (lists of counts, or compressed text) for an image of `size` (height, width).
 
         Raises:
-            maskset.errors.MaskError: the run lengths do not sum to height * width.
+            MaskError: the run lengths do not sum to height * width.
         """
         shapes = []
-        for one in counts:
-            if isinstance(one, (str, bytes)):
-                one = rle.from_string(one)
-            shapes.append(rle.check(one if isinstance(one, Tensor) else rle.from_list(one), size))
+        for runs in counts:
+            if isinstance(runs, (str, bytes)):
+                runs = rle.from_string(runs)
+            shapes.append(rle.check(runs if isinstance(runs, Tensor) else rle.from_list(runs), size))
         return cls(shapes, size)
 
     @classmethod
     def cat(cls, parts: Sequence["Masks"]) -> "Masks":
-        """Return the masks of several lists over the same image as one list, in order."""
+        """Return the masks of several lists over the same image as one list, in order.
+
+        Raises:
+            MaskError: the masks differ in size, or there are no lists.
+        """
         if len({part.size for part in parts}) != 1:
-            raise MasksetError(f"masks of different sizes cannot be joined: {sorted({part.size for part in parts})}.")
+            raise MaskError(f"masks of different sizes cannot be joined: {sorted({part.size for part in parts})}.")
         whole = [part if part._is_source else cls(part.rle(), part.size) for part in parts]
         return cls([shape for part in whole for shape in part._shapes], parts[0].size)
 
@@ -114,8 +124,15 @@ class Masks(TensorRecord):
         return self._view(self._shapes, self._rows, self._all_columns().flip(0))
 
     def cropped(self, box: tuple[int, int, int, int]) -> "Masks":
-        """Return the part inside x0 y0 x1 y1 (whole pixels, inside of the image)."""
+        """Return the part inside the box x0 y0 x1 y1 (whole pixels; x1 and y1 exclusive).
+
+        Raises:
+            MaskError: the box is not inside the image.
+        """
         x0, y0, x1, y1 = box
+        height, width = self.size
+        if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
+            raise MaskError(f"a crop must lie inside the image, {width} x {height} pixels, got x0 y0 x1 y1 = {box}.")
         return self._view(self._shapes, self._all_rows()[y0:y1], self._all_columns()[x0:x1])
 
     def scaled(self, size: tuple[int, int]) -> "Masks":
@@ -126,7 +143,7 @@ class Masks(TensorRecord):
         return self._view(self._shapes, rows, columns)
 
     def dense(self) -> Bool[Tensor, "T h w"]:
-        """Return the pixels, on the device where the run lengths are (polygons: on the CPU)."""
+        """Return the pixels, on the device of the run lengths (polygons: on the CPU)."""
         return rle.decode(self._source_runs(), self._source_size, self._rows, self._columns)
 
     def rle(self) -> list[Counts]:
@@ -135,7 +152,7 @@ class Masks(TensorRecord):
         return runs if self._is_source else rle.select(runs, self._source_size, self._rows, self._columns)
 
     def view(self) -> View:
-        """Return what the C library reads; the masks must be on the CPU."""
+        """Return the view that the C library reads; the masks must be on the CPU."""
         return view(self._source_runs(), self._source_size, self._rows, self._columns)
 
     def areas(self) -> Int[Tensor, "T"]:
@@ -147,16 +164,17 @@ class Masks(TensorRecord):
         return rle.boxes(self.rle(), self.size[0])
 
     def polygons(self) -> list[list[np.ndarray]]:
-        """Return the outlines of each mask, [n 2] of x and y in pixels: as they came, or traced along the pixels' edges.
+        """Return the outlines of each mask, [n 2] of x and y in pixels.
 
-        A traced outline goes around each connected part (4-neighbours); holes are filled, as COCO's polygons have none.
+        These are the original polygons where there are any. Otherwise outlines are traced along pixel edges around each
+        connected part (4-neighbours); holes are filled, since COCO's polygons have none.
         """
         if self._is_source and all(not isinstance(shape, Tensor) for shape in self._shapes):
             return [list(shape) for shape in self._shapes]  # type: ignore[arg-type]
         return [rle.outlines(counts, self.size) for counts in self.rle()]
 
     def to(self, device: Device, non_blocking: bool = False) -> "Masks":
-        """Return the masks on a device. Polygons are rasterised first: a device other than the CPU knows only run lengths."""
+        """Return the masks on a device. Polygons are rasterised first, since they exist on the CPU only."""
         device = torch.device(device)
         if device == self.device and (device.type == "cpu" or all(isinstance(shape, Tensor) for shape in self._shapes)):
             return self
@@ -195,16 +213,24 @@ class Masks(TensorRecord):
 
 
 def positions(index: int | Index | Sequence[int], length: int) -> list[int]:
-    """Return what an index chooses of `length` things as a list of positions."""
+    """Return the positions that an index selects of `length` objects.
+
+    Raises:
+        IndexError: the index is out of range, is not of whole numbers or booleans, or has more than one dimension.
+    """
     if isinstance(index, slice):
         return list(range(length))[index]
-    chosen = torch.as_tensor(index).cpu()
-    if chosen.dtype == torch.bool:
-        if chosen.shape != (length,):
-            raise IndexError(f"a boolean index needs one element for each of the {length} objects, got {tuple(chosen.shape)}.")
-        return chosen.nonzero()[:, 0].tolist()
+    selected = torch.as_tensor(index).cpu()
+    if selected.dtype == torch.bool:
+        if selected.shape != (length,):
+            raise IndexError(f"a boolean index needs one element for each of the {length} objects, got {tuple(selected.shape)}.")
+        return selected.nonzero()[:, 0].tolist()
+    if selected.ndim > 1 or (selected.numel() and (selected.is_floating_point() or selected.is_complex())):
+        raise IndexError(
+            f"an index must be whole numbers or booleans of one dimension, got {selected.dtype} {list(selected.shape)}."
+        )
     everything = list(range(length))
-    return [everything[int(i)] for i in chosen.reshape(-1).tolist()]
+    return [everything[int(i)] for i in selected.reshape(-1).tolist()]
 
 
 register(Masks, ["_shapes", "_rows", "_columns"])

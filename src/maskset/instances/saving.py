@@ -1,52 +1,73 @@
-"""Predictions of many image files as one folder: COCO JSON, drawings, label images."""
+"""Saving the predictions of many image files in one folder: COCO JSON, drawings, label images."""
 
+import json
 import os
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
-from maskset.files import write_json
+from maskset.files import lock_folder, write_json
 from maskset.instances.instances import Instances, coco_file
 
 
 def save_predictions(
-    found: Iterable[tuple[Path, Instances]], folder: str | Path, *, drawings: bool = True, labels: bool = False
+    predictions: Iterable[tuple[Path, Instances]], folder: str | Path, *, drawings: bool = True, labels: bool = False
 ) -> Path:
-    """Write the objects of any number of image files into a folder, which is made, and return the folder.
+    """Write the objects of any number of image files to a folder, and return the folder.
 
-    `results.json` is one COCO file of all images, named from the folder that holds them all; `drawings/` has a picture of each
-    image with its objects, `labels/` a label image of each (see `Instances.save`). They are named like the image files; of equal
-    ones the later get a number.
+    `results.json` is one COCO file of all images, whose names are relative to their common folder. `drawings/` gets a drawing
+    of each image, and `labels/` a label image of each (see `Instances.save`), named like the image files; a number is appended
+    to names that are taken. The folder is created when the first image is done. Earlier predictions in it are replaced.
 
     Args:
-        found: image files and their objects, as `maskset.inference.predict.predict_files` gives them.
+        predictions: image files and their objects, as from `maskset.inference.predict.predict_files`.
         folder: where to write.
-        drawings: whether to draw pictures.
+        drawings: whether to write drawings.
         labels: whether to write label images.
+
+    Raises:
+        ConfigError: another process is writing predictions to the folder.
     """
-    folder = Path(folder)
-    listed: list[tuple[Path, Instances]] = []
+    folder, predictions = Path(folder), iter(predictions)
+    first = next(predictions, None)  # may fail, for example for a broken file: nothing is written before
+    images: list[tuple[Path, Instances]] = []
     stems: set[str] = set()
-    for file, instances in found:  # may fail at the first one: nothing is made before
-        for wanted, name in ((drawings, "drawings"), (labels, "labels")):
-            if wanted:
-                (folder / name).mkdir(parents=True, exist_ok=True)
-        stem = _unused(file.stem, stems)
-        if drawings:
-            instances.save(folder / "drawings" / f"{stem}.jpg", file)
-        if labels:
-            instances.save(folder / "labels" / f"{stem}.png")
-        listed.append((Path(os.path.abspath(file)), instances))
-    common = os.path.commonpath([file.parent for file, _ in listed]) if listed else ""
-    named = [(file.relative_to(common).as_posix(), instances) for file, instances in listed]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(coco_file(named, listed[0][1].categories if listed else ()), folder / "results.json")
+    with lock_folder(folder):
+        _remove_earlier(folder)
+        for name, wanted in (("drawings", drawings), ("labels", labels)):
+            if wanted and first is not None:
+                (folder / name).mkdir(exist_ok=True)
+        for file, instances in chain([] if first is None else [first], predictions):
+            stem = _unused(file.stem, stems)
+            if drawings:
+                instances.save(folder / "drawings" / f"{stem}.jpg", file)
+            if labels:
+                instances.save(folder / "labels" / f"{stem}.png")
+            images.append((Path(os.path.abspath(file)), instances))
+        common = os.path.commonpath([file.parent for file, _ in images]) if images else ""
+        named = [(file.relative_to(common).as_posix(), instances) for file, instances in images]
+        write_json(coco_file(named, images[0][1].categories if images else ()), folder / "results.json")
     return folder
 
 
+def _remove_earlier(folder: Path) -> None:
+    """Remove the results.json of earlier predictions in the folder, and the drawings and label images that belong to it."""
+    results, stems = folder / "results.json", set[str]()
+    try:
+        names = [image["file_name"] for image in json.loads(results.read_bytes())["images"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in names:
+        stem = _unused(Path(name).stem, stems)
+        (folder / "drawings" / f"{stem}.jpg").unlink(missing_ok=True)
+        (folder / "labels" / f"{stem}.png").unlink(missing_ok=True)
+    results.unlink()
+
+
 def _unused(stem: str, used: set[str]) -> str:
-    """Return the stem, with a number if it is in use, and note it as used."""
+    """Return the stem, with a number if it is used already, and add it to the used ones."""
     name, number = stem, 2
-    while name.lower() in used:  # some file systems do not tell a from A
+    while name.lower() in used:  # some file systems do not distinguish a from A
         name, number = f"{stem}_{number}", number + 1
     used.add(name.lower())
     return name
