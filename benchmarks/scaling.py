@@ -22,6 +22,7 @@ from maskset.files import atomic_write
 from maskset.instances import Instances
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import System, build
+from maskset.systems.solq import Solq
 
 SIZES, SLOTS, OBJECTS = (
     (480, 800, 1120, 1600),
@@ -52,11 +53,12 @@ def curve(report: Report, case: str, ways: Mapping[int, Way], seconds: float) ->
     report.compare(case, None, in_turn(named, seconds), memory)
 
 
-def solq(slots: int, quick: bool) -> System:
+def solq(slots: int, quick: bool) -> Solq:
     """Return SOLQ with so many slots."""
     torch.manual_seed(0)
     config = recipes.get("solq-tiny" if quick else "solq-r50").model
     model = build(replace(config, num_queries=slots, num_classes=91)).eval()
+    assert isinstance(model, Solq)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -66,7 +68,7 @@ def inference(model: System, size: int) -> Way:
     return partial(results, "maskset solq", model, pixels)
 
 
-def loss(model: System, slots: int, objects: int) -> Way:
+def loss(model: Solq, slots: int, objects: int) -> Way:
     """Return the computation of the loss's gradient for random predictions."""
     images, found = example(model, (480, 640), objects, 1)
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)

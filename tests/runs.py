@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny import TINY
+from tiny import SMALLEST, TINY
 from tiny import shapes as images
 
 from maskset.data import shapes
@@ -38,7 +38,7 @@ def recipe(system: str = "solq", dropout: float = 0.1, **settings: Any) -> Recip
     )
     drops = {"dropout": dropout} if hasattr(TINY[system], "dropout") else {}
     return Recipe(
-        model=replace(TINY[system], backbone="test_resnet", **drops, **SMALLER.get(system, {})),
+        model=replace(TINY[system], backbone=SMALLEST, **drops, **SMALLER.get(system, {})),
         data=DataConfig(augmentation="flip", short_sides=(48, 56), long_side=96, workers=0),
         train=replace(train, **settings),
     )
@@ -69,7 +69,7 @@ def gradient_of_share(accelerator: Accelerator, system: str, empty: Sequence[int
     """
     torch.manual_seed(0)
     quiet = {"target_noise": False} if hasattr(TINY[system], "target_noise") else {}  # else each process draws its own
-    model = build(replace(TINY[system], backbone="test_resnet", **quiet)).train()
+    model = build(replace(TINY[system], backbone=SMALLEST, **quiet)).train()
     model.prepare(found for _, found in images(8))
     with torch.no_grad():
         for parameter in model.parameters():  # off the start, where many gradients are zero

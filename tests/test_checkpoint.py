@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import TINY, batch, shapes
+from tiny import SMALLEST, TINY, batch, shapes
 
 from maskset.checkpoint import find, load, read_metadata, save
 from maskset.errors import CheckpointError
@@ -17,7 +17,7 @@ from maskset.recipe import Recipe
 from maskset.systems import build
 
 CATEGORIES = (Category("cat", 7), Category("dög", 0), Category("a, b", 90))
-SMALL = replace(TINY["solq"], backbone="test_resnet")
+SMALL = replace(TINY["solq"], backbone=SMALLEST)
 
 
 def model(**changes):
@@ -213,7 +213,7 @@ def json_of(file):
 
 def test_loading_asks_for_no_pretrained_weights(file, monkeypatch):
     settings = json.loads(json_of(file))
-    settings["model"] |= {"pretrained": True}
+    settings["model"]["backbone"]["pretrained"] = True
     rewritten(file, recipe=json.dumps(settings))
     monkeypatch.setattr("maskset.layers.backbone.load_pretrained", lambda *_: pytest.fail("downloads"))
-    assert load(file).config.pretrained
+    assert load(file).config.backbone.pretrained

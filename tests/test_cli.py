@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work_and_one_that_ca
         (["--train.epochs", "three"], "train.epochs: .*got 'three'"),
         (["--train.epochs", "0"], "train.epochs must be at least 1, got 0"),
         (["--data.augmentation", "mixup"], "data.augmentation: .*'none'.*got 'mixup'"),
-        (["--model.pretrained", "perhaps"], "model.pretrained: .*got 'perhaps'"),
+        (["--model.backbone.pretrained", "perhaps"], "model.backbone.pretrained: .*got 'perhaps'"),
     ],
 )
 def test_a_value_that_is_not_allowed_ends_before_anything_is_written(capsys, tmp_path, flags, message):

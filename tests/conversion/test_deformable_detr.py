@@ -13,6 +13,7 @@ from maskset.conversion import read_state_dict
 from maskset.conversion.coco import NAMES
 from maskset.conversion.deformable_detr import start
 from maskset.errors import ConversionError
+from maskset.systems.base import BackboneConfig
 from maskset.systems.isda import IsdaConfig
 from maskset.systems.solq import SolqConfig
 from maskset.systems.sotr import SotrConfig
@@ -89,7 +90,7 @@ def test_another_number_of_queries_costs_the_queries_only():
 
 
 def test_a_model_of_which_nothing_fits_is_refused():
-    config = SolqConfig(backbone="convnext_atto", frozen_stages=0)
+    config = SolqConfig(backbone=BackboneConfig(name="convnext_atto", frozen_stages=0))
     with pytest.raises(ConversionError, match="nothing of the Deformable DETR fits solq with backbone convnext_atto"):
         start(config, official())
 

@@ -63,10 +63,10 @@ def test_gates_and_halves_of_keys_and_values_find_their_places():
 
 def test_a_deeper_backbone_is_tested_at_other_sizes():
     config, ours = convert("sotr", resnet101(official(depth=2)))
-    assert (config.backbone, config.deformable_stages, config.input.short_side) == ("resnet101.tv_in1k", 0, 800)
+    assert (config.backbone.name, config.backbone.deformable_stages, config.input.short_side) == ("resnet101.tv_in1k", 0, 800)
     build(config).load_state_dict(ours, strict=True)
     config, ours = convert("sotr", deformable(resnet101(official(depth=2)), {3: 4, 4: 23, 5: 3}))
-    assert (config.backbone, config.deformable_stages, config.input.short_side) == ("resnet101.tv_in1k", 3, 1000)
+    assert (config.backbone.name, config.backbone.deformable_stages, config.input.short_side) == ("resnet101.tv_in1k", 3, 1000)
     build(config).load_state_dict(ours, strict=True)
 
 

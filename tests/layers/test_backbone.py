@@ -215,8 +215,8 @@ def test_a_drop_path_of_one_is_refused():
 @pytest.mark.parametrize(
     ("name", "norm", "frozen_stages", "pretrained", "message"),
     [
-        ("resnet50.tv_in1k", "frozen", 0, False, "--model.backbone-norm group --model.frozen-stages 0"),
-        ("resnet50.tv_in1k", "group", 1, False, "--model.backbone-norm group --model.frozen-stages 0"),
+        ("resnet50.tv_in1k", "frozen", 0, False, "--model.backbone.norm group --model.backbone.frozen-stages 0"),
+        ("resnet50.tv_in1k", "group", 1, False, "--model.backbone.norm group --model.backbone.frozen-stages 0"),
         ("resnet50.tv_in1k", "group", 1, True, "no pretrained weights hold group norms"),
         ("resnet50.tv_in1k", "frozen", 2, True, None),
         ("resnet50.tv_in1k", "group", 0, False, None),
@@ -356,7 +356,7 @@ def test_a_file_that_holds_no_weights_is_refused_and_never_run(tmp_path, capsys,
         torch.save({"conv1.weight": Trap()}, path)
     elif content == "list":
         torch.save([torch.zeros(2)], path)
-    with pytest.raises(ConfigError, match=r"cannot be read as weights .*--model.backbone-weights") as caught:
+    with pytest.raises(ConfigError, match=r"cannot be read as weights .*--model.backbone.weights") as caught:
         load_pretrained(build_backbone("resnet10t", "group", 0, 0.0), str(path))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
@@ -370,7 +370,7 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path, na
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     backbone = build_backbone(name, "group", 0, 0.0)
-    with pytest.raises(ConfigError, match=r"--model.backbone-weights FILE.*--model.pretrained false") as caught:
+    with pytest.raises(ConfigError, match=r"--model.backbone.weights FILE.*--model.backbone.pretrained false") as caught:
         load_pretrained(backbone, None)
     assert "\n" not in str(caught.value)
 

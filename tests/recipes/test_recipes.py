@@ -66,8 +66,9 @@ def test_sotrs_models_have_the_sizes_and_backbones_of_their_configurations():
     assert [recipe.model.input.short_side for recipe in (r50, r101, dcn, rt)] == [1000, 800, 1000, 736]
     assert [recipe.data.long_side for recipe in (r50, r101, dcn, rt)] == [2048, 1333, 2048, 1333]
     assert (1024 in r50.data.short_sides, 1024 in r101.data.short_sides) == (True, False)
-    assert [recipe.model.backbone[:9] for recipe in (r50, r101, dcn, rt)] == ["resnet50.", "resnet101", "resnet101", "resnet50."]
-    assert (dcn.model.deformable_stages, rt.model.depth) == (3, 2)
+    names = [recipe.model.backbone.name for recipe in (r50, r101, dcn, rt)]
+    assert names == ["resnet50.tv_in1k", "resnet101.tv_in1k", "resnet101.tv_in1k", "resnet50.tv_in1k"]
+    assert (dcn.model.backbone.deformable_stages, rt.model.depth) == (3, 2)
 
 
 def test_linear_scaling_of_isdas_learning_rate_gives_that_of_deformable_detr():
@@ -112,5 +113,6 @@ def test_recipes_that_learn_from_scratch_freeze_nothing():
         recipes.istr_small,
     )
     for recipe in (*(make() for make in systems), recipes.sotr_tiny(), recipes.sotr_small()):
-        assert (recipe.model.pretrained, recipe.model.frozen_stages, recipe.model.backbone_norm) == (False, 0, "group")
+        backbone = recipe.model.backbone
+        assert (backbone.pretrained, backbone.frozen_stages, backbone.norm) == (False, 0, "group")
         assert replace(recipe.model, num_classes=1).num_classes == 1

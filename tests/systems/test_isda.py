@@ -1,11 +1,9 @@
 """What ISDA has beside its published configuration: the paper's ablations, other sizes, and its parts against plain loops."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY, batch, shapes
+from tiny import TINY, batch, shapes, tiny_config
 
 from maskset import matching
 from maskset.errors import ConfigError
@@ -20,7 +18,7 @@ from maskset.systems.isda import Isda, IsdaConfig
 
 def tiny(**changes) -> Isda:
     torch.manual_seed(0)
-    return build(dataclasses.replace(TINY["isda"], **changes))
+    return build(tiny_config("isda", **changes))
 
 
 def step(model: Isda, count: int = 4) -> dict[str, torch.Tensor]:
@@ -226,9 +224,9 @@ def test_more_than_a_hundred_results_can_be_had():
         ({"mask_dim": 2}, "mask_dim must be at least 3, got 2"),
         ({"mask_dim": 0, "kernel_position": False}, "mask_dim must be at least 1, got 0"),
         ({"mask_stride": 16}, "mask_stride must be 2, 4 or 8, got 16"),
-        ({"input": InputConfig(divisor=48)}, "divisor must be a multiple of 32 for ISDA, got 48"),
-        ({"backbone_norm": "frozen"}, "pretrained"),
-        ({"backbone": "resnet51"}, "resnet51"),
+        ({"input": InputConfig(divisor=48)}, "divisor must be a multiple of 32 for isda, got 48"),
+        ({"backbone": {"norm": "frozen"}}, "pretrained"),
+        ({"backbone": {"name": "resnet51"}}, "resnet51"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes, message):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import TINY, batch, shapes
+from tiny import TINY, batch, shapes, tiny_config
 
 from maskset import codecs
 from maskset.boxes import fractions
@@ -19,7 +19,7 @@ from maskset.systems.istr import Istr, IstrConfig
 
 def tiny(prepared: bool = True, **changes) -> Istr:
     torch.manual_seed(0)
-    model = build(dataclasses.replace(TINY["istr"], **changes))
+    model = build(tiny_config("istr", **changes))
     if prepared:
         model.prepare(objects for _, objects in shapes(16))
     return model
@@ -197,7 +197,7 @@ def test_a_code_must_be_learnt_or_read_before_it_is_used(tmp_path):
         ({"codec": "flatten", "code_length": 256, "codec_weights": "x"}, "nothing to learn"),
         ({"image_feature": "none", "position_embedding": False}, "needs model.position_embedding"),
         ({"input": dataclasses.replace(TINY["istr"].input, divisor=16)}, "multiple of 32"),
-        ({"backbone_norm": "frozen"}, "pretrained"),
+        ({"backbone": {"norm": "frozen"}}, "pretrained"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes, message):

@@ -1,10 +1,8 @@
 """What SOIT has beside its published configuration: other mask transformers, fewer mask losses, batches of any padding."""
 
-import dataclasses
-
 import pytest
 import torch
-from tiny import TINY, batch, shapes
+from tiny import TINY, batch, shapes, tiny_config
 
 from maskset.errors import ConfigError
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
@@ -14,7 +12,7 @@ from maskset.systems.soit import Soit, SoitConfig
 
 def tiny(**changes) -> Soit:
     torch.manual_seed(0)
-    return build(dataclasses.replace(TINY["soit"], **changes))
+    return build(tiny_config("soit", **changes))
 
 
 def step(model: Soit, count: int = 3) -> dict[str, torch.Tensor]:
@@ -108,7 +106,7 @@ def test_padding_changes_no_mask():
         ({"hidden_dim": 30}, r"model.hidden_dim must be a multiple of 4 and of num_heads \(8\), got 30"),
         ({"mask_channels": 6, "mask_heads": 2}, r"model.mask_channels must be a multiple of 4 and of mask_heads \(2\), got 6"),
         ({"mask_channels": 8, "mask_heads": 3}, r"model.mask_channels must be a multiple of 4 and of mask_heads \(3\), got 8"),
-        ({"mask_loss_layers": 7}, "model.mask_loss_layers must be in 1 ... 6, got 7"),
+        ({"mask_loss_layers": 7}, r"model.mask_loss_layers must be in \[1, 6\], got 7"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):

@@ -1,10 +1,8 @@
 """What SOLQ has beside its published configuration: other codes, two stages, no box refinement, fewer layers with mask loss."""
 
-import dataclasses
-
 import pytest
 import torch
-from tiny import TINY, batch, shapes
+from tiny import TINY, batch, shapes, tiny_config
 
 from maskset import codecs
 from maskset.errors import ConfigError
@@ -16,7 +14,7 @@ from maskset.systems.solq import Solq, SolqConfig
 
 def tiny(**changes) -> Solq:
     torch.manual_seed(0)
-    return build(dataclasses.replace(TINY["solq"], **changes))
+    return build(tiny_config("solq", **changes))
 
 
 def step(model: Solq, count: int = 4) -> dict[str, torch.Tensor]:
@@ -143,13 +141,13 @@ def test_fewer_cells_than_queries_gives_fewer_slots():
         ({"hidden_dim": 30}, "multiple of 4"),
         ({"hidden_dim": 36, "num_heads": 8}, "num_heads"),
         ({"num_queries": 0}, "num_queries must be at least 1"),
-        ({"mask_loss_layers": 9}, "mask_loss_layers must be in 1"),
-        ({"mask_loss_layers": 0}, "mask_loss_layers must be in 1"),
+        ({"mask_loss_layers": 9}, "mask_loss_layers must be in .1"),
+        ({"mask_loss_layers": 0}, "mask_loss_layers must be in .1"),
         ({"code_length": 5000}, "code_length must be 1"),
         ({"codec": "flatten"}, "code_length must be 1024"),
         ({"two_stage": True, "box_refinement": False}, "two_stage needs"),
-        ({"backbone_norm": "frozen"}, "pretrained"),
-        ({"backbone": "resnet51"}, "resnet51"),
+        ({"backbone": {"norm": "frozen"}}, "pretrained"),
+        ({"backbone": {"name": "resnet51"}}, "resnet51"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes, message):

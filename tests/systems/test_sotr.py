@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY, batch, shapes
+from tiny import TINY, batch, shapes, tiny_config
 
 from maskset import distributed
 from maskset.errors import ConfigError
@@ -15,7 +15,7 @@ from maskset.layers.resnet import DeformableConvolution
 from maskset.masks.targets import quarter_masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build, sotr
-from maskset.systems.base import InputConfig
+from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.sotr import Sotr, SotrConfig, assign, point_nms
 
 GRIDS = TINY["sotr"].grids
@@ -24,7 +24,7 @@ CELLS = sum(side**2 for side in GRIDS)
 
 def tiny(**changes) -> Sotr:
     torch.manual_seed(0)
-    return build(dataclasses.replace(TINY["sotr"], **changes))
+    return build(tiny_config("sotr", **changes))
 
 
 def step(model: Sotr, count: int = 4) -> dict[str, torch.Tensor]:
@@ -89,12 +89,12 @@ def test_an_image_that_is_not_square_is_seen_by_square_grids():
 
 
 def test_deformable_convolutions_and_strides_can_be_chosen():
-    model = tiny(backbone="resnet26", deformable_stages=2, stride_in_first=True, depth=1)
+    model = tiny(backbone={"name": "resnet26", "deformable_stages": 2, "stride_in_first": True}, depth=1)
     assert sum(isinstance(module, DeformableConvolution) for module in model.modules()) == 4
     assert model.backbone.body.layer2[0].conv1.stride == (2, 2)
     assert model.backbone.stride_in_first
     assert all(term.isfinite() for term in step(model, 1).values())
-    assert build(dataclasses.replace(TINY["sotr"], backbone="resnet26")).backbone.stride_in_first is False
+    assert tiny(backbone={"name": "resnet26"}).backbone.stride_in_first is False
 
 
 # Targets
@@ -423,8 +423,8 @@ def test_more_than_a_hundred_results_can_be_had():
 
 def test_weights_of_the_hub_with_pixels_of_another_scale_are_refused():
     with pytest.raises(ConfigError, match="stride_in_first false starts from timm's hub, whose weights want"):
-        SotrConfig(stride_in_first=False)
-    assert SotrConfig(stride_in_first=False, input=InputConfig(divisor=32)).pretrained
+        SotrConfig(backbone=BackboneConfig())
+    assert SotrConfig(backbone=BackboneConfig(), input=InputConfig(divisor=32)).backbone.pretrained
 
 
 def test_candidates_that_are_not_finite_do_not_move_the_others():
@@ -456,12 +456,12 @@ def test_candidates_that_are_not_finite_do_not_move_the_others():
         ({"grids": (10, 8, 6, 4, 0)}, "grids must be 5 numbers of at least 1"),
         ({"scale_from": (1, 2)}, "scale_from must be 5 numbers"),
         ({"scale_from": (99, 99, 99, 99, 99)}, "scale_from must not exceed scale_to"),
-        ({"deformable_stages": 5}, r"deformable_stages must be in 0 ... 4, got 5"),
-        ({"deformable_stages": 1}, "'resnet10t' has no bottlenecks: use a ResNet-50 or deeper, or model.deformable_stages 0"),
-        ({"stride_in_first": True}, "model.stride_in_first false"),
-        ({"input": InputConfig(divisor=48)}, "divisor must be a multiple of 32 for SOTR, got 48"),
-        ({"backbone_norm": "frozen"}, "pretrained"),
-        ({"backbone": "resnet51"}, "resnet51"),
+        ({"backbone": {"deformable_stages": 5}}, r"model.backbone.deformable_stages must be in \[0, 4\], got 5"),
+        ({"backbone": {"deformable_stages": 1}}, "'resnet10t' has no bottlenecks: .* or model.backbone.deformable_stages 0"),
+        ({"backbone": {"stride_in_first": True}}, "model.backbone.stride_in_first false"),
+        ({"input": InputConfig(divisor=48)}, "divisor must be a multiple of 32 for sotr, got 48"),
+        ({"backbone": {"norm": "frozen"}}, "pretrained"),
+        ({"backbone": {"name": "resnet51"}}, "resnet51"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes, message):

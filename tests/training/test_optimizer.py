@@ -68,9 +68,11 @@ def test_the_groups_are_those_of_the_papers():
 
 
 def test_frozen_parameters_are_in_no_group():
-    model = nn.Linear(2, 2)
-    model.bias.requires_grad_(False)
-    assert [group["params"] for group in parameter_groups(model, OFFICIAL)] == [[model.weight]]
+    model = build(TINY["solq"])
+    model.level_embedding.requires_grad_(False)
+    parameters = [parameter for group in parameter_groups(model, OFFICIAL) for parameter in group["params"]]
+    assert len(parameters) == len(list(model.parameters())) - 1
+    assert not any(parameter is model.level_embedding for parameter in parameters)
 
 
 def test_weight_decay_is_for_all_parameters():
@@ -80,31 +82,36 @@ def test_weight_decay_is_for_all_parameters():
 
 
 def test_sgd_has_momentum_and_leaves_norms_undecayed():
-    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.GroupNorm(1, 3))
+    model = build(TINY["solq"])
+    norms = [module for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm))]
     optimizer = build_optimizer(model, replace(OFFICIAL, optimizer="sgd", momentum=0.5, weight_decay=0.25))
     assert isinstance(optimizer, torch.optim.SGD)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
     decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
-    assert [decay[parameter] for parameter in model.parameters()] == [0.25, 0.25, 0.0, 0.0, 0.0, 0.0]
+    undecayed = {parameter for norm in norms for parameter in norm.parameters()}
+    assert {type(norm) for norm in norms} > {nn.LayerNorm}  # and the backbone's group norms
+    assert all(decay[parameter] == (0.0 if parameter in undecayed else 0.25) for parameter in model.parameters())
 
 
 def test_setting_the_rates_twice_does_not_add_up():
-    optimizer = build_optimizer(nn.Linear(2, 2), replace(OFFICIAL, learning_rate=1.0))
+    rates = {"learning_rate": 1.0, "backbone_learning_rate": 1.0, "offset_learning_rate": 1.0}
+    optimizer = build_optimizer(build(TINY["solq"]), replace(OFFICIAL, **rates))
     set_learning_rates(optimizer, 0.5)
-    assert set_learning_rates(optimizer, 0.1) == {"rest": 0.1}
-    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert set_learning_rates(optimizer, 0.1) == {"rest": 0.1, "backbone": 0.1, "offsets": 0.1}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
 
 
 def test_linear_scaling_multiplies_all_rates_when_asked_for():
     config = replace(OFFICIAL, batch_size=8, scale_learning_rate=True)
-    (group,) = parameter_groups(nn.Linear(2, 2), config)
-    assert group["lr"] == pytest.approx(OFFICIAL.learning_rate / 4)
+    rates = {group["name"]: group["lr"] for group in parameter_groups(build(TINY["solq"]), config)}
+    assert rates["rest"] == pytest.approx(OFFICIAL.learning_rate / 4)
+    assert rates["backbone"] == pytest.approx(OFFICIAL.backbone_learning_rate / 4)
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "rest 0.0002, backbone 2e-05, offsets 2e-05 at batch size 32, the one that they were chosen for"),
+        ({}, "rest 0.0002, backbone 2e-05, offsets 2e-05 at batch size 32, which they were chosen for"),
         ({"batch_size": 16}, "They were chosen for 32: linear scaling makes it 0.0001 (--train.scale-learning-rate true)"),
         (
             {"batch_size": 16, "scale_learning_rate": True},

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from runs import assert_same_run, data, lines, recipe
 from safetensors.torch import load_file
+from tiny import SMALLEST
 
 import maskset
 from maskset import config
@@ -25,6 +26,8 @@ from maskset.systems import CONFIGS, build
 from maskset.training import run
 from maskset.training import train as loop
 from maskset.training.train import TrainingDiverged, train
+
+MISSING = replace(SMALLEST, pretrained=True, weights="nowhere.pth")
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +309,7 @@ def test_resuming_with_other_data_is_refused(whole):
         ({"data": "nowhere"}, "no file or folder"),
         ({"init": "nowhere.safetensors"}, "no checkpoint"),
         (
-            {"recipe": replace(recipe(), model=replace(recipe().model, pretrained=True, backbone_weights="nowhere.pth"))},
+            {"recipe": replace(recipe(), model=replace(recipe().model, backbone=MISSING))},
             "nowhere.pth",
         ),
     ],

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import TINY
+from tiny import SMALLEST, TINY
 
 from maskset.instances import Category
 from maskset.systems import build
 from maskset.training.transfer import transfer
 
-SMALL = replace(TINY["solq"], backbone="test_resnet")
+SMALL = replace(TINY["solq"], backbone=SMALLEST)
 
 
 def named(*names: str) -> tuple[Category, ...]:
@@ -33,15 +33,15 @@ def test_a_model_like_the_other_becomes_the_other():
     old, new = model(named("a", "b", "c"), seed=0), model(named("a", "b", "c"), seed=1)
     done, after, given, _ = copied(new, old)
     assert all(torch.equal(after[name], given[name]) for name in given)
-    assert not done.fresh
+    assert not done.initial
     assert not done.unused
-    assert len(done.taken) + len(done.by_class) == len(given)
+    assert len(done.copied) + len(done.by_class) == len(given)
 
 
 def test_class_rows_go_by_name_and_new_classes_keep_their_start():
     old, new = model(named("cat", "dog", "cow"), seed=0), model(named("bird", "cow", "cat", "fly"), seed=1)
     done, after, given, before = copied(new, old)
-    assert (done.classes, done.fresh_classes) == (["cow", "cat"], ["bird", "fly"])
+    assert (done.classes, done.new_classes) == (["cow", "cat"], ["bird", "fly"])
     heads = [name for name in after if name.startswith("class_heads.")]
     assert done.by_class == heads
     assert len(heads) == 4  # two layers, weight and bias
@@ -75,13 +75,13 @@ def test_fewer_queries_are_the_first():
 def test_what_has_another_shape_starts_anew_and_is_named():
     old, new = model(named("a"), seed=0, mask_hidden_dim=32), model(named("a"), seed=1)
     done, after, _, before = copied(new, old)
-    assert done.fresh["mask_head.layers.0.weight"] == "[32, 32] there, [64, 32] here"
+    assert done.initial["mask_head.layers.0.weight"] == "[32, 32] in the file, [64, 32] in the model"
     assert torch.equal(after["mask_head.layers.0.weight"], before["mask_head.layers.0.weight"])
 
 
 @pytest.mark.parametrize("name", ["solq", "soit"])
 def test_the_proposals_keep_telling_any_object_from_background(name):
-    config = replace(TINY[name], backbone="test_resnet", **({"two_stage": True} if name == "solq" else {}))
+    config = replace(TINY[name], backbone=SMALLEST, **({"two_stage": True} if name == "solq" else {}))
     old, new = (build(replace(config, num_classes=len(names)), named(*names)) for names in (("a", "b", "c"), ("c", "d")))
     done, after, given, _ = copied(new, old)
     assert done.by_row["proposal_class_head.weight"] == (3, 2)
@@ -93,28 +93,28 @@ def test_only_a_tensor_of_queries_is_taken_in_part():
     done, after, _, before = copied(new, old)
     assert not done.by_row
     assert torch.equal(after["proposals.query_norm.bias"], before["proposals.query_norm.bias"])
-    assert done.fresh["proposals.query_norm.bias"] == "[64] there, [96] here"
+    assert done.initial["proposals.query_norm.bias"] == "[64] in the file, [96] in the model"
 
 
 def test_what_is_only_in_one_of_them_is_named():
     old, new = model(named("a"), seed=0, decoder_layers=3), model(named("a"), seed=1, encoder_layers=2)
     done, *_ = copied(new, old)
     assert "decoder.2.cross_norm.weight" in done.unused
-    assert done.fresh["encoder.layers.1.norm.weight"] == "not there"
+    assert done.initial["encoder.layers.1.norm.weight"] == "not in the file"
 
 
 def test_the_report_says_all_of_it():
     old, new = model(named("cat", "dog"), decoder_layers=3), model(named("dog", "fox"), num_queries=20, encoder_layers=2)
     report = str(copied(new, old)[0])
     for line in (
-        "taken whole: ",
-        "classes taken: dog",
-        "classes that start anew: fox",
+        "copied whole: ",
+        "classes in both: dog",
+        "new classes: fox",
         "extended: query_content, 12 -> 20 rows",
     ):
         assert line in report
-    assert "starts anew: encoder.layers.1." in report
-    assert "left out: decoder.2." in report
+    assert "not copied: encoder.layers.1." in report
+    assert "no place in the model for: decoder.2." in report
 
 
 def test_nothing_shares_memory_with_the_weights_given():

@@ -18,7 +18,7 @@ from maskset.conversion.reading import OfficialWeights, read_state_dict, read_we
 from maskset.errors import ConversionError
 from maskset.files import check_new
 from maskset.instances import Category
-from maskset.systems import Config, build
+from maskset.systems import SystemConfig, build
 
 _CONVERTERS = {"solq": solq, "soit": soit, "isda": isda, "istr": istr, "istr-smt": istr_smt, "sotr": sotr}
 
@@ -42,7 +42,7 @@ class Conversion:
         return f"converted {self.weights}\n{len(self.categories)} classes: {names}"
 
 
-def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = False) -> tuple[Config, dict[str, Tensor]]:
+def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SystemConfig, dict[str, Tensor]]:
     """Return the config and state dict that an official state dict becomes; `build(config)` loads it strictly.
 
     Args:

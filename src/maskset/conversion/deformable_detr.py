@@ -14,7 +14,7 @@ from maskset.conversion import mmdet
 from maskset.conversion.coco import used_categories
 from maskset.conversion.keys import Rule, need, rename
 from maskset.errors import ConversionError
-from maskset.systems import Config, System, build
+from maskset.systems import System, SystemConfig, build
 
 _BOXES = r"bbox_head\.reg_branches\.\d+\..*"  # move a box from a fixed point: no system of ours does just that
 RULES: list[Rule] = [
@@ -47,7 +47,7 @@ class Start:
         return "\n".join(f"{word}, {len(names)} tensors: {_grouped(names)}" for word, names in parts.items() if names)
 
 
-def start(config: Config, state: Mapping[str, Tensor], last_wins: bool = False) -> Start:
+def start(config: SystemConfig, state: Mapping[str, Tensor], last_wins: bool = False) -> Start:
     """Return a model of a system that has all of a Deformable DETR that fits it.
 
     Args:
@@ -58,7 +58,8 @@ def start(config: Config, state: Mapping[str, Tensor], last_wins: bool = False) 
     Raises:
         ConversionError: an entry is unknown or missing, copies differ, or nothing fits.
     """
-    if getattr(config, "stride_in_first", False):
+    backbone = config.backbone
+    if backbone is not None and backbone.stride_in_first:
         raise ConversionError(
             f"{config.system} cannot start from a Deformable DETR: its ResNet has strides elsewhere, which shapes do not tell."
         )
@@ -75,7 +76,9 @@ def start(config: Config, state: Mapping[str, Tensor], last_wins: bool = False) 
     unlike = {_layer(name) for name in source if given[source[name]].shape != own[name].shape}
     taken = [name for name in source if _layer(name) not in unlike]  # a bias is worth nothing without its weight
     if not taken:
-        raise ConversionError(f"nothing of the Deformable DETR fits {config.system} with backbone {config.backbone}.")
+        raise ConversionError(
+            f"nothing of the Deformable DETR fits {config.system} with backbone {backbone.name if backbone else None}."
+        )
     for name in taken:
         own[name].copy_(given[source[name]])
     used = {source[name] for name in taken}

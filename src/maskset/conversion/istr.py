@@ -11,6 +11,7 @@ from maskset.conversion import detectron2
 from maskset.conversion.coco import used_categories
 from maskset.conversion.keys import Rule, count, need, rename, resnet_name
 from maskset.errors import ConversionError
+from maskset.systems.base import BackboneConfig
 from maskset.systems.istr import IstrConfig
 
 categories = used_categories  # what the class channels stand for
@@ -79,7 +80,7 @@ def shared_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if not width:
         raise ConversionError("the entry for our query_position has no columns: the file is damaged.")
     return {
-        "backbone": resnet_name(state),
+        "backbone": BackboneConfig(name=resnet_name(state)),
         "num_classes": need(state, "class_heads.0.weight", 2).shape[0],
         "hidden_dim": width,
         "num_queries": queries,

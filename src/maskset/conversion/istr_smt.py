@@ -1,6 +1,7 @@
 """The official checkpoints of ISTR of 2022 (hujiecpp/ISTR), here ISTR-SMT, and what their names become."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[IstrS
     ours = rename(state, RULES, last_wins)
     length, _, size, _ = need(ours, "stages.0.mask_head.6.weight", 4).shape
     settings: dict[str, Any] = {**shared_settings(ours), "mask_size": 16 * size, "code_length": length, "codec": "dct"}
+    settings["backbone"] = replace(settings["backbone"], frozen_stages=0)
     settings["averaged_stages"] = min(4, settings["stages"])
     for codec, entry in (("autoencoder", "codec.last.weight"), ("logit-pca", "codec.components")):
         if entry in ours:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from maskset.conversion.keys import ATTENTION, NUM_HEADS, Rule, count, need, resnet_name
+from maskset.systems.base import BackboneConfig
 
 
 def encoder_layer(old: str, new: str) -> list[Rule]:
@@ -58,7 +59,7 @@ def transformer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     levels, width = need(state, "level_embedding", 2).shape
     samples = need(state, "encoder.layers.0.attention.attention_weights.weight", 2).shape[0]
     return {
-        "backbone": resnet_name(state),
+        "backbone": BackboneConfig(name=resnet_name(state)),
         "hidden_dim": width,
         "num_heads": NUM_HEADS,
         "num_levels": levels,

@@ -8,7 +8,7 @@ from maskset.conversion.coco import raw_categories
 from maskset.conversion.keys import ATTENTION, NUM_HEADS, RESNETS, Rule, count, need, proposal_class_head, rename
 from maskset.errors import ConversionError
 from maskset.layers.swin import SWIN_RULES
-from maskset.systems.base import InputConfig
+from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.solq import SolqConfig
 
 categories = raw_categories  # what the class channels stand for
@@ -77,8 +77,7 @@ def _config(state: Mapping[str, Tensor]) -> SolqConfig:
     return SolqConfig(
         num_classes=classes,
         input=input,
-        backbone=backbone,
-        drop_path={"swin_base": 0.3, "swin_large": 0.3}.get(backbone, 0.2),
+        backbone=BackboneConfig(name=backbone, drop_path={"swin_base": 0.3, "swin_large": 0.3}.get(backbone, 0.2)),
         hidden_dim=width,
         num_heads=NUM_HEADS,
         num_levels=levels,

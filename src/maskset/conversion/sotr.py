@@ -77,8 +77,7 @@ def _config(state: Mapping[str, Tensor], depth: int) -> SotrConfig:
     return SotrConfig(
         num_classes=classes,
         input=replace(SotrConfig().input, short_side=short_side),
-        backbone=name,
-        deformable_stages=deformable,
+        backbone=replace(SotrConfig().backbone, name=name, deformable_stages=deformable),
         hidden_dim=width,
         depth=depth,
         mask_hidden_dim=need(state, "mask_feature_head.branches.0.0.convolution.weight", 4).shape[0],

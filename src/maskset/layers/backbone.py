@@ -139,7 +139,7 @@ def build_backbone(
         ConfigError: there is no such model, or it has no such maps or stages; or `drop_path` is no probability.
     """
     if not 0 <= drop_path < 1:
-        raise ConfigError(f"drop_path must be in [0, 1), got {drop_path} (--model.drop-path).")
+        raise ConfigError(f"drop_path must be in [0, 1), got {drop_path} (--model.backbone.drop-path).")
     strides = STRIDES[STRIDES.index(finest) :]
     if name in SWIN_SIZES:
         swin = SwinTransformer(SWIN_SIZES[name], drop_path, len(strides))
@@ -167,13 +167,13 @@ def check_start(name: str, norm: Literal["frozen", "group"], frozen_stages: int,
         return
     if not pretrained and (norm == "frozen" or frozen_stages > 0):
         raise ConfigError(
-            f"the backbone {name} would be frozen in part (backbone_norm {norm}, frozen_stages {frozen_stages}) with random "
-            "weights: use --model.backbone-norm group --model.frozen-stages 0, or pretrained weights."
+            f"the backbone {name} would be frozen in part (norm {norm}, frozen_stages {frozen_stages}) with random "
+            "weights: use --model.backbone.norm group --model.backbone.frozen-stages 0, or pretrained weights."
         )
     if norm == "group" and frozen_stages > 0:
         raise ConfigError(
-            f"backbone_norm group with frozen_stages {frozen_stages}: no pretrained weights hold group norms, so the frozen "
-            "ones would stay untrained: use --model.frozen-stages 0 or --model.backbone-norm frozen."
+            f"backbone.norm group with frozen_stages {frozen_stages}: no pretrained weights hold group norms, so the frozen "
+            "ones would stay untrained: use --model.backbone.frozen-stages 0 or --model.backbone.norm frozen."
         )
 
 
@@ -194,15 +194,15 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
     if weights is None and backbone.stride_in_first:
         raise ConfigError(
             f"timm's hub has no weights for the backbone {backbone.name} with strides in the first convolutions of its blocks: "
-            "give a file, such as detectron2's ImageNetPretrained/MSRA/R-50.pkl, with --model.backbone-weights FILE, or do "
-            "without with --model.pretrained false."
+            "give a file, such as detectron2's ImageNetPretrained/MSRA/R-50.pkl, with --model.backbone.weights FILE, or do "
+            "without with --model.backbone.pretrained false."
         )
     source = weights or "timm's hub"
     state = _fetch(backbone.name, len(backbone.strides)) if weights is None else _read(Path(weights))
     if detectron2.is_msra(state) != backbone.stride_in_first and "layer4" in dict(backbone.body.named_children()):
         raise ConfigError(
             f"the weights of {source} and the backbone {backbone.name} have their strides in different convolutions, though "
-            "shapes fit: MSRA's weights are for SOTR, others for the rest and for SOTR with --model.stride-in-first false."
+            "shapes fit: MSRA's weights need --model.backbone.stride-in-first true, all others false."
         )
     if detectron2.is_detectron2(state):
         state = detectron2.rename_resnet(state)
@@ -260,7 +260,7 @@ def _freeze(name: str, body: nn.Module, count: int) -> None:
     stages = 5 if hasattr(body, "layer4") else 0
     if not 0 <= count <= stages:
         allowed = f"0 to {stages}" if stages else "0, since it is not laid out as a ResNet"
-        raise ConfigError(f"frozen_stages of the backbone {name!r} can be {allowed}; got {count} (--model.frozen-stages).")
+        raise ConfigError(f"frozen_stages of the backbone {name!r} can be {allowed}; got {count}.")
     trained = tuple(f"layer{stage}." for stage in range(max(1, count), 5))  # the stem is all before layer1
     for path, parameter in body.named_parameters():
         if count and not path.startswith(trained):
@@ -283,7 +283,7 @@ def _fetch(name: str, maps: int) -> dict[str, Tensor]:
     except Exception as error:  # no network, no such file, a proxy's answer: each library in between raises its own
         raise ConfigError(
             f"the ImageNet weights of the backbone {name} cannot be fetched from timm's hub ({type(error).__name__}): "
-            "give a file with --model.backbone-weights FILE, or do without with --model.pretrained false."
+            "give a file with --model.backbone.weights FILE, or do without with --model.backbone.pretrained false."
         ) from None
 
 
@@ -303,7 +303,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(
-            f"{path} cannot be read as weights ({problem}): --model.backbone-weights takes a .safetensors file, a .pth file of "
+            f"{path} cannot be read as weights ({problem}): --model.backbone.weights takes a .safetensors file, a .pth file of "
             "nothing but tensors, or a .pkl file of nothing but arrays."
         )
     return state

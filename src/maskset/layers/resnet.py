@@ -22,7 +22,7 @@ def stride_in_first(backbone: Backbone) -> None:
     for path, block in _bottlenecks(backbone, "stride_in_first false"):
         if getattr(block, "aa", None) is not None and not isinstance(block.aa, nn.Identity):
             raise ConfigError(
-                f"the backbone {backbone.name!r} has its stride in a filter ({path}): use model.stride_in_first false."
+                f"the backbone {backbone.name!r} has its stride in a filter ({path}): use model.backbone.stride_in_first false."
             )
         block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
     backbone.stride_in_first = True
@@ -44,7 +44,9 @@ def _bottlenecks(backbone: Backbone, without: str) -> list[tuple[str, Any]]:
 
     found = [(path, block) for path, block in backbone.body.named_modules() if isinstance(block, Bottleneck)]
     if not found:
-        raise ConfigError(f"the backbone {backbone.name!r} has no bottlenecks: use a ResNet-50 or deeper, or model.{without}.")
+        raise ConfigError(
+            f"the backbone {backbone.name!r} has no bottlenecks: use a ResNet-50 or deeper, or model.backbone.{without}."
+        )
     return found
 
 

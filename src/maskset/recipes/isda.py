@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.solq import solq_small, solq_tiny
+from maskset.recipes.solq import SCRATCH, solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.isda import IsdaConfig
 
@@ -50,10 +50,7 @@ def isda_tiny() -> Recipe:
     return Recipe(
         model=IsdaConfig(
             input=InputConfig(short_side=96, long_side=160, divisor=32),
-            backbone="resnet10t",
-            backbone_norm="group",
-            frozen_stages=0,
-            pretrained=False,
+            backbone=SCRATCH,
             hidden_dim=128,
             num_heads=4,
             num_levels=3,

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.solq import solq_small, solq_tiny
-from maskset.systems.base import InputConfig
+from maskset.recipes.solq import SCRATCH, solq_small, solq_tiny
+from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.istr import IstrConfig
 from maskset.systems.istr_smt import IstrSmtConfig
 
@@ -50,7 +50,7 @@ def istr_r101() -> Recipe:
     Status: as istr-r50 but for the backbone; not trained on COCO here.
     """
     recipe = istr_r50()
-    return replace(recipe, model=replace(recipe.model, backbone="resnet101.tv_in1k"))
+    return replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(name="resnet101.tv_in1k")))
 
 
 def istr_smt_r50() -> Recipe:
@@ -82,7 +82,7 @@ def istr_smt_r101() -> Recipe:
     Status: as istr-smt-r50 but for the backbone; not trained on COCO here.
     """
     recipe = istr_smt_r50()
-    return replace(recipe, model=replace(recipe.model, backbone="resnet101.tv_in1k"))
+    return replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(name="resnet101.tv_in1k", frozen_stages=0)))
 
 
 def istr_tiny() -> Recipe:
@@ -97,10 +97,7 @@ def istr_tiny() -> Recipe:
     return Recipe(
         model=IstrConfig(
             input=InputConfig(short_side=96, long_side=160, divisor=32),
-            backbone="resnet10t",
-            backbone_norm="group",
-            frozen_stages=0,
-            pretrained=False,
+            backbone=SCRATCH,
             hidden_dim=80,
             masked_pooling=True,
             num_queries=30,

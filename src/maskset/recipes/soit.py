@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe
-from maskset.recipes.solq import solq_small, solq_tiny
+from maskset.recipes.solq import SCRATCH, solq_small, solq_tiny
+from maskset.systems.base import BackboneConfig
 from maskset.systems.soit import SoitConfig
 
 _DATA = DataConfig(augmentation="mmdet")  # of the official code; the paper mentions no crop
@@ -29,7 +30,7 @@ def soit_r101() -> Recipe:
     Expect: mask / box AP 42.9 / 49.5 on val2017 (Opera's README), 43.4 / 50.0 on test-dev (paper, table 1).
     Status: as soit-r50 but for the backbone; not trained on COCO here.
     """
-    return Recipe(model=SoitConfig(backbone="resnet101.tv_in1k"), data=_DATA)
+    return Recipe(model=SoitConfig(backbone=BackboneConfig(name="resnet101.tv_in1k")), data=_DATA)
 
 
 def soit_swin_l() -> Recipe:
@@ -41,7 +42,7 @@ def soit_swin_l() -> Recipe:
     Expect: mask / box AP 49.2 / 56.9 on test-dev (paper, table 1), if the unpublished settings were like these.
     Status: the backbone is tested against another system's official code; not trained on COCO here.
     """
-    return Recipe(model=SoitConfig(backbone="swin_large", frozen_stages=0, drop_path=0.3), data=_DATA)
+    return Recipe(model=SoitConfig(backbone=BackboneConfig(name="swin_large", frozen_stages=0, drop_path=0.3)), data=_DATA)
 
 
 def soit_tiny() -> Recipe:
@@ -56,10 +57,7 @@ def soit_tiny() -> Recipe:
         tiny,
         model=SoitConfig(
             input=tiny.model.input,
-            backbone="resnet10t",
-            backbone_norm="group",
-            frozen_stages=0,
-            pretrained=False,
+            backbone=SCRATCH,
             hidden_dim=128,
             num_heads=4,
             num_levels=3,

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.systems.base import InputConfig
+from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.solq import SolqConfig
+
+SCRATCH = BackboneConfig(name="resnet10t", norm="group", frozen_stages=0, pretrained=False)  # of the small recipes
 
 
 def solq_r50() -> Recipe:
@@ -26,7 +28,7 @@ def solq_r101() -> Recipe:
     Expect: box / mask AP 48.4 / 40.4 on val2017 (paper, table 2), 48.7 / 40.9 on test-dev (official README).
     Status: as solq-r50 but for the backbone; not trained on COCO here.
     """
-    return Recipe(model=SolqConfig(backbone="resnet101.tv_in1k"))
+    return Recipe(model=SolqConfig(backbone=BackboneConfig(name="resnet101.tv_in1k")))
 
 
 def solq_swin_t() -> Recipe:
@@ -36,7 +38,7 @@ def solq_swin_t() -> Recipe:
     Expect: nothing is published; between solq-r50 and solq-swin-l.
     Status: the backbone is tested against the official code; not trained on COCO here.
     """
-    return Recipe(model=SolqConfig(backbone="swin_tiny", frozen_stages=0))
+    return Recipe(model=SolqConfig(backbone=BackboneConfig(name="swin_tiny", frozen_stages=0)))
 
 
 def solq_swin_l() -> Recipe:
@@ -50,9 +52,7 @@ def solq_swin_l() -> Recipe:
     """
     return Recipe(
         model=SolqConfig(
-            backbone="swin_large",
-            frozen_stages=0,
-            drop_path=0.3,
+            backbone=BackboneConfig(name="swin_large", frozen_stages=0, drop_path=0.3),
             input=InputConfig(short_side=1088, long_side=1333),
         ),
         data=DataConfig(short_sides=tuple(range(416, 1089, 32))),
@@ -69,10 +69,7 @@ def solq_tiny() -> Recipe:
     return Recipe(
         model=SolqConfig(
             input=InputConfig(short_side=96, long_side=160),
-            backbone="resnet10t",
-            backbone_norm="group",
-            frozen_stages=0,
-            pretrained=False,
+            backbone=SCRATCH,
             hidden_dim=128,
             num_heads=4,
             num_levels=3,

@@ -3,20 +3,21 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.solq import solq_small, solq_tiny
+from maskset.recipes.solq import SCRATCH, solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.sotr import SotrConfig
 
 _SHORT_SIDES = tuple(range(640, 801, 32))
+_RESNET101 = replace(SotrConfig().backbone, name="resnet101.tv_in1k")
 
 
 def sotr_r50() -> Recipe:
     """SOTR with ResNet-50 on COCO.
 
-    Command: accelerate launch -m maskset train sotr-r50 --data COCO --out RUN --model.backbone-weights R-50.pkl
+    Command: accelerate launch -m maskset train sotr-r50 --data COCO --out RUN --model.backbone.weights R-50.pkl
     Official: configs/SOTR/R50.yaml, 4 GPUs x 2 images, 300,000 steps (about 20 epochs). The ResNet starts from detectron2's
-    ImageNetPretrained/MSRA/R-50.pkl. With --model.stride-in-first false, and the mean, std and channel order of other recipes in
-    --model.input, it can start from timm's hub.
+    ImageNetPretrained/MSRA/R-50.pkl. With --model.backbone.stride-in-first false, and the mean, std and channel order
+    of other recipes in --model.input, it can start from timm's hub.
     Schedule: 1,000 steps of warm-up, linear (the paper says constant); divided by 10 after 210,000 and 250,000 steps.
     Expect: mask AP 39.6, AP50 60.7, AP75 42.6 on COCO (official README, with these sizes); 37.5 on test-dev (paper, table 1).
     Status: the network, its losses, gradients and results are tested against the official code; not trained on COCO here. Where
@@ -43,7 +44,7 @@ def sotr_r50() -> Recipe:
 def sotr_r101() -> Recipe:
     """SOTR with ResNet-101 on COCO.
 
-    Command: accelerate launch -m maskset train sotr-r101 --data COCO --out RUN --model.backbone-weights R-101.pkl
+    Command: accelerate launch -m maskset train sotr-r101 --data COCO --out RUN --model.backbone.weights R-101.pkl
     Official: configs/SOTR/R101.yaml. Its images are smaller than those of the two other models, in training and in testing.
     Expect: mask AP 40.2, AP50 61.2, AP75 43.4 on COCO (official README); 40.2 on test-dev (paper, table 7), after 3 to 4 days on
     four V100.
@@ -52,7 +53,11 @@ def sotr_r101() -> Recipe:
     base = sotr_r50()
     return replace(
         base,
-        model=replace(base.model, backbone="resnet101.tv_in1k", input=replace(base.model.input, short_side=800)),
+        model=replace(
+            base.model,
+            backbone=_RESNET101,
+            input=replace(base.model.input, short_side=800),
+        ),
         data=replace(base.data, short_sides=_SHORT_SIDES, long_side=1333),
     )
 
@@ -60,20 +65,20 @@ def sotr_r101() -> Recipe:
 def sotr_r101_dcn() -> Recipe:
     """SOTR with ResNet-101 and deformable convolutions in its last three stages on COCO.
 
-    Command: accelerate launch -m maskset train sotr-r101-dcn --data COCO --out RUN --model.backbone-weights R-101.pkl
+    Command: accelerate launch -m maskset train sotr-r101-dcn --data COCO --out RUN --model.backbone.weights R-101.pkl
     Official: configs/SOTR/R_101_DCN.yaml. It asks for a deformable convolution in every third block, but names a backbone that
     has them in every block, which is what is built here.
     Expect: mask AP 42.0, AP50 63.3, AP75 45.5 on COCO (official README); 42.1 on test-dev (paper, table 7).
     Status: deformable convolutions are tested by themselves, not against an official model; not trained on COCO here.
     """
     base = sotr_r50()
-    return replace(base, model=replace(base.model, backbone="resnet101.tv_in1k", deformable_stages=3))
+    return replace(base, model=replace(base.model, backbone=replace(_RESNET101, deformable_stages=3)))
 
 
 def sotr_rt() -> Recipe:
     """SOTR-RT, the real-time variant, with ResNet-50 on COCO: two layers of the transformer and smaller images.
 
-    Command: accelerate launch -m maskset train sotr-rt --data COCO --out RUN --model.backbone-weights R-50.pkl
+    Command: accelerate launch -m maskset train sotr-rt --data COCO --out RUN --model.backbone.weights R-50.pkl
     Official: neither settings nor weights are published. The paper has two layers and a short side of 736 pixels, and counts
     38.20 million parameters; this has 34.31 million, so something else differs. Sizes in training are sotr-r101's.
     Expect: mask AP 30.7, 25.2 images a second on one V100 (paper, table 6), if the unpublished settings were like these.
@@ -82,7 +87,12 @@ def sotr_rt() -> Recipe:
     base = sotr_r101()
     return replace(
         base,
-        model=replace(base.model, backbone="resnet50.tv_in1k", depth=2, input=replace(base.model.input, short_side=736)),
+        model=replace(
+            base.model,
+            backbone=SotrConfig().backbone,
+            depth=2,
+            input=replace(base.model.input, short_side=736),
+        ),
     )
 
 
@@ -98,11 +108,7 @@ def sotr_tiny() -> Recipe:
     return Recipe(
         model=SotrConfig(
             input=InputConfig(short_side=96, long_side=160, divisor=32),
-            backbone="resnet10t",
-            backbone_norm="group",
-            frozen_stages=0,
-            stride_in_first=False,
-            pretrained=False,
+            backbone=SCRATCH,
             hidden_dim=64,
             num_heads=4,
             depth=2,

@@ -1,14 +1,16 @@
-"""What every system is: an image batch in, slots out; a loss; results. And the input settings that belong to its weights."""
+"""The interface of a system: its settings (`SystemConfig`), and its network with loss and results (`System`)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from maskset.config import check_finite, config
+from maskset.config import Bounds, PositiveInt, check_bounds, config, subclasses
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
+from maskset.layers.backbone import Backbone, build_backbone, check_start
+from maskset.layers.resnet import deform, stride_in_first
 from maskset.structures import ImageBatch, ModelOutput
 
 
@@ -19,23 +21,137 @@ class InputConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of each channel, where white is 1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of each channel, where white is 1
     channel_order: Literal["rgb", "bgr"] = "rgb"  # which colour the first channel holds
-    divisor: int = 1  # the canvas is padded to a multiple of this, pixels
-    short_side: int = 800  # images are resized to this at inference, pixels ...
-    long_side: int = 1333  # ... unless the longer side would exceed this, pixels
+    divisor: PositiveInt = 1  # the canvas is padded to a multiple of this, pixels
+    short_side: PositiveInt = 800  # images are resized to this at inference, pixels ...
+    long_side: PositiveInt = 1333  # ... unless the longer side would exceed this, pixels
 
     def __post_init__(self) -> None:
-        check_finite(self, "model.input")
-        if min(self.divisor, self.short_side, self.long_side) < 1:
-            raise ConfigError("input.divisor, input.short_side and input.long_side must be at least 1.")
+        check_bounds(self, "model.input")
         if min(self.std) <= 0:
-            raise ConfigError(f"input.std must be positive, got {self.std}.")
+            raise ConfigError(f"model.input.std must be positive, got {self.std}.")
+
+
+@config
+class BackboneConfig:
+    """Which backbone a system reads its features from, and what of it is trained."""
+
+    name: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
+    norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
+    frozen_stages: int = 2  # ResNets: number of stages that are not trained, counting from the stem
+    pretrained: bool = True  # training starts from ImageNet weights
+    weights: str | None = None  # a file with those weights, such as detectron2's R-50.pkl; None downloads them from timm's hub
+    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
+    stride_in_first: bool = False  # ResNets: stride in the first convolution of a block, as MSRA's weights have it
+    deformable_stages: Annotated[int, Bounds(0, 4)] = 0  # ResNets: number of last stages whose 3x3 convolutions are deformable
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "model.backbone")
+        check_start(self.name, self.norm, self.frozen_stages, self.pretrained)
+
+    def build(self, finest: Literal[4, 8] = 8) -> Backbone:
+        """Return the backbone with random weights.
+
+        Args:
+            finest: stride of the first feature map; the others have strides up to 32.
+
+        Raises:
+            ConfigError: there is no such backbone, or a setting does not fit it.
+        """
+        backbone = build_backbone(self.name, self.norm, self.frozen_stages, self.drop_path, finest)
+        if self.stride_in_first:
+            stride_in_first(backbone)
+        if self.deformable_stages:
+            deform(backbone, self.deformable_stages)
+        return backbone
+
+
+@config
+class SystemConfig(ABC):
+    """Settings of a system. A subclass names its system and adds its own settings, each with a default.
+
+    Every subclass that has been imported is known: recipes and checkpoints that name it in `system` can be read.
+    """
+
+    system: str  # name of the system that these settings belong to
+    num_classes: PositiveInt = 80  # class channels; training sets it from the data
+    input: InputConfig = InputConfig()  # how images become the network's input
+    backbone: BackboneConfig | None = None  # the network that features are read from; None: the system has its own
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not isinstance(cls.__dict__.get("system"), str):
+            raise TypeError(f'{cls.__name__} needs the name of its system: system: Literal["name"] = "name".')
+        for other in subclasses(SystemConfig):
+            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)  # it is defined anew
+            if other is not cls and not same and other.__dict__["system"] == cls.__dict__["system"]:
+                raise TypeError(f"the name {cls.__dict__['system']!r} is that of {other.__module__}.{other.__qualname__}.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backbone, str):
+            raise ConfigError(f"model.backbone holds several settings: give it BackboneConfig(name={self.backbone!r}).")
+        check_bounds(self, "model")
+
+    @abstractmethod
+    def build(self, categories: tuple[Category, ...]) -> "System":
+        """Return an untrained model on the CPU, whose class channels stand for the `num_classes` categories."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Let pydantic choose the subclass by `system` where a field is annotated as `SystemConfig`."""
+        from typing import Union
+
+        from pydantic import Discriminator, Tag
+
+        if cls is not SystemConfig:
+            return handler(source)
+        tagged = tuple(Annotated[known, Tag(name)] for name, known in known_configs().items())
+        return handler(Annotated[Union[tagged], Discriminator(_system_of)])  # noqa: UP007
+
+
+def known_configs() -> dict[str, type[SystemConfig]]:
+    """Return the config class of every system that has been imported, from this package or from elsewhere, by its name."""
+    return {known.system: known for known in subclasses(SystemConfig) if "__dataclass_fields__" in vars(known)}
+
+
+def _system_of(value: Any) -> Any:
+    return value.get("system") if isinstance(value, dict) else getattr(value, "system", None)
+
+
+def check_heads(settings: SystemConfig, width: str, heads: str, multiple: int = 1) -> None:
+    """Check that a width can be divided among attention heads.
+
+    Args:
+        settings: of a system.
+        width: name of the setting that is divided.
+        heads: name of the setting with the number of heads.
+        multiple: what the width must be a multiple of as well, for position encodings.
+
+    Raises:
+        ConfigError: it is not a multiple.
+    """
+    value, count = getattr(settings, width), getattr(settings, heads)
+    if value % count or value % multiple:
+        also = f"{multiple} and of " if multiple > 1 else ""
+        raise ConfigError(f"model.{width} must be a multiple of {also}{heads} ({count}), got {value}.")
+
+
+def check_divisor(settings: SystemConfig, divisor: int) -> None:
+    """Check that canvases have the size that the system's feature maps need.
+
+    Raises:
+        ConfigError: `input.divisor` is not a multiple of `divisor` pixels.
+    """
+    if settings.input.divisor % divisor:
+        raise ConfigError(
+            f"model.input.divisor must be a multiple of {divisor} for {settings.system}, got {settings.input.divisor}."
+        )
 
 
 def check_canvas(images: ImageBatch, divisor: int) -> None:
-    """Refuse a batch that a system cannot take.
+    """Check that a system can take the batch.
 
     Raises:
-        ValueError: its pixels are not normalised, or its canvas is no multiple of `divisor` pixels.
+        MasksetError: its pixels are not normalised, or its canvas is not a multiple of `divisor` pixels.
     """
     height, width = images.pixels.shape[2:]
     if not images.pixels.is_floating_point():
@@ -50,33 +166,62 @@ def check_canvas(images: ImageBatch, divisor: int) -> None:
 class System(nn.Module, ABC):
     """One end-to-end instance segmentation system.
 
+    The attributes in capitals tell training what to do with which part of the network. A tensor belongs to a part if the
+    part's name is between the dots of the tensor's name, as `codec` in `codec.mean`.
+
+    Args:
+        config: the settings.
+        categories: what the class channels stand for.
+        num_slots: the greatest number of objects that the system can report for an image.
+
     Attributes:
-        config: its settings, a frozen dataclass.
-        categories: what its class channels stand for; they come from the data in training, from the weights afterwards.
-        input: how images become its input.
+        config: the settings, a frozen dataclass.
+        categories: what the class channels stand for; they come from the data in training, from the weights afterwards.
+        input: how images become the network's input.
+        num_slots: the greatest number of objects that the system can report for an image.
     """
 
-    config: Any
+    BACKBONE_PARTS: ClassVar[tuple[str, ...]] = ("backbone",)  # trained at the recipe's backbone_learning_rate
+    OFFSET_PARTS: ClassVar[tuple[str, ...]] = ("sampling_offsets", "reference_points")  # trained at its offset_learning_rate
+    CLASS_PARTS: ClassVar[tuple[str, ...]] = ("class_head", "class_heads")  # fine-tuning: one row per class, taken by its name
+    SLOT_PARTS: ClassVar[tuple[str, ...]] = ()  # fine-tuning: one row per slot, taken in order as far as there are rows
+    PROPOSAL_PARTS: ClassVar[tuple[str, ...]] = ()  # fine-tuning: row 0 stands for any object, so rows are taken in order
+    FITTED_PARTS: ClassVar[tuple[str, ...]] = ()  # fitted by `prepare`, unless weights to start from have them
+
+    config: SystemConfig
     categories: tuple[Category, ...]
     input: InputConfig
+    num_slots: int
 
-    @abstractmethod
-    def prepare(self, objects: Iterable[Instances]) -> None:
-        """Fit, before training, what must come from the data (a PCA or sparse code); most systems have nothing to fit."""
+    def __init__(self, config: SystemConfig, categories: tuple[Category, ...], num_slots: int) -> None:
+        super().__init__()
+        self.config, self.categories, self.input, self.num_slots = config, categories, config.input, num_slots
+
+    def prepare(self, targets: Iterable[Instances]) -> None:
+        """Fit to the data, before training, what cannot be trained (`FITTED_PARTS`). Most systems have nothing to fit.
+
+        Args:
+            targets: the annotated objects of each training image.
+        """
 
     @abstractmethod
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return raw predictions for normalised pixels.
 
         Raises:
-            ValueError: the canvas is no multiple of `input.divisor`.
+            MasksetError: the pixels are not normalised, or the canvas is not a multiple of `input.divisor`.
         """
 
     @abstractmethod
-    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the weighted terms of the loss, in float32 also under autocast; the total is their sum.
 
         The terms of the last layer are named "class" and so on, those of layer 3 "class/3".
+
+        Args:
+            output: what `forward` returned.
+            images: the batch it was computed from.
+            targets: the annotated objects of each image.
         """
 
     @abstractmethod
@@ -88,12 +233,17 @@ class System(nn.Module, ABC):
         limit: int = 100,
         threshold: float = 0.0,
     ) -> list[Instances]:
-        """Return each image's objects, best first.
+        """Return the detections of each image, highest score first. Boxes lie inside the image.
 
         Args:
             output: what `forward` returned.
             images: the batch it was computed from.
-            sizes: height and width, in pixels, that each image's masks and boxes shall have.
-            limit: how many objects an image may have at the most.
-            threshold: least score of an object.
+            sizes: height and width of the masks and boxes to return for each image, pixels.
+            limit: greatest number of detections per image.
+            threshold: least score of a detection.
         """
+
+
+def belongs(name: str, parts: Sequence[str]) -> bool:
+    """Return whether a tensor of a model belongs to one of the parts, see `System`."""
+    return not set(name.split(".")).isdisjoint(parts)

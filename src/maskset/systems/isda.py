@@ -7,7 +7,7 @@ overview: backbone and neck, mask feature head, deformable transformer, mask hea
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,11 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from maskset import distributed
-from maskset.config import check_finite, config
+from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config
 from maskset.detection import best_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
-from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, inverse_sigmoid, reset_transformer
@@ -30,19 +29,8 @@ from maskset.masks.paint import paint_probabilities
 from maskset.masks.targets import central_means
 from maskset.matching import Matches, class_targets, focal_cost, match, pad, soft_iou_cost
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System, check_canvas
+from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
-_AT_LEAST_ONE = (
-    "num_classes",
-    "hidden_dim",
-    "num_heads",
-    "num_points",
-    "feedforward_dim",
-    "encoder_layers",
-    "decoder_layers",
-    "num_queries",
-    "mask_hidden_dim",
-)
 _CANVAS = 32  # pixels; on multiples of it the levels, doubled, meet
 _CANDIDATES = 100  # best pairs of query and class, by class alone, that are scored with their masks
 _CELLS = 2**22  # of masks that are drawn at a time for the matching
@@ -50,49 +38,33 @@ _MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
 
 
 @config
-class IsdaConfig:
+class IsdaConfig(SystemConfig):
     """Settings of ISDA; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["isda"] = "isda"  # which system these settings are of
     num_classes: int = 80  # class channels; training sets it from the data
     input: InputConfig = InputConfig(divisor=_CANVAS)  # how images become the network's input
-    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
-    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
-    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
-    pretrained: bool = True  # training starts from ImageNet weights
-    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
-    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
-    hidden_dim: int = 256  # width C of neck and transformer
-    num_heads: int = 8  # attention heads
+    backbone: BackboneConfig = BackboneConfig()  # the network that features are read from
+    hidden_dim: PositiveInt = 256  # width C of neck and transformer
+    num_heads: PositiveInt = 8  # attention heads
     num_levels: int = 4  # feature levels of the transformer, strides 8, 16, 32, 64
-    num_points: int = 4  # sampling points of an attention head in a level
-    feedforward_dim: int = 1024  # hidden width of the transformer's MLPs
-    dropout: float = 0.1  # in the transformer
-    encoder_layers: int = 6  # deformable encoder layers
-    decoder_layers: int = 6  # decoder layers
-    num_queries: int = 300  # N, the greatest number of objects that are told apart
-    mask_hidden_dim: int = 128  # width inside the mask feature head
+    num_points: PositiveInt = 4  # sampling points of an attention head in a level
+    feedforward_dim: PositiveInt = 1024  # hidden width of the transformer's MLPs
+    dropout: Fraction = 0.1  # in the transformer
+    encoder_layers: PositiveInt = 6  # deformable encoder layers
+    decoder_layers: PositiveInt = 6  # decoder layers
+    num_queries: PositiveInt = 300  # N, the greatest number of objects that are told apart
+    mask_hidden_dim: PositiveInt = 128  # width inside the mask feature head
     mask_dim: int = 256  # D, width of the mask features and length of a kernel, its two numbers of position included
     mask_stride: int = 4  # ablation on mask resolution: pixels per cell of the mask features; 2, 4 or 8
     feature_coordinates: bool = True  # ablation on positional information, MP: x and y enter the mask features at stride 32
     kernel_position: bool = True  # ablation on positional information, KP: a kernel ends with its query's reference point
-    mask_weight: float = 3.0  # weight of the dice loss, and of the soft IoU in the matching
-    class_weight: float = 2.0  # weight of the focal loss, and in the matching
+    mask_weight: NonNegativeFloat = 3.0  # weight of the dice loss, and of the soft IoU in the matching
+    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
 
     def __post_init__(self) -> None:
-        check_finite(self, "model")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("mask_weight", "class_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
-            raise ConfigError(
-                f"model.hidden_dim must be a multiple of 4 and of num_heads ({self.num_heads}), got {self.hidden_dim}."
-            )
+        super().__post_init__()
+        check_heads(self, "hidden_dim", "num_heads", 4)
         if self.num_levels < 3:
             raise ConfigError(
                 f"model.num_levels must be at least 3, got {self.num_levels}: the mask features need strides 8, 16 and 32."
@@ -101,20 +73,25 @@ class IsdaConfig:
             raise ConfigError(f"model.mask_dim must be at least {1 + 2 * self.kernel_position}, got {self.mask_dim}.")
         if self.mask_stride not in (2, 4, 8):
             raise ConfigError(f"model.mask_stride must be 2, 4 or 8, got {self.mask_stride}.")
-        if self.input.divisor % _CANVAS:
-            raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for ISDA, got {self.input.divisor}.")
-        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+        check_divisor(self, _CANVAS)
+
+    def build(self, categories: tuple[Category, ...]) -> "Isda":
+        """Return an untrained ISDA."""
+        return Isda(self, categories)
 
 
 class Isda(System):
     """The network of the paper's overview. See `IsdaConfig` for its parts."""
 
+    SLOT_PARTS = ("query_position", "query_content")
+
+    config: IsdaConfig
+
     def __init__(self, config: IsdaConfig, categories: tuple[Category, ...]) -> None:
-        super().__init__()
-        self.config, self.categories, self.input = config, categories, config.input
+        super().__init__(config, categories, num_slots=config.num_queries)
         width, deformable = config.hidden_dim, (config.num_heads, config.num_levels, config.num_points)
         # Backbone and neck: C2 ... C5 become P2, and P3 ... P6
-        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path, finest=4)
+        self.backbone = config.backbone.build(finest=4)
         self.project_finest = LevelProjection(self.backbone.channels[:1], width, 1, bias=False)
         self.project = LevelProjection(self.backbone.channels[1:], width, config.num_levels, bias=False)
         # Mask feature head, of P2 ... P5
@@ -143,9 +120,6 @@ class Isda(System):
         reset_transformer(self.encoder, self.decoder, self.reference_points)
         nn.init.zeros_(self.reference_points.bias)
         nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
-
-    def prepare(self, objects: Iterable[Instances]) -> None:
-        """Do nothing: no part of ISDA is fitted to the data before training."""
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return class logits [B N K] and kernels [B N D] for every decoder layer, and the mask features [B D h w]."""

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import check_finite, config
+from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config
 from maskset.detection import best_detections_inside, class_and_corner_terms
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
-from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionAttention, RegionEncoder, Tower, image_feature, move, reset_stage
@@ -34,73 +33,47 @@ from maskset.masks.paint import paste_soft
 from maskset.masks.targets import crop
 from maskset.matching import cosine_cost, l1_cost, pad, squared_dice_cost
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System, check_canvas
+from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
 _CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
 _MASK_THRESHOLD = 0.5
-_AT_LEAST_ONE = (
-    "num_classes",
-    "hidden_dim",
-    "num_heads",
-    "feedforward_dim",
-    "dynamic_dim",
-    "roi_size",
-    "stages",
-    "num_queries",
-    "mask_size",
-)
-_WEIGHTS = ("class_weight", "l1_weight", "giou_weight", "mask_weight")
 
 
 @config
-class IstrConfig:
+class IstrConfig(SystemConfig):
     """Settings of ISTR; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["istr"] = "istr"  # which system these settings are of
     num_classes: int = 80  # class channels; training sets it from the data
     input: InputConfig = InputConfig(divisor=_CANVAS)  # how images become the network's input
-    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
-    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
-    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
-    pretrained: bool = True  # training starts from ImageNet weights
-    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
-    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
-    hidden_dim: int = 256  # d of the paper, width of pyramid and object features
+    backbone: BackboneConfig = BackboneConfig()  # the network that features are read from
+    hidden_dim: PositiveInt = 256  # d of the paper, width of pyramid and object features
     image_feature: Literal["mean", "max", "none"] = "mean"  # Table 1e: what of the whole image starts an object feature
     masked_pooling: bool = False  # the image feature leaves out padding; officially it does not, and depends on the batch
     position_embedding: bool = True  # Table 1e: what is learnt for each query starts its object feature
-    num_queries: int = 300  # k of the paper, the greatest number of objects that are told apart
-    stages: int = 6  # N of the paper, how often boxes are refined
-    num_heads: int = 8  # attention heads
-    roi_size: int = 7  # t of the paper, side of the grid on which a box's features are read, cells
+    num_queries: PositiveInt = 300  # k of the paper, the greatest number of objects that are told apart
+    stages: PositiveInt = 6  # N of the paper, how often boxes are refined
+    num_heads: PositiveInt = 8  # attention heads
+    roi_size: PositiveInt = 7  # t of the paper, side of the grid on which a box's features are read, cells
     attention: Literal["dynamic", "multi-head"] = "dynamic"  # Table 1d: how an object feature looks at its box
-    dynamic_dim: int = 64  # dynamic attention: width between its two layers
-    feedforward_dim: int = 2048  # hidden width of the encoders' MLPs
-    dropout: float = 0.0  # in the encoders
+    dynamic_dim: PositiveInt = 64  # dynamic attention: width between its two layers
+    feedforward_dim: PositiveInt = 2048  # hidden width of the encoders' MLPs
+    dropout: Fraction = 0.0  # in the encoders
     codec: Literal["logit-pca", "flatten"] = "logit-pca"  # Table 1a: principal components, or the pixels themselves
-    mask_size: int = 28  # s of the paper, side S of the box-local mask, pixels
+    mask_size: PositiveInt = 28  # s of the paper, side S of the box-local mask, pixels
     code_length: int = 60  # Table 1a: l of the paper, D numbers for a mask
     codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it; not read where --init has one
     target_noise: bool = True  # logit-pca: the softness of the targets' pixels is drawn at every call; else fixed
     mask_cost: Literal["cosine", "l1", "dice", "none"] = "cosine"  # Table 1b: what of the masks counts in the matching
     mask_losses: Literal["both", "code", "dice"] = "both"  # Table 1c: compared are the codes, the decoded masks, or both
-    class_weight: float = 2.0  # weight of the focal loss, and in the matching
-    l1_weight: float = 5.0  # weight of the L1 box loss, and in the matching
-    giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
-    mask_weight: float = 2.0  # weight of each mask loss, and in the matching
+    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
+    l1_weight: NonNegativeFloat = 5.0  # weight of the L1 box loss, and in the matching
+    giou_weight: NonNegativeFloat = 2.0  # weight of the generalised IoU loss, and in the matching
+    mask_weight: NonNegativeFloat = 2.0  # weight of each mask loss, and in the matching
 
     def __post_init__(self) -> None:
-        check_finite(self, "model")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in _WEIGHTS:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
-        if self.hidden_dim % self.num_heads:
-            raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
+        super().__post_init__()
+        check_heads(self, "hidden_dim", "num_heads")
         if self.image_feature == "none" and not self.position_embedding:
             raise ConfigError("model.image_feature none needs model.position_embedding: else all object features start as zero.")
         if self.mask_size > codec_files.GREATEST:
@@ -114,9 +87,11 @@ class IstrConfig:
             )
         if self.codec_weights is not None and self.codec == "flatten":
             raise ConfigError("model.codec_weights is for the code logit-pca; flatten has nothing to learn.")
-        if self.input.divisor % _CANVAS:
-            raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for ISTR, got {self.input.divisor}.")
-        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+        check_divisor(self, _CANVAS)
+
+    def build(self, categories: tuple[Category, ...]) -> "Istr":
+        """Return an untrained ISTR."""
+        return Istr(self, categories)
 
 
 class Stage(nn.Module):
@@ -138,11 +113,15 @@ class Stage(nn.Module):
 class Istr(System):
     """The network of figure 2. See `IstrConfig` for its parts."""
 
+    SLOT_PARTS = ("query_boxes", "query_position")
+    FITTED_PARTS = ("codec",)
+
+    config: IstrConfig
+
     def __init__(self, config: IstrConfig, categories: tuple[Category, ...]) -> None:
-        super().__init__()
-        self.config, self.categories, self.input = config, categories, config.input
+        super().__init__(config, categories, num_slots=config.num_queries)
         # Backbone with FPN: P2 ... P5
-        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path, finest=4)
+        self.backbone = config.backbone.build(finest=4)
         self.pyramid = FeaturePyramid(self.backbone.channels, config.hidden_dim)
         # Query boxes, cx cy w h in fractions of the image, which at first they cover; and position embeddings
         self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import check_finite, config
+from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config
 from maskset.detection import best_detections_inside, class_and_corner_terms
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
-from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, image_feature, move, reset_stage
@@ -35,74 +34,46 @@ from maskset.masks.paint import paste_soft
 from maskset.masks.targets import crop
 from maskset.matching import Matches, cosine_cost, pad
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System, check_canvas
+from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
 _CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
 _MASK_THRESHOLD = 0.45
-_AT_LEAST_ONE = (
-    "num_classes",
-    "hidden_dim",
-    "num_queries",
-    "stages",
-    "num_heads",
-    "roi_size",
-    "dynamic_dim",
-    "feedforward_dim",
-    "code_length",
-    "autoencoder_steps",
-)
-_WEIGHTS = ("class_weight", "l1_weight", "giou_weight", "code_weight", "dice_weight")
 
 
 @config
-class IstrSmtConfig:
+class IstrSmtConfig(SystemConfig):
     """Settings of ISTR-SMT; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["istr-smt"] = "istr-smt"  # which system these settings are of
     num_classes: int = 80  # class channels; training sets it from the data
     input: InputConfig = InputConfig(divisor=_CANVAS)  # how images become the network's input
-    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
-    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
-    frozen_stages: int = 0  # ResNets: how many of stem, stage 1, 2, ... are not trained
-    pretrained: bool = True  # training starts from ImageNet weights
-    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
-    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
-    hidden_dim: int = 256  # width C of pyramid and object features
+    backbone: BackboneConfig = BackboneConfig(frozen_stages=0)  # the network that features are read from
+    hidden_dim: PositiveInt = 256  # width C of pyramid and object features
     masked_pooling: bool = False  # the image feature leaves out padding; officially it does not, and depends on the batch
-    num_queries: int = 300  # N, the greatest number of objects that are told apart
-    stages: int = 6  # how often boxes are refined
+    num_queries: PositiveInt = 300  # N, the greatest number of objects that are told apart
+    stages: PositiveInt = 6  # how often boxes are refined
     averaged_stages: int = 4  # results have the mean class logits of this many last stages
-    num_heads: int = 8  # attention heads
-    roi_size: int = 7  # side of the grid on which a box's features are read for class and box, cells
-    dynamic_dim: int = 64  # dynamic attention: width between its two layers
-    feedforward_dim: int = 2048  # hidden width of the encoders' MLPs
-    dropout: float = 0.0  # in the encoders
+    num_heads: PositiveInt = 8  # attention heads
+    roi_size: PositiveInt = 7  # side of the grid on which a box's features are read for class and box, cells
+    dynamic_dim: PositiveInt = 64  # dynamic attention: width between its two layers
+    feedforward_dim: PositiveInt = 2048  # hidden width of the encoders' MLPs
+    dropout: Fraction = 0.0  # in the encoders
     codec: Literal["autoencoder", "dct", "logit-pca"] = "autoencoder"  # how a mask becomes D numbers (README: SMT, DCT, PCA)
     mask_size: int = 112  # side S of the box-local mask, pixels; features for it are read on a quarter of it, cells
-    code_length: int = 256  # D numbers for a mask
+    code_length: PositiveInt = 256  # D numbers for a mask
     codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it; not read where --init has one
-    autoencoder_steps: int = 3000  # how many batches of 64 masks the autoencoder is learnt from, where it must be
+    autoencoder_steps: PositiveInt = 3000  # how many batches of 64 masks the autoencoder is learnt from, where it must be
     target_noise: bool = True  # logit-pca: the softness of the targets' pixels is drawn at every call; else fixed
-    class_weight: float = 2.0  # weight of the focal loss, and in the matching
-    l1_weight: float = 5.0  # weight of the L1 box loss, and in the matching
-    giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
-    code_weight: float = 1.0  # weight of the loss of the codes, and of their cosine in the matching
-    dice_weight: float = 5.0  # weight of the dice loss of the masks
+    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
+    l1_weight: NonNegativeFloat = 5.0  # weight of the L1 box loss, and in the matching
+    giou_weight: NonNegativeFloat = 2.0  # weight of the generalised IoU loss, and in the matching
+    code_weight: NonNegativeFloat = 1.0  # weight of the loss of the codes, and of their cosine in the matching
+    dice_weight: NonNegativeFloat = 5.0  # weight of the dice loss of the masks
 
     def __post_init__(self) -> None:
-        check_finite(self, "model")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in _WEIGHTS:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
-        if self.hidden_dim % self.num_heads:
-            raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
-        if not 1 <= self.averaged_stages <= self.stages:
-            raise ConfigError(f"model.averaged_stages must be in 1 ... {self.stages}, got {self.averaged_stages}.")
+        super().__post_init__()
+        check_heads(self, "hidden_dim", "num_heads")
+        check_between(self, "model", "averaged_stages", 1, self.stages)
         if not 32 <= self.mask_size <= codec_files.GREATEST or self.mask_size % 16:
             most = codec_files.GREATEST
             raise ConfigError(f"model.mask_size must be 32, 48, 64 or another multiple of 16 up to {most}, got {self.mask_size}.")
@@ -110,9 +81,11 @@ class IstrSmtConfig:
             raise ConfigError(f"model.code_length must be 1 ... {self.mask_size**2}, got {self.code_length}.")
         if self.codec_weights is not None and self.codec == "dct":
             raise ConfigError("model.codec_weights is for the codes autoencoder and logit-pca; dct has nothing to learn.")
-        if self.input.divisor % _CANVAS:
-            raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for ISTR-SMT, got {self.input.divisor}.")
-        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+        check_divisor(self, _CANVAS)
+
+    def build(self, categories: tuple[Category, ...]) -> "IstrSmt":
+        """Return an untrained ISTR-SMT."""
+        return IstrSmt(self, categories)
 
 
 class Stage(nn.Module):
@@ -142,11 +115,15 @@ def _convolution(before: int, after: int, size: int, stride: int) -> list[nn.Mod
 class IstrSmt(System):
     """ISTR with a finer look at each box for its mask. See `IstrSmtConfig` for its parts."""
 
+    SLOT_PARTS = ("query_boxes", "query_position")
+    FITTED_PARTS = ("codec",)
+
+    config: IstrSmtConfig
+
     def __init__(self, config: IstrSmtConfig, categories: tuple[Category, ...]) -> None:
-        super().__init__()
-        self.config, self.categories, self.input = config, categories, config.input
+        super().__init__(config, categories, num_slots=config.num_queries)
         # Backbone with FPN: P2 ... P5
-        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path, finest=4)
+        self.backbone = config.backbone.build(finest=4)
         self.pyramid = FeaturePyramid(self.backbone.channels, config.hidden_dim)
         # Query boxes, cx cy w h in fractions of the image, which at first they cover; and position embeddings
         self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))

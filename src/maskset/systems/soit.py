@@ -8,7 +8,7 @@ encoder, decoder with its three heads, instance-aware transformer, then loss and
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,11 +18,16 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import check_finite, config
+from maskset.config import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    check_between,
+    config,
+)
 from maskset.detection import best_detections, class_and_box_terms
-from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
-from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
@@ -33,94 +38,65 @@ from maskset.masks.resize import align_corners, aligned_bilinear, resample
 from maskset.masks.targets import resize_by_corners
 from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System, check_canvas
+from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_heads
 
-_AT_LEAST_ONE = (
-    "num_classes",
-    "hidden_dim",
-    "num_heads",
-    "num_levels",
-    "num_points",
-    "feedforward_dim",
-    "encoder_layers",
-    "decoder_layers",
-    "num_queries",
-    "mask_channels",
-    "mask_heads",
-    "mask_points",
-)
 _UPSAMPLING = 4  # masks are drawn at stride 8 and seen at stride 2
 _SAMPLES_AT_ONCE = 2**22  # of the instance-aware transformer: about 200 MB while it is trained
 
 
 @config
-class SoitConfig:
+class SoitConfig(SystemConfig):
     """Settings of SOIT; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["soit"] = "soit"  # which system these settings are of
     num_classes: int = 80  # class channels; training sets it from the data
     input: InputConfig = InputConfig()  # how images become the network's input
-    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
-    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
-    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
-    pretrained: bool = True  # training starts from ImageNet weights
-    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
-    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
-    hidden_dim: int = 256  # width C of the transformer
-    num_heads: int = 8  # attention heads
-    num_levels: int = 4  # feature levels, strides 8, 16, 32, 64
-    num_points: int = 4  # sampling points of an attention head in a level
-    feedforward_dim: int = 1024  # hidden width of the transformer's MLPs
-    dropout: float = 0.1  # in the transformer
-    encoder_layers: int = 6  # deformable encoder layers
-    decoder_layers: int = 6  # decoder layers
-    num_queries: int = 300  # N, the greatest number of objects that are told apart
-    mask_encoder_layers: int = 1  # Table 3b: layers of one head on the finest level, before the mask features
-    mask_channels: int = 8  # Table 3a: C of the instance-aware transformer
-    mask_heads: int = 4  # Table 2: M of the instance-aware transformer
-    mask_points: int = 4  # K, sampling points of each of its heads
+    backbone: BackboneConfig = BackboneConfig()  # the network that features are read from
+    hidden_dim: PositiveInt = 256  # width C of the transformer
+    num_heads: PositiveInt = 8  # attention heads
+    num_levels: PositiveInt = 4  # feature levels, strides 8, 16, 32, 64
+    num_points: PositiveInt = 4  # sampling points of an attention head in a level
+    feedforward_dim: PositiveInt = 1024  # hidden width of the transformer's MLPs
+    dropout: Fraction = 0.1  # in the transformer
+    encoder_layers: PositiveInt = 6  # deformable encoder layers
+    decoder_layers: PositiveInt = 6  # decoder layers
+    num_queries: PositiveInt = 300  # N, the greatest number of objects that are told apart
+    mask_encoder_layers: NonNegativeInt = 1  # Table 3b: layers of one head on the finest level, before the mask features
+    mask_channels: PositiveInt = 8  # Table 3a: C of the instance-aware transformer
+    mask_heads: PositiveInt = 4  # Table 2: M of the instance-aware transformer
+    mask_points: PositiveInt = 4  # K, sampling points of each of its heads
     mask_positions: Literal["relative", "absolute", "none"] = "relative"  # Table 4: how a pixel knows where it is
     mask_loss_layers: int = 6  # Table 5: how many of the last decoder layers have mask losses
-    class_weight: float = 2.0  # weight of the focal loss, and in the matching
-    l1_weight: float = 5.0  # weight of the L1 box loss, and in the matching
-    giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
-    dice_weight: float = 8.0  # weight of the masks' dice loss
-    bce_weight: float = 2.0  # weight of the masks' binary cross-entropy
+    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
+    l1_weight: NonNegativeFloat = 5.0  # weight of the L1 box loss, and in the matching
+    giou_weight: NonNegativeFloat = 2.0  # weight of the generalised IoU loss, and in the matching
+    dice_weight: NonNegativeFloat = 8.0  # weight of the masks' dice loss
+    bce_weight: NonNegativeFloat = 2.0  # weight of the masks' binary cross-entropy
 
     def __post_init__(self) -> None:
-        check_finite(self, "model")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        weights = ("class_weight", "l1_weight", "giou_weight", "dice_weight", "bce_weight")
-        for name in ("mask_encoder_layers", *weights):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
-            raise ConfigError(
-                f"model.hidden_dim must be a multiple of 4 and of num_heads ({self.num_heads}), got {self.hidden_dim}."
-            )
-        if self.mask_channels % self.mask_heads or self.mask_channels % 4:
-            raise ConfigError(
-                f"model.mask_channels must be a multiple of 4 and of mask_heads ({self.mask_heads}), got {self.mask_channels}."
-            )
-        if not 1 <= self.mask_loss_layers <= self.decoder_layers:
-            raise ConfigError(f"model.mask_loss_layers must be in 1 ... {self.decoder_layers}, got {self.mask_loss_layers}.")
-        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+        super().__post_init__()
+        check_heads(self, "hidden_dim", "num_heads", 4)
+        check_heads(self, "mask_channels", "mask_heads", 4)
+        check_between(self, "model", "mask_loss_layers", 1, self.decoder_layers)
+
+    def build(self, categories: tuple[Category, ...]) -> "Soit":
+        """Return an untrained SOIT."""
+        return Soit(self, categories)
 
 
 class Soit(System):
     """The network of figure 2. See `SoitConfig` for its parts."""
 
+    PROPOSAL_PARTS = ("proposal_class_head",)
+
+    config: SoitConfig
+
     def __init__(self, config: SoitConfig, categories: tuple[Category, ...]) -> None:
-        super().__init__()
-        self.config, self.categories, self.input = config, categories, config.input
+        super().__init__(config, categories, num_slots=config.num_queries)
         width, deformable = config.hidden_dim, (config.num_heads, config.num_levels, config.num_points)
         rest = (config.feedforward_dim, config.dropout)
         # Backbone and encoder
-        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path)
+        self.backbone = config.backbone.build()
         self.project = LevelProjection(self.backbone.channels, width, config.num_levels, bias=False)
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
         self.encoder = Encoder(config.encoder_layers, width, *deformable, *rest)
@@ -147,9 +123,6 @@ class Soit(System):
             nn.init.constant_(class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
             nn.init.zeros_(box_head.last.weight)
             nn.init.zeros_(box_head.last.bias)
-
-    def prepare(self, objects: Iterable[Instances]) -> None:
-        """Do nothing: SOIT fits nothing to the data before training."""
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return for every decoder layer class logits [B N K], boxes [B N 4] and mask weights [B N D], and mask features."""

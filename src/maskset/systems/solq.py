@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import check_finite, config
+from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config
 from maskset.detection import best_detections, class_and_box_terms
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
-from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
@@ -33,73 +32,43 @@ from maskset.masks.codecs.sparse import SparseCodec
 from maskset.masks.paint import binarise, paste
 from maskset.masks.targets import crop
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System, check_canvas
-
-_AT_LEAST_ONE = (
-    "num_classes",
-    "hidden_dim",
-    "num_heads",
-    "num_levels",
-    "num_points",
-    "feedforward_dim",
-    "encoder_layers",
-    "decoder_layers",
-    "num_queries",
-    "mask_hidden_dim",
-)
+from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_heads
 
 
 @config
-class SolqConfig:
+class SolqConfig(SystemConfig):
     """Settings of SOLQ; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["solq"] = "solq"  # which system these settings are of
-    num_classes: int = 91  # class channels; training sets it from the data
+    num_classes: int = 80  # class channels; training sets it from the data
     input: InputConfig = InputConfig()  # how images become the network's input
-    backbone: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
-    backbone_norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
-    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
-    pretrained: bool = True  # training starts from ImageNet weights
-    backbone_weights: str | None = None  # a file with those weights; None asks timm's hub
-    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
-    hidden_dim: int = 384  # width C of the transformer (the paper does not say; the official code has 384)
-    num_heads: int = 8  # attention heads
-    num_levels: int = 4  # feature levels, strides 8, 16, 32, 64
-    num_points: int = 4  # sampling points of an attention head in a level
-    feedforward_dim: int = 1024  # hidden width of the transformer's MLPs
-    dropout: float = 0.1  # in the transformer
-    encoder_layers: int = 6  # deformable encoder layers
-    decoder_layers: int = 6  # decoder layers
-    num_queries: int = 300  # N, the greatest number of objects that are told apart
+    backbone: BackboneConfig = BackboneConfig()  # the network that features are read from
+    hidden_dim: PositiveInt = 384  # width C of the transformer (the paper does not say; the official code has 384)
+    num_heads: PositiveInt = 8  # attention heads
+    num_levels: PositiveInt = 4  # feature levels, strides 8, 16, 32, 64
+    num_points: PositiveInt = 4  # sampling points of an attention head in a level
+    feedforward_dim: PositiveInt = 1024  # hidden width of the transformer's MLPs
+    dropout: Fraction = 0.1  # in the transformer
+    encoder_layers: PositiveInt = 6  # deformable encoder layers
+    decoder_layers: PositiveInt = 6  # decoder layers
+    num_queries: PositiveInt = 300  # N, the greatest number of objects that are told apart
     box_refinement: bool = True  # each layer corrects the box of the layer before, with heads of its own
     two_stage: bool = False  # queries start from the encoder's best proposals
     codec: Literal["dct", "pca", "sparse", "flatten"] = "dct"  # Table 3a: how a mask becomes D numbers
     mask_size: int = 128  # Table 3d: N of the paper, side S of the box-local mask, pixels
     code_length: int = 256  # Table 3e: n_k of the paper, D numbers for a mask
     codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it; not read where --init has one
-    mask_hidden_dim: int = 1024  # hidden width of the mask head
+    mask_hidden_dim: PositiveInt = 1024  # hidden width of the mask head
     mask_loss_layers: int = 6  # Table 3c: how many of the last decoder layers have the vector loss
-    mask_weight: float = 3.0  # Table 3b: weight of the vector loss
-    class_weight: float = 2.0  # weight of the focal loss, and in the matching
-    l1_weight: float = 5.0  # weight of the L1 box loss, and in the matching
-    giou_weight: float = 2.0  # weight of the generalised IoU loss, and in the matching
+    mask_weight: NonNegativeFloat = 3.0  # Table 3b: weight of the vector loss
+    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
+    l1_weight: NonNegativeFloat = 5.0  # weight of the L1 box loss, and in the matching
+    giou_weight: NonNegativeFloat = 2.0  # weight of the generalised IoU loss, and in the matching
 
     def __post_init__(self) -> None:
-        check_finite(self, "model")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("mask_weight", "class_weight", "l1_weight", "giou_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}.")
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
-            raise ConfigError(
-                f"model.hidden_dim must be a multiple of 4 and of num_heads ({self.num_heads}), got {self.hidden_dim}."
-            )
-        if not 1 <= self.mask_loss_layers <= self.decoder_layers:
-            raise ConfigError(f"model.mask_loss_layers must be in 1 ... {self.decoder_layers}, got {self.mask_loss_layers}.")
+        super().__post_init__()
+        check_heads(self, "hidden_dim", "num_heads", 4)
+        check_between(self, "model", "mask_loss_layers", 1, self.decoder_layers)
         if self.two_stage and not self.box_refinement:
             raise ConfigError("model.two_stage needs model.box_refinement: its queries start from boxes.")
         if not 1 <= self.code_length <= self.mask_size**2 or (self.codec == "flatten" and self.code_length != self.mask_size**2):
@@ -110,18 +79,26 @@ class SolqConfig:
             )
         if self.codec_weights is not None and self.codec not in ("pca", "sparse"):
             raise ConfigError(f"model.codec_weights is for the codes pca and sparse; {self.codec} has nothing to learn.")
-        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+
+    def build(self, categories: tuple[Category, ...]) -> "Solq":
+        """Return an untrained SOLQ."""
+        return Solq(self, categories)
 
 
 class Solq(System):
     """The network of figure 1b. See `SolqConfig` for its parts."""
 
+    SLOT_PARTS = ("query_position", "query_content")
+    PROPOSAL_PARTS = ("proposal_class_head",)
+    FITTED_PARTS = ("codec",)
+
+    config: SolqConfig
+
     def __init__(self, config: SolqConfig, categories: tuple[Category, ...]) -> None:
-        super().__init__()
-        self.config, self.categories, self.input = config, categories, config.input
+        super().__init__(config, categories, num_slots=config.num_queries)
         width, deformable = config.hidden_dim, (config.num_heads, config.num_levels, config.num_points)
         # Feature extraction
-        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, config.drop_path)
+        self.backbone = config.backbone.build()
         self.project = LevelProjection(self.backbone.channels, width, config.num_levels)
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
         self.encoder = Encoder(config.encoder_layers, width, *deformable, config.feedforward_dim, config.dropout)

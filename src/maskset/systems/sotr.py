@@ -10,7 +10,7 @@ The paper and its code differ in the transformer. The published weights belong t
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,12 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from maskset import distributed
-from maskset.config import check_finite, config
+from maskset.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, config
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
-from maskset.layers.backbone import build_backbone, check_start
 from maskset.layers.pyramid import FeaturePyramid
-from maskset.layers.resnet import deform, stride_in_first
 from maskset.layers.twin import PaperTransformer, ReleasedTransformer
 from maskset.losses import focal_loss, in_pieces, squared_dice_loss
 from maskset.masks.heads.dynamic_conv import dynamic_conv
@@ -34,7 +32,7 @@ from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
 from maskset.masks.paint import paint_probabilities
 from maskset.masks.targets import centres_of_mass, quarter_masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import InputConfig, System, check_canvas
+from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
 _LEVELS = 5
 _CANVAS = 32  # pixels; on multiples of it the levels, doubled, meet
@@ -53,50 +51,34 @@ _INPUT = InputConfig(  # what MSRA's weights expect, and the size that the offic
 
 
 @config
-class SotrConfig:
+class SotrConfig(SystemConfig):
     """Settings of SOTR; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["sotr"] = "sotr"  # which system these settings are of
     num_classes: int = 80  # class channels; training sets it from the data
     input: InputConfig = _INPUT  # how images become the network's input
-    backbone: str = "resnet50.tv_in1k"  # a timm model that gives maps at strides 4, 8, 16 and 32
-    backbone_norm: Literal["frozen", "group"] = "frozen"  # frozen batch norm, or group norm for training from scratch
-    frozen_stages: int = 2  # ResNets: how many of stem, stage 1, 2, ... are not trained
-    stride_in_first: bool = True  # ResNets as MSRA's weights have them; false: as timm's hub, with model.input to match
-    deformable_stages: int = 0  # ResNets: in how many of the last stages the 3x3 convolutions are deformable
-    pretrained: bool = True  # training starts from ImageNet weights
-    backbone_weights: str | None = None  # a file with those weights, such as detectron2's R-50.pkl; None asks timm's hub
-    hidden_dim: int = 256  # width C of pyramid and transformer
-    num_heads: int = 8  # attention heads
+    backbone: BackboneConfig = BackboneConfig(stride_in_first=True, drop_path=0.0)  # the network that features are read from
+    hidden_dim: PositiveInt = 256  # width C of pyramid and transformer
+    num_heads: PositiveInt = 8  # attention heads
     transformer: Literal["released", "pure-twin", "hybrid-twin", "full"] = "released"  # as in the code, or table 2 of the paper
-    depth: int = 12  # layers of the transformer (table 3)
+    depth: NonNegativeInt = 12  # layers of the transformer (table 3)
     substituted: Literal["none", "p5", "p4+p5"] = "p5"  # what of the mask features' levels the transformer makes (table 4)
     grids: tuple[int, ...] = (40, 36, 24, 16, 12)  # cells along each side of the five grids
     scale_from: tuple[int, ...] = (1, 48, 96, 192, 384)  # root of the box area from which an object is on each grid, pixels ...
     scale_to: tuple[int, ...] = (96, 192, 384, 768, 2048)  # ... and up to which, pixels
-    centre_share: float = 0.2  # of the box's sides: the region around the centre of mass whose cells are the object's
-    mask_hidden_dim: int = 128  # width inside the multi-level upsampling
-    mask_dim: int = 256  # D, width of the mask features and length of a kernel
-    mask_weight: float = 3.0  # weight of the dice loss
-    class_weight: float = 1.0  # weight of the focal loss
-    score_threshold: float = 0.1  # probability that a class must exceed for its mask to be drawn
+    centre_share: Probability = 0.2  # of the box's sides: the region around the centre of mass whose cells are the object's
+    mask_hidden_dim: PositiveInt = 128  # width inside the multi-level upsampling
+    mask_dim: PositiveInt = 256  # D, width of the mask features and length of a kernel
+    mask_weight: NonNegativeFloat = 3.0  # weight of the dice loss
+    class_weight: NonNegativeFloat = 1.0  # weight of the focal loss
+    score_threshold: Probability = 0.1  # probability that a class must exceed for its mask to be drawn
     nms: Literal["gaussian", "linear", "greedy"] = "gaussian"  # Matrix NMS with this decay, or greedy suppression of masks
-    nms_candidates: int = 500  # best masks that are compared with each other, and so the most results of an image
-    kept_threshold: float = 0.05  # least score after Matrix NMS
+    nms_candidates: PositiveInt = 500  # best masks that are compared with each other, and so the most results of an image
+    kept_threshold: Probability = 0.05  # least score after Matrix NMS
 
     def __post_init__(self) -> None:
-        check_finite(self, "model")
-        for name in ("num_classes", "hidden_dim", "num_heads", "mask_hidden_dim", "mask_dim", "nms_candidates"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("depth", "mask_weight", "class_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("centre_share", "score_threshold", "kept_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"model.{name} must be in [0, 1], got {getattr(self, name)}.")
-        if self.hidden_dim % self.num_heads:
-            raise ConfigError(f"model.hidden_dim must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.")
+        super().__post_init__()
+        check_heads(self, "hidden_dim", "num_heads")
         for name in ("grids", "scale_from", "scale_to"):
             if len(getattr(self, name)) != _LEVELS or min(getattr(self, name)) < 1:
                 raise ConfigError(f"model.{name} must be {_LEVELS} numbers of at least 1, got {getattr(self, name)}.")
@@ -107,31 +89,29 @@ class SotrConfig:
                 "model.scale_from and scale_to leave a gap, so that objects of some sizes would be on no grid: got "
                 f"{self.scale_from} and {self.scale_to}."
             )
-        if not 0 <= self.deformable_stages <= 4:
-            raise ConfigError(f"model.deformable_stages must be in 0 ... 4, got {self.deformable_stages}.")
-        if self.input.divisor % _CANVAS:
-            raise ConfigError(f"model.input.divisor must be a multiple of {_CANVAS} for SOTR, got {self.input.divisor}.")
-        if self.pretrained and not self.stride_in_first and self.backbone_weights is None and max(self.input.std) < 0.02:
+        check_divisor(self, _CANVAS)
+        hub = self.backbone.pretrained and not self.backbone.stride_in_first and self.backbone.weights is None
+        if hub and max(self.input.std) < 0.02:
             raise ConfigError(
-                "model.stride_in_first false starts from timm's hub, whose weights want model.input.mean 0.485 0.456 0.406, "
-                f"std 0.229 0.224 0.225 and channel_order rgb; got std {self.input.std}."
+                "model.backbone.stride_in_first false starts from timm's hub, whose weights want model.input.mean "
+                f"0.485 0.456 0.406, std 0.229 0.224 0.225 and channel_order rgb; got std {self.input.std}."
             )
-        check_start(self.backbone, self.backbone_norm, self.frozen_stages, self.pretrained)
+
+    def build(self, categories: tuple[Category, ...]) -> "Sotr":
+        """Return an untrained SOTR."""
+        return Sotr(self, categories)
 
 
 class Sotr(System):
     """The network of figure 2. See `SotrConfig` for its parts."""
 
+    config: SotrConfig
+
     def __init__(self, config: SotrConfig, categories: tuple[Category, ...]) -> None:
-        super().__init__()
-        self.config, self.categories, self.input = config, categories, config.input
+        super().__init__(config, categories, num_slots=sum(side**2 for side in config.grids))
         width = config.hidden_dim
         # Backbone: C2 ... C5 become P2 ... P5
-        self.backbone = build_backbone(config.backbone, config.backbone_norm, config.frozen_stages, drop_path=0.0, finest=4)
-        if config.stride_in_first:
-            stride_in_first(self.backbone)
-        if config.deformable_stages:
-            deform(self.backbone, config.deformable_stages)
+        self.backbone = config.backbone.build(finest=4)
         self.pyramid = FeaturePyramid(self.backbone.channels, width)
         # Transformer and functional heads: the same for all grids
         if config.transformer == "released":
@@ -143,9 +123,6 @@ class Sotr(System):
         # Multi-level upsampling, of P2 ... P5
         self.mask_feature_head = MaskFeatureHead([width] * 4, [0, 1, 2, 3], config.mask_hidden_dim, config.mask_dim)
         nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at a probability of 0.01
-
-    def prepare(self, objects: Iterable[Instances]) -> None:
-        """Do nothing: no part of SOTR is fitted to the data before training."""
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return class logits [B N K] and kernels [B N D] of all cells, grid by grid, row by row, and mask features [B D h w]."""

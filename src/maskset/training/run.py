@@ -26,6 +26,7 @@ from maskset.layers.recompute import recompute
 from maskset.progress import track
 from maskset.recipe import Recipe, TrainConfig
 from maskset.systems import System, build
+from maskset.systems.base import belongs
 from maskset.training import state
 from maskset.training.ema import averaged_copy
 from maskset.training.log import Log, check_trackers, counted
@@ -224,22 +225,27 @@ def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Pa
     if init is not None:
         path = find(init)
         metadata, weights = read(path)
-        if getattr(metadata.recipe.model, "stride_in_first", False) != getattr(recipe.model, "stride_in_first", False):
+        if _stride_in_first(metadata.recipe) != _stride_in_first(recipe):
             lines.append("the backbone's weights are left out: they are of a ResNet with its strides elsewhere.")
-            weights = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
+            weights = {name: value for name, value in weights.items() if not belongs(name, model.BACKBONE_PARTS)}
         done = transfer(model, training.categories, weights, metadata.categories)
-        if not done.taken:
+        if not done.copied:
             raise CheckpointError(f"nothing in {path} fits the model.")
         lines += [f"start from {path}", *(f"  {line}" for line in str(done).split("\n"))]
-        fresh = set(done.fresh)
-    if recipe.model.pretrained and any(name.startswith("backbone.") for name in fresh):
+        fresh = set(done.initial)
+    backbone = recipe.model.backbone
+    if backbone is not None and backbone.pretrained and any(belongs(name, model.BACKBONE_PARTS) for name in fresh):
         with accelerator.local_main_process_first():  # one process of each machine downloads, the others find it there
-            lines.append(load_pretrained(model.get_submodule("backbone"), recipe.model.backbone_weights))  # type: ignore[arg-type]
-    if any(name.startswith("codec.") for name in fresh):  # a code is taken whole or learnt anew
+            lines.append(load_pretrained(model.get_submodule("backbone"), backbone.weights))  # type: ignore[arg-type]
+    if any(belongs(name, model.FITTED_PARTS) for name in fresh):  # a code is taken whole or learnt anew
         # Nothing is shown where nothing reads them.
         images = track(range(len(training)), len(training), "reading masks to learn their code")
         model.prepare(training.objects(index) for index in images)
     return lines
+
+
+def _stride_in_first(recipe: Recipe) -> bool:
+    return recipe.model.backbone is not None and recipe.model.backbone.stride_in_first
 
 
 def _create_folder(run: Run, resume: bool) -> None:
@@ -271,8 +277,7 @@ def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
             f"warning: left out as broken, images and annotations: {len(run.training.skipped)} to learn from, "
             f"{len(run.judging.skipped)} to evaluate on. The first: {run.skipped[0]}"
         )
-    slots = getattr(run.recipe.model, "num_queries", None)
-    warning = warn_about_slots(run.training, slots) if slots is not None else None
+    warning = warn_about_slots(run.training, model.num_slots)
     lines += [f"warning: {warning}"] if warning else []
     if str(data).endswith(".json"):
         lines.append(f"warning: {data} has no splits, so the model is evaluated on the images that it learns from.")

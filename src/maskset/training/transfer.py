@@ -1,93 +1,95 @@
-"""Fine-tuning: take from other weights what fits, class by class and query by query, and say what was taken.
+"""Fine-tuning: copies from other weights what fits, class by class and slot by slot, and reports what was copied.
 
-Three beginnings of a parameter's name have a meaning here: in a tensor called "class_head..." each row stands for a class, in one
-called "query_..." each row stands for a slot, and in "proposal_class_head..." the first row stands for any object, the others for
-nothing.
+Which tensors have one row per class or per slot is declared by the system: `CLASS_PARTS`, `SLOT_PARTS` and `PROPOSAL_PARTS`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskset.instances import Category
+from maskset.systems import System
+from maskset.systems.base import belongs
 
 
 @dataclass
 class Transfer:
-    """What became of each tensor of a model, and of those it was given.
+    """Which tensors of a model were copied from other weights, and which were not.
 
     Attributes:
-        taken: names of tensors taken whole.
-        by_class: names of tensors of which the rows of `classes` were taken.
-        classes: names of the classes that both have.
-        fresh_classes: names of the classes that start anew.
-        by_row: names of tensors of which the first rows were taken, with how many rows there were and are.
-        fresh: names of tensors that start anew, and why.
-        unused: names of given tensors that the model has no use for.
+        copied: names of tensors copied whole.
+        by_class: names of tensors of which the rows of `classes` were copied.
+        classes: names of the classes that both models have.
+        new_classes: names of the classes that only the model has; their rows keep their initial values.
+        by_row: names of tensors of which the first rows were copied, with the numbers of rows before and now.
+        initial: names of tensors that keep their initial values, and why.
+        unused: names of the other weights' tensors that the model has no place for.
     """
 
-    taken: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
     by_class: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
-    fresh_classes: list[str] = field(default_factory=list)
+    new_classes: list[str] = field(default_factory=list)
     by_row: dict[str, tuple[int, int]] = field(default_factory=dict)
-    fresh: dict[str, str] = field(default_factory=dict)
+    initial: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"taken whole: {len(self.taken)} tensors"]
+        lines = [f"copied whole: {len(self.copied)} tensors"]
         if self.by_class:
-            lines.append(f"class by class: {_listed(self.by_class)}")
-            lines.append(f"  classes taken: {_listed(self.classes)}")
-            lines.append(f"  classes that start anew: {_listed(self.fresh_classes)}")
+            lines.append(f"copied class by class: {_listed(self.by_class)}")
+            lines.append(f"  classes in both: {_listed(self.classes)}")
+            lines.append(f"  new classes: {_listed(self.new_classes)}")
         lines += [
             f"{'extended' if now > before else 'shortened'}: {name}, {before} -> {now} rows"
             for name, (before, now) in self.by_row.items()
         ]
-        if self.fresh:
-            lines.append(f"starts anew: {_listed([f'{name} ({why})' for name, why in self.fresh.items()])}")
+        if self.initial:
+            lines.append(f"not copied: {_listed([f'{name} ({why})' for name, why in self.initial.items()])}")
         if self.unused:
-            lines.append(f"left out: {_listed(self.unused)}")
+            lines.append(f"no place in the model for: {_listed(self.unused)}")
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def transfer(
-    model: nn.Module, categories: Sequence[Category], state: dict[str, Tensor], state_categories: Sequence[Category]
+    model: System, categories: Sequence[Category], state: dict[str, Tensor], state_categories: Sequence[Category]
 ) -> Transfer:
-    """Copy what fits into a model, in place, and return what was done.
+    """Copy what fits into a model, in place, and return what was copied.
 
-    A tensor fits if name and shape are equal. Rows of class tensors go by the names of the classes. Slots are taken in their
-    order; where the model has more, the others keep their start.
+    A tensor fits if name and shape are equal. Rows of class tensors are copied by the names of their classes, rows of slot
+    tensors in order; where the model has more slots, the others keep their initial values.
 
     Args:
-        model: what is filled.
-        categories: what its class rows stand for.
+        model: the model to fill.
+        categories: the classes of the model.
         state: the other weights.
-        state_categories: what their class rows stand for.
+        state_categories: the classes of the other weights.
     """
     old, new = ([category.name for category in listed] for listed in (state_categories, categories))
-    done = Transfer(classes=[name for name in new if name in old], fresh_classes=[name for name in new if name not in old])
+    done = Transfer(classes=[name for name in new if name in old], new_classes=[name for name in new if name not in old])
     own = model.state_dict()
     for name, tensor in own.items():  # these share memory with the model's parameters
-        given = state.get(name)
-        if given is None:
-            done.fresh[name] = "not there"
-        elif name.startswith("class_head") and given.shape == (len(old), *tensor.shape[1:]) and len(tensor) == len(new):
-            to, of = [new.index(shared) for shared in done.classes], [old.index(shared) for shared in done.classes]
-            tensor[to] = given[of].to(tensor)
+        source = state.get(name)
+        if source is None:
+            done.initial[name] = "not in the file"
+        elif (
+            belongs(name, model.CLASS_PARTS) and source.shape == (len(old), *tensor.shape[1:]) and tensor.shape[:1] == (len(new),)
+        ):
+            rows, source_rows = ([names.index(shared) for shared in done.classes] for names in (new, old))
+            tensor[rows] = source[source_rows].to(tensor)
             done.by_class.append(name)
-        elif given.shape == tensor.shape:
-            tensor.copy_(given)
-            done.taken.append(name)
-        elif name.startswith(("query_", "proposal_class_head")) and given.shape[1:] == tensor.shape[1:]:
-            count = min(len(given), len(tensor))
-            tensor[:count] = given[:count].to(tensor)
-            done.by_row[name] = (len(given), len(tensor))
+        elif source.shape == tensor.shape:
+            tensor.copy_(source)
+            done.copied.append(name)
+        elif belongs(name, (*model.SLOT_PARTS, *model.PROPOSAL_PARTS)) and source.shape[1:] == tensor.shape[1:]:
+            count = min(len(source), len(tensor))
+            tensor[:count] = source[:count].to(tensor)
+            done.by_row[name] = (len(source), len(tensor))
         else:
-            done.fresh[name] = f"{list(given.shape)} there, {list(tensor.shape)} here"
+            done.initial[name] = f"{list(source.shape)} in the file, {list(tensor.shape)} in the model"
     done.unused = [name for name in state if name not in own]
     return done
 
