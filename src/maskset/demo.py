@@ -31,13 +31,13 @@ def demo(folder: Path) -> Metrics:
         folder: gets `run/` with the model, `images/` with 12 test images, and `predictions/` with the objects detected in them.
     """
     run, images, predictions = folder / "run", folder / "images", folder / "predictions"
-    train("solq-tiny", "shapes", run, resume=(run / "recipe.json").is_file())
+    train("solq-tiny", "shapes:", run, resume=(run / "recipe.json").is_file())
 
     print("\nOn 200 test images:\n")
-    metrics = evaluate(run, "shapes", split="test")
+    metrics = evaluate(run, "shapes:", split="test")
     print(metrics)
 
-    test = open_data("shapes", "test")
+    test = open_data("shapes:", "test")
     images.mkdir(exist_ok=True)
     for index in range(_IMAGES):
         pixels = test.image(index).permute(1, 2, 0).numpy()

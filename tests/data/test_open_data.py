@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from coco_files import annotation, coco, write
 
-from maskset.data import ShapesDataset, open_data
+from maskset.data import CocoDataset, ShapesDataset, open_data
 from maskset.errors import DataError
 
 
@@ -54,21 +54,44 @@ def test_a_json_file_without_an_image_folder_looks_beside_itself(tmp_path: Path,
     assert open_data(file, "train").image(0).shape == (3, 30, 40)
 
 
-def test_shapes_are_generated() -> None:
-    data = open_data("shapes", "val")
+@pytest.mark.parametrize("name", ["shapes", "shapes:"])
+def test_shapes_are_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = open_data(name, "val")
     assert isinstance(data, ShapesDataset)
     assert len(data) == 200
+
+
+@pytest.mark.parametrize("name", ["shapes", "./shapes", Path("shapes")])
+def test_a_folder_named_shapes_is_used(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str | Path
+) -> None:
+    monkeypatch.chdir(plain.parent)
+    plain.rename("shapes")
+    assert isinstance(open_data(name, "train"), CocoDataset)
+    assert isinstance(open_data("shapes:", "train"), ShapesDataset)
+    told = [record.message for record in caplog.records]
+    assert told == ([f"note: reading {Path.cwd() / 'shapes'}; for generated data give shapes:"] if name == "shapes" else [])
+
+
+@pytest.mark.parametrize("name", ["./shapes", Path("shapes")])
+def test_a_path_to_a_folder_named_shapes_never_means_generated_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="there is no file or folder shapes"):
+        open_data(name, "train")
 
 
 def test_an_unknown_layout_is_explained(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"Looked for .*There is: notes.txt, pictures/\.$"):
+    with pytest.raises(DataError, match=r"Looked for .*The folder holds: notes.txt, pictures/\.$"):
         open_data(tmp_path, "val")
 
 
 def test_a_missing_split_names_what_is_there(plain: Path) -> None:
-    with pytest.raises(DataError, match=r"no annotations of 'val'.*There is: instances_train.json, train/"):
+    with pytest.raises(DataError, match=r"no annotations of 'val'.*The folder holds: instances_train.json, train/"):
         open_data(plain, "val")
 
 

@@ -39,11 +39,16 @@ def square(size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[torch
         ((500, 1500), 800, 1333, (444, 1332)),  # 1333 / 3 = 444.3 is rounded first
         ((600, 600), 800, 1333, (800, 800)),
         ((800, 1000), 800, 1333, (800, 1000)),
+        ((302, 4000), 800, 1333, (101, 1337)),  # rounding the shorter side makes the longer one a little longer
         ((100, 5000), 600, None, (600, 30000)),
-        ((1, 5000), 800, 1333, (1, 5000)),  # DETR would ask for a height of zero; a side of the right length is left alone
+        # Beyond DETR's rule, which would ask for a height of zero or for a side of any length
+        ((1, 5000), 800, 1333, (1, 1399)),
+        ((5000, 1), 800, 1333, (1399, 1)),
+        ((20, 5840), 800, 1333, (5, 1399)),
+        ((1, 32768), 600, None, (600, 32768)),
     ],
 )
-def test_the_size_rule_is_detrs(size, short, long, expected) -> None:
+def test_the_size_rule_is_detrs_within_limits(size, short, long, expected) -> None:
     assert fitted_size(size, short, long) == expected
 
 

@@ -19,7 +19,7 @@ from maskset.evaluation.average_precision import average_precision, mask_ap
 from maskset.evaluation.overlaps import overlaps
 from maskset.instances import Category, Instances, Masks
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
+SAMPLE = Path(__file__).parents[1] / "sample" / "nuclei"  # real annotations, see its README
 CLASSES = (Category("cell", 3), Category("dust", 7), Category("hair", 8))
 NUMBERS = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large"]
 
@@ -116,11 +116,9 @@ def test_fewer_results_than_ten_can_count():
     assert few.mask_ar == few.mask_ar_10 < more.mask_ar_10
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="needs the real images beside the repository")
-@pytest.mark.parametrize("name", ["coco-mini", "nuclei"])
-def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_file_itself(name):
-    data, truth = open_data(REAL / name, "val"), json.loads((REAL / name / "instances_val.json").read_text())
-    rng, chosen = np.random.default_rng(1), [i for i, image in enumerate(data.images) if image.height < 450][:20]
+def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_file_itself():
+    data, truth = open_data(SAMPLE, "val"), json.loads((SAMPLE / "instances_val.json").read_text())
+    rng, chosen = np.random.default_rng(1), [0, 1, 3, 4, 5]
     results = [(i, disturbed(data.objects(i), rng)) for i in chosen]
     metrics = average_precision(data, results, 400, chosen)
     ids = [data.images[i].id for i in chosen]
@@ -129,14 +127,13 @@ def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_fi
     check_all(metrics, truth, [{**row, "image_id": data.images[row["image_id"]].id} for row in rows(results)], 400)
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="needs the real images beside the repository")
 def test_the_annotations_themselves_reach_one_when_enough_results_count():
-    data = open_data(REAL / "nuclei", "val")
+    data = open_data(SAMPLE, "val")
     results = [(i, scored(data.objects(i))) for i in range(len(data))]
-    assert average_precision(data, results, 100).mask_ap == pytest.approx(0.901, abs=1e-3)  # images hold up to 206 nuclei
-    metrics = average_precision(data, results, 400)
+    assert average_precision(data, results, 40).mask_ap < 0.95  # images hold up to 52 nuclei
+    metrics = average_precision(data, results, 100)
     assert metrics.mask_ap == metrics.box_ap == metrics.mask_ar == pytest.approx(1, abs=1e-9)
-    assert (metrics.images, metrics.objects) == (64, 2780)
+    assert (metrics.images, metrics.objects) == (6, 239)
     assert math.isnan(metrics.mask_ap_large)
 
 

@@ -20,7 +20,7 @@ from maskset import recipes
 from maskset.checkpoint import find, is_model, read_metadata
 from maskset.comparison.figure import draw_figure
 from maskset.comparison.results import FIGURE, JSON, MEASURED, TABLE, Compared, Comparison, Terms, shown
-from maskset.data import Dataset, open_data
+from maskset.data import Dataset, ShapesDataset, open_data
 from maskset.errors import ConfigError, DataError
 from maskset.evaluation.evaluate import class_labels, evaluate
 from maskset.files import atomic_write, check_folder
@@ -81,7 +81,7 @@ def compare(
     out, dataset = Path(out), open_data(data, split, images, skip_broken)
     wanted = _wanted([models] if isinstance(models, (str, Path)) else models, dataset, skip_broken)
     terms = Terms(
-        data="shapes" if str(data) == "shapes" else str(Path(data).absolute()),
+        data="shapes:" if isinstance(dataset, ShapesDataset) else str(Path(data).absolute()),
         images=None if images is None else str(Path(images).absolute()),
         split=split,
         epochs=epochs,

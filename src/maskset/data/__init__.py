@@ -1,6 +1,7 @@
-"""Data sets: COCO files, and generated shapes. `open_data` finds out which."""
+"""Data sets: COCO files and generated shapes. `open_data` opens either."""
 
 import glob
+import logging
 from pathlib import Path
 
 from maskset.data.coco import CocoDataset
@@ -17,11 +18,12 @@ def open_data(
     """Return a data set.
 
     Args:
-        data: a folder in one of the layouts below, a COCO JSON file, or the word "shapes" for generated data.
-        split: which part of a folder or of "shapes", such as "train" or "val". A JSON file has no parts.
-        images: for a JSON file, the folder that its file names are relative to. Without it: the folder that belongs to a file
-            instances_NAME.json in one of the layouts, else the file's own.
-        skip_broken: leave out broken images and annotations, and count them, instead of stopping.
+        data: a folder in one of the layouts below, a COCO JSON file, or "shapes:" for generated data. The word "shapes" means
+            the same where there is no file or folder of that name.
+        split: which part of a folder or of the generated data, such as "train" or "val". A JSON file has no parts.
+        images: for a JSON file, the folder that its file names are relative to. By default the image folder that belongs to a
+            file instances_NAME.json in one of the layouts, else the folder of the file.
+        skip_broken: leave out broken images and annotations, and count them, instead of raising an error.
 
     A folder holds one of:
 
@@ -30,45 +32,47 @@ def open_data(
     - `<split>/_annotations.coco.json` among the images, with `valid` for `val`
 
     Raises:
-        DataError: nothing of this is there, or the files are broken.
+        DataError: there is no data in one of these forms, or the files are broken.
     """
-    if str(data) == "shapes":
-        return ShapesDataset(split)
     path = Path(data)
+    if data == "shapes:" or (data == "shapes" and not path.exists()):
+        return ShapesDataset(split)
+    if data == "shapes":
+        logging.getLogger("maskset").warning("note: reading %s; for generated data give shapes:", path.absolute())
     if path.is_dir():
         if images is not None:
             raise DataError(f"{path} is a folder, where the images are known; --images goes with a JSON file.")
-        file, folder = _find(path, split)
+        file, folder = _find_split(path, split)
     elif path.is_file():
         file, folder = path, Path(images) if images is not None else _images_beside(path)
     else:
-        raise DataError(f"there is no file or folder {path}; give a data folder, a COCO JSON file, or the word shapes.")
+        raise DataError(f"there is no file or folder {path}; give a data folder, a COCO JSON file, or shapes: (generated).")
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder} with the images of {file}; with a JSON file, --images says where they are.")
     return CocoDataset(file, folder, skip_broken)
 
 
-def _find(folder: Path, split: str) -> tuple[Path, Path]:
+def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
     """Return the JSON file and the image folder of a split."""
-    found = sorted(folder.glob(f"annotations/instances_{glob.escape(split)}*.json"))
-    found = [file for file in found if file.stem == f"instances_{split}"] or found
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
+    files = sorted(folder.glob(f"annotations/instances_{glob.escape(split)}*.json"))
+    files = [file for file in files if file.stem == f"instances_{split}"] or files
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
         raise DataError(f"{folder / 'annotations'} holds several files for {split!r} ({names}): give one of them, with --images.")
     if (folder / f"instances_{split}.json").is_file():
-        found.append(folder / f"instances_{split}.json")
-    if found:
-        return found[0], _layout_images(found[0])
+        files.append(folder / f"instances_{split}.json")
+    if files:
+        return files[0], _layout_images(files[0])
     for name in (split, "valid") if split == "val" else (split,):
         if (folder / name / "_annotations.coco.json").is_file():
             return folder / name / "_annotations.coco.json", folder / name
-    here = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    listed = ", ".join(here[:12]) + (f" and {len(here) - 12} more" if len(here) > 12 else "")
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     also = " or valid/_annotations.coco.json" if split == "val" else ""
     raise DataError(
         f"{folder} holds no annotations of {split!r}. Looked for annotations/instances_{split}*.json with an image folder "
         f"{split}*/, for instances_{split}.json with {split}/, and for {split}/_annotations.coco.json{also}. "
-        f"There is: {listed or 'nothing'}."
+        f"The folder holds: {listed or 'nothing'}."
     )
 
 

@@ -1,8 +1,8 @@
-"""A COCO JSON file, checked and packed. Nothing that it says reaches pycocotools' C code, or a file name the disk, unchecked."""
+"""Reading of COCO JSON files. Every value is checked before it reaches C code, and every file name before it reaches the disk."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,9 +16,11 @@ from maskset.errors import DataError
 from maskset.instances import Category
 from maskset.pictures import check_size
 
+_LEAST_IOU = 0.5  # of an annotated box with the mask's; in COCO's own files, boxes below it are rarer than 1 in 1,000
+
 
 class Ragged:
-    """Arrays of various lengths, one after the other in a single one."""
+    """Arrays of different lengths in one long array."""
 
     def __init__(self, arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> None:
         self._starts = _starts(np.array([array.size for array in arrays], dtype=np.int64))
@@ -32,15 +34,15 @@ class Ragged:
 class Annotations:
     """All annotations of a data set, in the order of the images.
 
-    They lie in a few large arrays, because worker processes share those with their parent: a million small Python objects
-    would be copied, page by page, into each of them.
+    They are a few large arrays, because worker processes share those with their parent: a million small Python objects would be
+    copied, page by page, into each of them.
 
     Attributes:
         starts: image i has the annotations starts[i] to starts[i + 1].
-        labels: class, a position in the categories.
-        boxes: x0 y0 x1 y1, pixels, inside of the image.
-        areas: pixels, as the file says.
-        crowd: whether it marks a region of many objects.
+        labels: classes, as positions in the categories.
+        boxes: x0 y0 x1 y1, pixels, inside the image.
+        areas: pixels, as annotated.
+        crowd: whether an annotation marks a region of many objects.
     """
 
     starts: Int64[np.ndarray, "images_and_one"]
@@ -53,7 +55,7 @@ class Annotations:
     _runs: Ragged
 
     def shape(self, index: int) -> rle.Counts | rle.Polygons:
-        """Return the mask of an annotation as the file has it."""
+        """Return the mask of an annotation as it is in the file: polygons or run lengths."""
         first, last = self._polygon_starts[index : index + 2]
         if first == last:
             return torch.from_numpy(self._runs[index].copy())
@@ -62,7 +64,7 @@ class Annotations:
 
 @dataclass(frozen=True)
 class _Row:
-    """One annotation, checked."""
+    """One checked annotation."""
 
     image: int  # position in the list of images
     label: int
@@ -72,21 +74,43 @@ class _Row:
     shape: rle.Counts | rle.Polygons
 
 
+@dataclass
+class _Doubts:
+    """The annotations that were read, or left out, other than they are written."""
+
+    no_box: list[str] = field(default_factory=list)
+    no_mask: list[str] = field(default_factory=list)
+    different_box: list[str] = field(default_factory=list)
+
+    def notes(self, count: int) -> list[str]:
+        """Return one sentence for each kind; `count` is the number of annotations."""
+        sentences = {
+            "have an empty or invalid bbox, so the box of their mask is used": self.no_box,
+            "have neither a box nor a mask inside the image, so they are left out": self.no_mask,
+            "have a bbox (used as it is) that contradicts their mask; it should be x, y, width, height": self.different_box,
+        }
+        return [
+            f"{len(names)} of {count} annotations {text}. The first: {names[0]}." for text, names in sentences.items() if names
+        ]
+
+
 def read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the images, annotations and categories of a COCO file, unchecked but for being lists of objects.
+    """Return the images, annotations and categories of a COCO file, each a list of objects whose content is not checked yet.
 
     Raises:
-        DataError: it cannot be read, is no JSON, or lacks one of the lists.
+        DataError: the file cannot be read, is not JSON, or lacks one of the lists.
     """
     try:
         content = json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}): is the file whole?") from None
     lists = {}
     for key in ("images", "annotations", "categories"):
         lists[key] = value = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-            raise DataError(f"{path} is no COCO annotation file: it needs {key!r}, a list of objects.")
+        if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+            raise DataError(f"{path} is not a COCO annotation file: it needs {key!r}, a list of objects.")
     return lists
 
 
@@ -94,15 +118,15 @@ def read_categories(rows: list[dict[str, Any]], path: Path) -> tuple[Category, .
     """Return the categories in the order of their ids. Names that occur twice get their id: "fish (id 1)".
 
     Raises:
-        DataError: there is none, an id occurs twice, or one has no whole number as id or no name.
+        DataError: there is no category, an id occurs twice, or a category lacks a name or a whole number as id.
     """
     if not rows:
         raise DataError(f"{path} lists no categories.")
     for row in rows:
-        if type(row.get("id")) is not int or not isinstance(row.get("name"), str):
+        if whole_number(row.get("id")) is None or not isinstance(row.get("name"), str):
             raise DataError(f"{path}: a category needs 'id', a whole number, and 'name', a text; got {row!r:.200}.")
-    rows = sorted(rows, key=lambda row: row["id"])
-    ids, names = [row["id"] for row in rows], [row["name"] for row in rows]
+    pairs = sorted((int(row["id"]), row["name"]) for row in rows)
+    ids, names = [id for id, _ in pairs], [name for _, name in pairs]
     if len(set(ids)) < len(ids):
         raise DataError(f"{path}: a category id occurs twice in {ids}.")
     unique = [name if names.count(name) == 1 else f"{name} (id {id})" for id, name in zip(ids, names, strict=True)]
@@ -110,7 +134,7 @@ def read_categories(rows: list[dict[str, Any]], path: Path) -> tuple[Category, .
 
 
 def read_image_records(rows: list[dict[str, Any]], folder: Path, problems: list[str]) -> list[ImageRecord]:
-    """Return what the file says of the images, without those that are broken; a message on each of these goes to `problems`."""
+    """Return a record of each sound image; a message on each broken one is added to `problems`."""
     records, ids, present = [], set(), {}
     for position, row in enumerate(rows):
         try:
@@ -134,96 +158,147 @@ def read_image_records(rows: list[dict[str, Any]], folder: Path, problems: list[
 def read_annotations(
     rows: list[dict[str, Any]],
     records: Sequence[ImageRecord],
-    known_images: set[Any],
+    known_images: set[int],
     categories: Sequence[Category],
     problems: list[str],
-) -> Annotations:
-    """Return the annotations of the images in `records`, packed.
+) -> tuple[Annotations, list[str]]:
+    """Return the annotations of the images in `records`, and notes on what is doubtful about them.
 
     Args:
-        rows: as the file has them. Their segmentations are taken out, which frees the memory as the work goes on.
+        rows: the annotations of the file. Their segmentations are removed, which frees memory during the work.
         records: the images, in their order.
         known_images: ids of all images of the file. Annotations of those that are not in `records` are left out.
-        categories: what the labels stand for.
-        problems: gets a message on each broken annotation; those are left out.
+        categories: the classes, in the order of the labels.
+        problems: a message on each broken annotation is added here; these are left out.
     """
+    doubts = _Doubts()
     position_of = {record.id: position for position, record in enumerate(records)}
     label_of = {category.coco_id: label for label, category in enumerate(categories)}
     ids, checked = set(), []
     for position, row in enumerate(rows):
-        id, image_id = row.get("id", f"number {position}"), row.get("image_id")
-        if type(image_id) is int and image_id in known_images and image_id not in position_of:
+        id, image_id = row.get("id", f"number {position}"), whole_number(row.get("image_id"))
+        if image_id in known_images and image_id not in position_of:
             continue
         where = f"annotation {id!s:.50}"
         try:
-            if type(image_id) is not int or image_id not in position_of:
-                raise DataError(f"there is no image {image_id!r:.50}.")
+            if image_id is None or image_id not in position_of:
+                raise DataError(f"there is no image {row.get('image_id')!r:.50}.")
             record = records[position_of[image_id]]
             where = f"{where} (image {image_id}, {record.file and record.file.name})"
             if not isinstance(id, (int, str)) or id in ids:
-                raise DataError("the id occurs twice." if isinstance(id, (int, str)) else "the id is no number.")
+                raise DataError("the id occurs twice." if isinstance(id, (int, str)) else "the id is not a number.")
             ids.add(id)
-            one = _row(row, position_of[image_id], (record.height, record.width), label_of)
+            annotation = _row(row, where, position_of[image_id], (record.height, record.width), label_of, doubts)
         except (DataError, rle.MaskError) as error:
             problems.append(f"{where}: {error}")
             continue
-        if one is not None:
-            checked.append(one)
-    return _pack(checked, len(records))
+        if annotation is not None:
+            checked.append(annotation)
+    return _pack(checked, len(records)), doubts.notes(len(rows))
 
 
 def _image_record(row: dict[str, Any], folder: Path) -> ImageRecord:
-    id, name = row.get("id"), row.get("file_name")
-    if type(id) is not int:
+    id, name = whole_number(row.get("id")), row.get("file_name")
+    if id is None:
         raise DataError("the image's 'id' must be a whole number.")
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError("the image needs 'file_name', a text.")
     for parts in (PurePosixPath(name), PureWindowsPath(name)):
         if ".." in parts.parts or parts.root or parts.drive:
-            raise DataError(f"'file_name' must lie inside of the image folder {folder}.")
-    size = row.get("height"), row.get("width")
-    if not all(isinstance(side, (int, float)) and side >= 1 and side == side // 1 for side in size):
-        raise DataError(f"'height' and 'width' must be whole numbers from 1, got {size[0]!r:.50} and {size[1]!r:.50}.")
-    height, width = int(size[0]), int(size[1])  # type: ignore[arg-type]
+            raise DataError(f"'file_name' must lie inside the image folder {folder}.")
+    height, width = whole_number(row.get("height")) or 0, whole_number(row.get("width")) or 0
+    if min(height, width) < 1:
+        got = f"{row.get('height')!r:.50} and {row.get('width')!r:.50}"
+        raise DataError(f"'height' and 'width' must be whole numbers from 1, got {got}.")
     check_size((height, width))
     return ImageRecord(id, folder / name, height, width)
 
 
-def _row(row: dict[str, Any], image: int, size: tuple[int, int], label_of: dict[int, int]) -> _Row | None:
-    """Return an annotation, checked; None where its box, cut to the image, is empty."""
-    category, crowd, area = row.get("category_id"), row.get("iscrowd", 0), row.get("area")
-    if type(category) is not int or category not in label_of:
-        raise DataError(f"there is no category {category!r:.50}, the file has {_listed(sorted(label_of))}.")
-    if crowd not in (0, 1):
+def _row(
+    row: dict[str, Any], name: str, image: int, size: tuple[int, int], label_of: dict[int, int], doubts: _Doubts
+) -> _Row | None:
+    """Return a checked annotation; None where it has neither a box nor a mask inside the image."""
+    category, crowd, area = whole_number(row.get("category_id")), row.get("iscrowd", 0), row.get("area")
+    if category is None or category not in label_of:
+        raise DataError(f"there is no category {row.get('category_id')!r:.50}, the file has {_listed(sorted(label_of))}.")
+    if crowd not in (0, 1, "0", "1"):
         raise DataError(f"'iscrowd' must be 0 or 1, got {crowd!r:.50}.")
-    shape = rle.from_coco(row.pop("segmentation", None), size)
-    box = _box(row["bbox"], size) if row.get("bbox") is not None else rle.box(_runs(shape, size), size[0])
-    if not (box[2] > box[0] and box[3] > box[1]):
-        return None
-    if area is None:
-        area = rle.area(_runs(shape, size))
-    if not _is_finite_number(area):
+    if area is not None and _number(area) is None:
         raise DataError(f"'area' must be a finite number, got {area!r:.50}.")
-    return _Row(image, label_of[category], box, area, bool(crowd), shape)
+    shape = rle.from_coco(_with_numbers(row.pop("segmentation", None)), size)
+    box = _box(row.get("bbox"), size)
+    if box is None:
+        box = rle.box(_runs(shape, size), size[0])
+        if box == (0, 0, 0, 0):
+            doubts.no_mask.append(name)
+            return None
+        if row.get("bbox") is not None:
+            doubts.no_box.append(f"{name}, {row['bbox']!r:.100}")
+    elif _contradicts(box, shape, size):
+        doubts.different_box.append(f"{name}, {row['bbox']!r:.100}")
+    area = _number(area) or 0
+    if area <= 0:  # it is left out, or the signed area of a polygon that runs the other way around
+        area = rle.area(_runs(shape, size))
+    return _Row(image, label_of[category], box, area, bool(int(crowd)), shape)
 
 
-def _box(box: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite_number(value) for value in box):
-        raise DataError(f"'bbox' must be four finite numbers x, y, width, height, got {box!r:.100}.")
-    x, y, width, height = box
-    limits = size[1], size[0], size[1], size[0]
-    x0, y0, x1, y1 = (
-        float(min(max(value, 0), limit)) for value, limit in zip((x, y, x + width, y + height), limits, strict=True)
-    )
-    return x0, y0, x1, y1
+def _box(box: Any, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """Return a `bbox`, cut to the image, as x0 y0 x1 y1; None where it is missing, not four finite numbers, or empty."""
+    numbers = [number for value in box if (number := _number(value)) is not None] if isinstance(box, list) else []
+    if len(numbers) != 4 or len(box) != 4:
+        return None
+    x, y, width, height = numbers
+    x0, x1 = (float(min(max(value, 0), size[1])) for value in (x, x + width))
+    y0, y1 = (float(min(max(value, 0), size[0])) for value in (y, y + height))
+    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+
+def _contradicts(box: Sequence[float], shape: rle.Counts | rle.Polygons, size: tuple[int, int]) -> bool:
+    """Return whether a box has little in common with the box of a mask; polygons need not be rasterised for that."""
+    if isinstance(shape, tuple):
+        points = shape[0] if len(shape) == 1 else np.concatenate(shape)
+        left, top, right, bottom = *points.min(0).tolist(), *points.max(0).tolist()
+    else:
+        left, top, right, bottom = rle.box(shape, size[0])
+    width, height = min(right, size[1]) - max(left, 0), min(bottom, size[0]) - max(top, 0)
+    shared_width, shared_height = min(box[2], right) - max(box[0], left), min(box[3], bottom) - max(box[1], top)
+    box_width, box_height = box[2] - box[0], box[3] - box[1]
+    if min(width, height, box_width, box_height) < 3:  # of slivers, rounding decides
+        return False
+    shared = max(shared_width, 0) * max(shared_height, 0)
+    return shared < _LEAST_IOU * (width * height + box_width * box_height - shared)
+
+
+def _with_numbers(segmentation: Any) -> Any:
+    """Return run lengths whose counts and size are numbers, also where they are written as text."""
+    if not isinstance(segmentation, dict):
+        return segmentation  # NumPy reads polygons that are written as text
+    lists = {key: value for key, value in segmentation.items() if isinstance(value, list)}
+    return segmentation | {key: [_number(x) if isinstance(x, str) else x for x in value] for key, value in lists.items()}
 
 
 def _runs(shape: rle.Counts | rle.Polygons, size: tuple[int, int]) -> rle.Counts:
     return rle.from_polygons(shape, size) if isinstance(shape, tuple) else shape
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and -1e300 < value < 1e300  # also false for NaN
+def whole_number(value: Any) -> int | None:
+    """Return a whole number that may be written as text ("7") or as a float (7.0); None for anything else."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value) if len(value) < 100 else None
+    number = _number(value)
+    return int(number) if number is not None and number == number // 1 else None
+
+
+def _number(value: Any) -> int | float | None:
+    """Return a finite number that may be written as text, as in Roboflow's exports of 2026; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if -1e300 < value < 1e300 else None  # also None for NaN
 
 
 def _listed(ids: list[int]) -> str:

@@ -1,5 +1,7 @@
 """Data sets in COCO's format: a JSON file of annotations and a folder of images."""
 
+import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from maskset.data.annotations import read_annotations, read_categories, read_image_records, read_json
+from maskset.data.annotations import read_annotations, read_categories, read_image_records, read_json, whole_number
 from maskset.data.dataset import ImageRecord
 from maskset.errors import DataError
 from maskset.instances import Category, Instances, Masks
@@ -15,16 +17,21 @@ from maskset.pictures import read_image
 
 __all__ = ["CocoDataset", "DataError", "ImageRecord"]
 
+_LOG = logging.getLogger("maskset")
 _NEXT_STEP = "Correct what is broken, or leave it out with --skip-broken (in training: --data.skip-broken true)."
 
 
 class CocoDataset:
     """Annotated images of a COCO file, see `maskset.data.dataset.Dataset` for the members.
 
-    Everything that the JSON says is checked at once; the pixels are read, and their size compared, when they are asked for.
-    Labels are positions in `categories`, which are in the order of their ids: ids may have gaps, and 0 is an id.
-    A box is the annotation's `bbox` cut to the image (or, without `bbox`, the mask's), and an object whose box has nothing
-    left is dropped. Masks stay as the file has them.
+    The whole JSON file is checked at once; pixels are read, and their size is compared, on access. Labels are positions in
+    `categories`, which are in the order of their ids: ids may have gaps, and 0 is an id. A box is the annotation's `bbox` cut
+    to the image, or the box of its mask where `bbox` is missing, empty or invalid. Masks are kept as they are in the file.
+
+    Attributes:
+        file: the JSON file.
+        notes: one sentence on each kind of doubtful annotation, such as boxes that contradict their masks. They are also logged
+            as warnings of the logger "maskset".
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, skip_broken: bool = False) -> None:
@@ -33,23 +40,26 @@ class CocoDataset:
         Args:
             annotations: the JSON file.
             images: the folder that its file names are relative to.
-            skip_broken: leave out broken images and annotations, and say so in `skipped`, instead of raising an error.
+            skip_broken: leave out broken images and annotations and list them in `skipped`, instead of raising an error.
 
         Raises:
-            DataError: the file is not in COCO's format, or something in it is broken and `skip_broken` is False.
+            DataError: the file is not in COCO's format, or an entry is broken and `skip_broken` is False.
         """
         self.file, self.skip_broken, problems = Path(annotations), skip_broken, []
         content = read_json(self.file)
         self.categories: tuple[Category, ...] = read_categories(content["categories"], self.file)
         self.images: list[ImageRecord] = read_image_records(content["images"], Path(images), problems)
-        known = {row["id"] for row in content["images"] if type(row.get("id")) is int} if problems else set()
-        self._annotations = read_annotations(content["annotations"], self.images, known, self.categories, problems)
+        known = {id for row in content["images"] if (id := whole_number(row.get("id"))) is not None} if problems else set()
+        self._annotations, notes = read_annotations(content["annotations"], self.images, known, self.categories, problems)
+        self.notes: list[str] = [f"{self.file}: {note}" for note in notes]
         self.skipped: list[str] = [f"{self.file}: {problem}" for problem in problems]
         if problems and not skip_broken:
             more = f" It has {len(problems)} such problems." if len(problems) > 1 else ""
             raise DataError(f"{self.skipped[0]}{more} {_NEXT_STEP}")
         if not self.images:
             raise DataError(f"{self.file} has no image that can be used. {' '.join(self.skipped[:1])}".rstrip())
+        for note in self.notes if os.environ.get("RANK", "0") == "0" else ():  # of several processes, one reports
+            _LOG.warning("warning: %s", note)
 
     def __len__(self) -> int:
         return len(self.images)

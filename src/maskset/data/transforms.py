@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from maskset import boxes
 from maskset.instances import Instances
+from maskset.pictures import MAX_SIDE
 
 Pixels = UInt8[Tensor, "3 h w"]
 
@@ -96,16 +97,19 @@ def fit(pixels: Pixels, short_side: int, long_side: int | None = None) -> UInt8[
 
 
 def fitted_size(size: tuple[int, int], short_side: int, long_side: int | None = None) -> tuple[int, int]:
-    """Return height and width after resizing `size`: the shorter side becomes `short_side`, the ratio stays.
+    """Return height and width after resizing `size`: the shorter side becomes `short_side`, the aspect ratio stays.
 
-    Where the longer side would exceed `long_side`, the shorter is chosen such that it does not. DETR's rule, rounding included.
+    Where the longer side would exceed `long_side`, the shorter side is reduced so that it does not. This is DETR's rule, which
+    rounds the shorter side, so that the longer one may still exceed `long_side` by a few pixels; by more than 5 % only images
+    thinner than about 1 : 100 would, and those are squeezed to that. Without `long_side`, the limit is `pictures.MAX_SIDE`.
     """
     short, long = min(size), max(size)
     if long_side is not None and long / short * short_side > long_side:
         short_side = max(1, round(long_side * short / long))
-    if short == short_side:
+    limit = MAX_SIDE if long_side is None else long_side + long_side // 20
+    if short == short_side and long <= limit:
         return size
-    new_long = int(short_side * long / short)
+    new_long = min(int(short_side * long / short), limit)
     return (short_side, new_long) if size[0] <= size[1] else (new_long, short_side)
 
 
