@@ -18,7 +18,7 @@ def test_the_demo_measures_draws_and_says_what_to_type_next(tmp_path, monkeypatc
 
     monkeypatch.setattr(demo, "train", train)
     measured = Metrics(max_detections=100, images=200, objects=500)
-    monkeypatch.setattr(demo, "evaluate", lambda run, data, *, split: {("shapes", "test"): measured}[data, split])
+    monkeypatch.setattr(demo, "evaluate", lambda run, data, *, split: {("shapes:", "test"): measured}[data, split])
     assert demo.demo(tmp_path / "demo") == measured
     output = capsys.readouterr().out
     assert str(measured) in output
@@ -26,4 +26,4 @@ def test_the_demo_measures_draws_and_says_what_to_type_next(tmp_path, monkeypatc
     assert len(list((tmp_path / "demo" / "predictions" / "drawings").iterdir())) == 12
 
     demo.demo(tmp_path / "demo")  # once more: the run is there
-    assert asked == [("solq-tiny", "shapes", False), ("solq-tiny", "shapes", True)]
+    assert asked == [("solq-tiny", "shapes:", False), ("solq-tiny", "shapes:", True)]

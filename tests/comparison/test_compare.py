@@ -286,7 +286,7 @@ def test_another_budget_other_data_and_another_recipe_are_refused_in_a_folder_th
     maskset.compare([mine], data(), tmp_path / "out", epochs=1)
     refused(ConfigError, "epochs was 1, is 2. Repeat its settings, or choose a new folder", [mine], tmp_path, epochs=2)
     refused(ConfigError, "epochs was 1, is None; minutes was None, is 2", [mine], tmp_path, minutes=2)
-    refused(ConfigError, "data was .*, is shapes; .*measured was 2, is 200", [mine], tmp_path, "shapes", epochs=1)
+    refused(ConfigError, "data was .*, is shapes:; .*measured was 2, is 200", [mine], tmp_path, "shapes", epochs=1)
     written(tmp_path, "mine", learning_rate=0.5)
     refused(
         ConfigError, "mine was trained with another recipe: train.learning_rate was 0.001, is 0.5", [mine], tmp_path, epochs=1
