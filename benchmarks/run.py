@@ -12,7 +12,7 @@ from benchmarks import page
 from benchmarks.report import Report, save
 from maskset.errors import ConfigError
 from maskset.kernels.library import NATIVE_ENV
-from maskset.layers.deformable import CHOICE
+from maskset.layers.deformable import ATTENTION_ENV
 
 
 def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = None, images: int | None = None) -> Report:
@@ -42,7 +42,7 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
     module = importlib.import_module(f"benchmarks.{name}")
     start, report = time.monotonic(), Report(name, _about(module.__doc__ or ""), threads)
     module.run(report, quick, **({} if images is None else {"images": images}))
-    chosen = [f"{variable}={os.environ[variable]}" for variable in (CHOICE, NATIVE_ENV) if os.environ.get(variable)]
+    chosen = [f"{variable}={os.environ[variable]}" for variable in (ATTENTION_ENV, NATIVE_ENV) if os.environ.get(variable)]
     command = " ".join(
         [*chosen, "python -m benchmarks", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])]
     )

@@ -26,7 +26,7 @@ from maskset import recipes
 from maskset.data.shapes import CATEGORIES, ShapesDataset
 from maskset.instances import Instances, Masks
 from maskset.kernels import library
-from maskset.layers.deformable import CHOICE, DeformableAttention
+from maskset.layers.deformable import ATTENTION_ENV, DeformableAttention
 from maskset.layers.recompute import recompute
 from maskset.structures import ImageBatch
 from maskset.systems import System, build, isda, soit
@@ -51,7 +51,7 @@ def run(report: Report, quick: bool) -> None:
 def straightforward() -> Iterator[None]:
     """Compute training steps in the straightforward way inside of a `with` block."""
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, {CHOICE: "reference", library.NATIVE_ENV: "off"}))
+        stack.enter_context(patch.dict(os.environ, {ATTENTION_ENV: "reference", library.NATIVE_ENV: "off"}))
         for module in (soit, isda):
             stack.enter_context(patch.object(module, "in_pieces", all_at_once))
         yield

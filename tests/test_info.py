@@ -33,5 +33,5 @@ def test_a_hidden_c_library_is_reported_with_the_variable_that_hides_it(monkeypa
     monkeypatch.setenv("MASKSET_NATIVE", "off")
     assert cli.main(["info"]) == 0
     output = capsys.readouterr().out
-    assert output.count("MASKSET_NATIVE=off hides it") == 2  # the library, and its attention
+    assert output.count("MASKSET_NATIVE=off disables it") == 2  # the library, and its attention
     assert "\nMASKSET_NATIVE" in output

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import pkgutil
 import re
 import shlex
 import shutil
@@ -117,6 +118,12 @@ def test_every_command_and_recipe_is_documented():
     guide = (ROOT / "docs" / "guides" / "training.md").read_text()
     for name in recipes.RECIPES:
         assert f"`{name}`" in guide
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "reference").glob("*.md")), ids=lambda page: page.name)
+def test_every_name_in_the_reference_exists(page):
+    for name in re.findall(r"^::: (\S+)", page.read_text(), flags=re.MULTILINE):
+        assert pkgutil.resolve_name(name) is not None
 
 
 def test_every_public_name_is_in_the_reference():

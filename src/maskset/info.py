@@ -9,7 +9,7 @@ import torch
 
 from maskset import __version__
 from maskset.kernels import library
-from maskset.layers.deformable import CHOICE, implementations
+from maskset.layers.deformable import ATTENTION_ENV, implementations
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors", "accelerate", "triton")
 
@@ -44,6 +44,6 @@ def _fast_paths() -> Iterator[tuple[str, str]]:
     yield "C library", library.unavailable_reason() or "works"
     for name, reason in implementations().items():
         yield f"attention, {name}", reason or "works"
-    for variable in (CHOICE, library.NATIVE_ENV):
+    for variable in (ATTENTION_ENV, library.NATIVE_ENV):
         if os.environ.get(variable):
             yield variable, os.environ[variable]

@@ -28,8 +28,11 @@ def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
     """Return the run lengths of each mask, on the device of the masks.
 
     Raises:
-        MaskError: a mask has too many pixels, see `check_pixel_count`.
+        MaskError: the masks are not [T h w], boolean or integers (0 is background), or too large, see `check_pixel_count`.
     """
+    if masks.ndim != 3 or masks.is_floating_point():
+        raise MaskError(f"masks must be boolean [T h w], got {masks.dtype} of shape {list(masks.shape)}: use `masks > 0.5`.")
+    masks = masks.bool()
     count, height, width = masks.shape
     check_pixel_count((height, width))
     if library.supports(masks.device):

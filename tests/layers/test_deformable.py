@@ -1,3 +1,5 @@
+import os
+
 import jaxtyping
 import pytest
 import torch
@@ -5,7 +7,7 @@ from goldens import golden, notes, weights
 
 from maskset.errors import AttentionError
 from maskset.kernels import library
-from maskset.layers.deformable import DeformableAttention, deformable_attention, implementations, using
+from maskset.layers.deformable import ATTENTION_ENV, DeformableAttention, deformable_attention, implementations, using
 
 CPU = ["reference", "bag", "gather", "c"]
 SHAPES = [tuple(shape) for shape in golden("solq", "msda.shapes").tolist()]
@@ -211,15 +213,15 @@ def test_without_the_library_the_next_best_is_taken(monkeypatch):
     monkeypatch.setattr("maskset.kernels.attention_op.fused", None)  # would fail
     value, locations, share = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
     assert deformable_attention(value, [(1, 1)], locations, share).item() == 1
-    assert implementations()["c"] == "MASKSET_NATIVE=off hides it"
+    assert implementations()["c"] == "MASKSET_NATIVE=off disables it"
 
 
 @pytest.mark.parametrize("choice", ["OFF", "0", "false"])
 def test_a_library_that_is_hidden_in_other_words_is_not_used_silently(monkeypatch, choice):
     monkeypatch.setenv(library.NATIVE_ENV, choice)
-    with pytest.raises(ValueError, match=f"MASKSET_NATIVE is '{choice}', it must be on or off"):
+    with pytest.raises(ValueError, match=f"MASKSET_NATIVE is '{choice}'; allowed are on and off"):
         library.unavailable_reason()
-    with pytest.raises(ValueError, match="it must be on or off"):
+    with pytest.raises(ValueError, match="allowed are on and off"):
         library.supports(torch.device("cpu"))
 
 
@@ -249,3 +251,10 @@ def test_an_export_gathers_and_multiplies():
     assert not [name for name in called if "maskset" in name or "embedding_bag" in name or "grid_sample" in name]
     out = program.module()(query, boxes, memory, SHAPES, padding)
     torch.testing.assert_close(out, golden("solq", "msda.module.out_boxes"), atol=1e-5, rtol=1e-5)
+
+
+def test_the_environment_is_as_before_after_a_choice(monkeypatch):
+    monkeypatch.delenv(ATTENTION_ENV, raising=False)
+    with using("bag"):
+        assert os.environ[ATTENTION_ENV] == "bag"
+    assert ATTENTION_ENV not in os.environ

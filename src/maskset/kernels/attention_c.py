@@ -1,4 +1,4 @@
-"""Deformable attention by the C library, on a CPU, in float32 or float64: a single pass over the samples, no copies."""
+"""Deformable attention by the C library (attention.c), on the CPU, in float32 or float64: one pass, no copies."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskset.kernels import library
+from maskset.kernels.attention_plain import check_attention
 
 _TYPES = {torch.float32: "f32", torch.float64: "f64"}
-_LEAST = 2**14  # samples that are worth a thread's attention
+_MIN_SAMPLES_PER_THREAD = 2**14
 
 
 def forward(
@@ -21,12 +22,16 @@ def forward(
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
     """Return the weighted sums; threads share the queries."""
-    value, locations, weights = _alike(value, locations, weights)
+    check_attention(value, shapes, locations, weights)
+    value, locations, weights = _same_type(value, locations, weights)
     batch, queries, heads, levels, points = weights.shape
     out = value.new_empty(batch, queries, heads * value.shape[3])
-    work, given = library.function(f"deformable_attention_{_TYPES[value.dtype]}"), (value, locations, weights, out)
-    sizes, least = _sizes(value, shapes, weights), _LEAST // max(1, heads * levels * points)
-    library.parallel_for(lambda first, end: work(*given, sizes, first, end), batch * queries, least)
+    function, sizes = library.function(f"deformable_attention_{_TYPES[value.dtype]}"), _sizes(value, shapes, weights)
+
+    def work(first: int, end: int) -> None:
+        function(value, locations, weights, out, sizes, first, end)
+
+    library.parallel_for(work, batch * queries, _MIN_SAMPLES_PER_THREAD // max(1, heads * levels * points))
     return out
 
 
@@ -38,12 +43,16 @@ def backward(
     weights: Float[Tensor, "B Q M L P"],
 ) -> tuple[Float[Tensor, "B S M D"], Float[Tensor, "B Q M L P 2"], Float[Tensor, "B Q M L P"]]:
     """Return the gradients of value, locations and weights; threads share the heads, so that no cell has two writers."""
-    grad, value, locations, weights = _alike(grad, value, locations, weights)
+    check_attention(value, shapes, locations, weights, grad)
+    grad, value, locations, weights = _same_type(grad, value, locations, weights)
     gradients = torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights)
-    work, given = library.function(f"deformable_attention_backward_{_TYPES[value.dtype]}"), (value, locations, weights, grad)
-    heads, sizes = value.shape[0] * value.shape[2], _sizes(value, shapes, weights)
-    least = _LEAST * heads // max(1, weights.numel())
-    library.parallel_for(lambda first, end: work(*given, *gradients, sizes, first, end), heads, least)
+    function, sizes = library.function(f"deformable_attention_backward_{_TYPES[value.dtype]}"), _sizes(value, shapes, weights)
+
+    def work(first: int, end: int) -> None:
+        function(value, locations, weights, grad, *gradients, sizes, first, end)
+
+    heads = value.shape[0] * value.shape[2]
+    library.parallel_for(work, heads, _MIN_SAMPLES_PER_THREAD * heads // max(1, weights.numel()))
     return gradients
 
 
@@ -61,7 +70,7 @@ def _sizes(value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor) ->
     )
 
 
-def _alike(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors without gaps and in one type: float64 where the weights, the last of them, are; else float32."""
-    kind = torch.float64 if tensors[-1].dtype == torch.float64 else torch.float32
-    return [tensor.detach().to(kind).contiguous() for tensor in tensors]
+def _same_type(*tensors: Tensor) -> list[Tensor]:
+    """Return contiguous tensors of one type: float64 if the last one, the weights, is float64, otherwise float32."""
+    dtype = torch.float64 if tensors[-1].dtype == torch.float64 else torch.float32
+    return [tensor.detach().to(dtype).contiguous() for tensor in tensors]

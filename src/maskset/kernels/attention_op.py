@@ -1,6 +1,6 @@
-"""Deformable attention as one operator of PyTorch, computed by C on a CPU and by Triton on a GPU.
+"""Deformable attention as a PyTorch operator, computed by C on a CPU and by Triton on a GPU.
 
-Between forward and backward it keeps what it was given: value, locations and weights.
+For the backward pass it saves only its inputs: value, locations and weights.
 """
 
 import importlib
@@ -10,8 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from maskset.errors import MasksetError
 from maskset.kernels import attention_c
+from maskset.kernels.attention_plain import check_attention
 
 
 @torch.library.custom_op("maskset::deformable_attention", mutates_args=())
@@ -19,9 +19,9 @@ def fused(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tens
     """Return [B Q M*D] in the type of `value`; `shapes` is height, width, height, width, ...
 
     Raises:
-        ValueError: the tensors do not fit together, and a kernel would read what is not theirs.
+        AttentionError: the tensors do not fit together.
     """
-    _check(value, _pairs(shapes), locations, weights)
+    check_attention(value, _pairs(shapes), locations, weights)
     return _kernels(value).forward(value.contiguous(), _pairs(shapes), locations, weights).to(value.dtype)
 
 
@@ -36,8 +36,9 @@ def fused_backward(
     grad: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of value, locations and weights."""
+    check_attention(value, _pairs(shapes), locations, weights, grad)
     gradients = _kernels(value).backward(grad.contiguous(), value.contiguous(), _pairs(shapes), locations, weights)
-    return tuple(found.to(like.dtype) for found, like in zip(gradients, (value, locations, weights), strict=True))  # type: ignore[return-value]
+    return tuple(gradient.to(like.dtype) for gradient, like in zip(gradients, (value, locations, weights), strict=True))  # type: ignore[return-value]
 
 
 @fused_backward.register_fake
@@ -57,16 +58,6 @@ def _differentiate(ctx, grad: Tensor):
 
 
 fused.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
-    batch, cells, heads, _ = value.shape
-    expected = (batch, weights.shape[1], heads, len(shapes), weights.shape[-1])
-    if cells != sum(h * w for h, w in shapes) or weights.shape != expected or locations.shape != (*expected, 2):
-        raise MasksetError(
-            f"value {list(value.shape)} (B S M D), locations {list(locations.shape)} (B Q M L P 2) and weights "
-            f"{list(weights.shape)} (B Q M L P) do not fit together, or not levels of {list(shapes)} (height, width)."
-        )
 
 
 def _kernels(value: Tensor) -> ModuleType:

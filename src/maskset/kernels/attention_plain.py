@@ -1,4 +1,7 @@
-"""Deformable attention in PyTorch's own words: the readable form, one for speed, one for export. See `deformable_attention`."""
+"""Deformable attention in plain PyTorch: a readable form, a faster one and one for export. See `layers.deformable`.
+
+Fast paths: attention_c.py (kernels/csrc/attention.c) on the CPU and attention_triton.py on a GPU.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,27 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from maskset.errors import AttentionError
+
 Shapes = Sequence[tuple[int, int]]  # height and width of each level
+
+
+def check_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, grad: Tensor | None = None) -> None:
+    """Raise an AttentionError where tensors do not fit together and a kernel would read memory that is not theirs."""
+    expected = (*value.shape[:1], *weights.shape[1:2], *value.shape[2:3], len(shapes), *weights.shape[-1:])
+    sides = [side for shape in shapes for side in shape]
+    fits = value.ndim == 4 and weights.shape == expected and locations.shape == (*expected, 2)
+    if not fits or min(sides, default=0) < 0 or value.shape[1] != sum(h * w for h, w in shapes):
+        raise AttentionError(
+            f"value {list(value.shape)} (B S M D), locations {list(locations.shape)} (B Q M L P 2) and weights "
+            f"{list(weights.shape)} (B Q M L P) do not fit together, or do not fit levels of {list(shapes)} (height, width)."
+        )
+    if grad is not None and grad.shape != (*weights.shape[:2], value.shape[2] * value.shape[3]):
+        raise AttentionError(f"the gradient {list(grad.shape)} must have the shape of the output, [B Q M*D].")
+    tensors = [value, locations, weights, *([] if grad is None else [grad])]
+    if any(not tensor.is_floating_point() for tensor in tensors) or len({tensor.device for tensor in tensors}) > 1:
+        got = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+        raise AttentionError(f"value, locations and weights must be floating-point tensors on one device, got {got}.")
 
 
 def by_samples(
@@ -16,7 +39,7 @@ def by_samples(
     locations: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
-    """Return the weighted sums of bilinear samples, level by level: the readable form."""
+    """Return the weighted sums of bilinear samples, level by level. This is the readable form."""
     batch, _, heads, width = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     total = value.new_zeros(batch * heads, width, queries)
@@ -35,7 +58,7 @@ def by_bags(
     locations: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
-    """Return the same in less time and memory: one weighted sum of 4 * L * P rows of `value` for each query and head.
+    """Return the same in less time and memory, as one weighted sum of 4 * L * P rows of `value` for each query and head.
 
     A bilinear sample is a weighted sum of four cells, and `embedding_bag` sums rows without copies of them.
     """
@@ -56,7 +79,7 @@ def by_gathering(
     locations: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q M*D"]:
-    """Return the same by copying the rows and multiplying matrices: slow, but every runtime that ONNX exports to has both."""
+    """Return the same by copying rows and multiplying matrices. It is slow, but every ONNX runtime has both operations."""
     batch, _, heads, width = value.shape
     cells, factors = corners(shapes, locations, weights)
     queries, bag = cells.shape[1], cells.shape[3]
@@ -69,7 +92,7 @@ def by_gathering(
 def corners(
     shapes: Shapes, locations: Float[Tensor, "B Q M L P 2"], weights: Float[Tensor, "B Q M L P"]
 ) -> tuple[Int32[Tensor, "B Q M 4*L*P"], Float[Tensor, "B Q M 4*L*P"]]:
-    """Return which cells every head of a query looks at, the four around each location, and how much each counts."""
+    """Return the cells that each head of a query samples, the four around each location, and their weights."""
     cells, factors, first = [], [], 0
     for level, (height, wide) in enumerate(shapes):
         # Clamping does not change a sample that lies outside, and keeps far ones within the range of int32.

@@ -1,40 +1,50 @@
-"""Fields of numbers resized and cut to masks by the C library (fields.c), on the CPU, which must have it."""
+"""Fields (maps of numbers) resized and thresholded to masks by the C library (fields.c), on the CPU.
+
+The library must be available. Every function raises a MasksetError for arguments that C cannot read safely.
+"""
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
+from maskset.errors import MasksetError
 from maskset.kernels import library, runs
-from maskset.kernels.runs import Counts
+from maskset.kernels.runs import MIN_MASKS_PER_THREAD, Counts
 
-# What each cell of a result sees along an axis: two cells, low and high, which never go back, and how much of each, near and far.
-Taps = tuple[Int64[Tensor, "_"], Int64[Tensor, "_"], Tensor, Tensor]
-_LEAST = 16  # fields that are worth a thread's attention
+# For each cell of a result along one axis: the indices of two source cells, low and high, neither decreasing, and their weights.
+Taps = tuple[Int[Tensor, "_"], Int[Tensor, "_"], Tensor, Tensor]
 
 
 def paste(fields: Float32[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple[int, int], threshold: float) -> list[Counts]:
     """Return where fields, stretched over boxes in an image of `size` (height, width), reach a threshold."""
-    fields, boxes, height, width = fields.contiguous(), boxes.double().contiguous(), *size
-    work, bound = library.function("fields_paste"), _below(threshold)
+    height, width = library.check_size(size)
+    side = fields.shape[-1] if isinstance(fields, Tensor) and fields.ndim else 0
+    if not 0 < side < 2**15:
+        raise MasksetError(
+            f"fields must be squares [n S S] of at least one cell and fewer than 2^15 a side, got a side of {side}."
+        )
+    fields = library.check("fields", fields, (None, side, side), torch.float32)
+    boxes = library.check("boxes", boxes, (len(fields), 4)).double()
+    fields_paste, bound = library.function("fields_paste"), _just_below(threshold)
 
     def write(out: Tensor, starts: Tensor, needed: Tensor, first: int, end: int) -> None:
         scratch = torch.empty(7 * height + 4 * width)
-        work(fields, boxes, fields.shape[1], bound, height, width, out, starts, needed, scratch, first, end)
+        fields_paste(fields, boxes, side, bound, height, width, out, starts, needed, scratch, first, end)
 
     covered = (boxes[:, 2] - boxes[:, 0]).nan_to_num(0).clamp(0, width)
-    return runs.written(write, runs.probable(covered.long()))
+    return runs.collect(write, runs.estimated_counts(covered.long()))
 
 
 def parts(
     begins: Int64[Tensor, "n"], apart: Int64[Tensor, "n"], rows: Int64[Tensor, "n 4"], columns: Int64[Tensor, "n 4"]
 ) -> Int64[Tensor, "n 8"]:
-    """Return what `resize` and `cut` need to know of parts of fields.
+    """Return the description of parts of fields that `resize` and `cut` read.
 
     Args:
-        begins: where the cells of each begin.
-        apart: how far apart their rows lie.
-        rows: the first row of cells and their end, the first row of pixels to be made and their end.
-        columns: the same.
+        begins: where the cells of each part begin.
+        apart: distance between its rows.
+        rows: first source row and its end, first target row and its end.
+        columns: the same for columns.
     """
     return torch.stack([begins, apart, rows[:, 0], columns[:, 0], *rows[:, 2:].unbind(1), *columns[:, 2:].unbind(1)], 1)
 
@@ -42,41 +52,81 @@ def parts(
 def resize(
     cells: Float32[Tensor, "_"], parts: Int64[Tensor, "n 8"], rows: Taps, columns: Taps
 ) -> tuple[Float32[Tensor, "_"], Int64[Tensor, "n"]]:
-    """Return parts of resized fields, one after the other, and where each begins.
+    """Return parts of resized fields, concatenated, and where each begins.
 
     Args:
         cells: the numbers of all fields.
         parts: see the function of that name.
-        rows: what each row of the whole result sees: which never go back.
-        columns: what each column sees.
+        rows: the taps of each row of the whole result.
+        columns: the taps of each column.
     """
+    rows, columns = check_taps("rows", rows), check_taps("columns", columns)
+    cells, parts = _check_parts(cells, parts, rows, columns)
     starts = runs.starts_of((parts[:, 5] - parts[:, 4]) * (parts[:, 7] - parts[:, 6]))
-    out, work, taps = torch.empty(int(starts[-1])), library.function("fields_resize"), [*_passed(rows), *_passed(columns)]
-    widest = int(columns[1][-1:].sum()) + 1
+    out, fields_resize, widest = torch.empty(int(starts[-1])), library.function("fields_resize"), int(columns[1][-1:].sum()) + 1
 
     def write(first: int, end: int) -> None:
-        work(cells, parts, *taps, out, starts, torch.empty(widest), first, end)
+        fields_resize(cells, parts, *rows, *columns, out, starts, torch.empty(widest), first, end)
 
-    library.parallel_for(write, len(parts), _LEAST)
+    library.parallel_for(write, len(parts), MIN_MASKS_PER_THREAD)
     return out, starts[:-1]
 
 
 def cut(cells: Float32[Tensor, "_"], parts: Int64[Tensor, "n 8"], rows: Taps, columns: Taps, threshold: float) -> list[Counts]:
-    """Return the run lengths of where fields, resized as by `resize` to the size of the image, exceed a threshold."""
-    height, width = len(rows[0]), len(columns[0])
-    work, bound, taps = library.function("fields_cut"), torch.tensor([threshold]), [*_passed(rows), *_passed(columns)]
+    """Return the run lengths of where fields, resized to the size of the image as by `resize`, exceed a threshold."""
+    rows, columns = check_taps("rows", rows), check_taps("columns", columns)
+    cells, parts = _check_parts(cells, parts, rows, columns)
+    height, width = library.check_size((len(rows[0]), len(columns[0])))
+    fields_cut, bound = library.function("fields_cut"), torch.tensor([threshold], dtype=torch.float32)
 
     def write(out: Tensor, starts: Tensor, needed: Tensor, first: int, end: int) -> None:
-        work(cells, parts, *taps, bound, height, width, out, starts, needed, torch.empty(5 * height), first, end)
+        scratch = torch.empty(5 * height)
+        fields_cut(cells, parts, *rows, *columns, bound, height, width, out, starts, needed, scratch, first, end)
 
-    return runs.written(write, runs.probable(parts[:, 7] - parts[:, 6]))
-
-
-def _passed(taps: Taps) -> list[Tensor]:
-    low, high, near, far = taps
-    return [low.int().contiguous(), high.int().contiguous(), near.float().contiguous(), far.float().contiguous()]
+    return runs.collect(write, runs.estimated_counts(parts[:, 7] - parts[:, 6]))
 
 
-def _below(threshold: float) -> Float32[Tensor, "1"]:
-    """Return the number before a threshold: what exceeds it reaches the threshold."""
-    return torch.tensor([threshold]).nextafter(torch.tensor([-torch.inf]))
+def check_taps(name: str, taps: Taps, dtype: torch.dtype = torch.float32) -> Taps:
+    """Return the taps as C reads them, indices as int32 and weights in a type.
+
+    Raises:
+        MasksetError: the four do not have the same length, or an index is negative, beyond 2^31 or decreases.
+    """
+    if len(taps) != 4 or not all(isinstance(tap, Tensor) and tap.ndim == 1 for tap in taps):
+        raise MasksetError(f"{name} must be four one-dimensional tensors: low, high and their two weights.")
+    low, high = (library.check(f"{name} index", tap, (len(taps[0]),), torch.int64, torch.int32) for tap in taps[:2])
+    near, far = (library.check(f"{name} weight", tap, (len(low),), *library.NUMBERS) for tap in taps[2:])
+    for index in (low, high):
+        if len(index) and (int(index[0]) < 0 or int(index[-1]) >= 2**31 or bool((index.diff() < 0).any())):
+            raise MasksetError(f"{name} indices must be 0 or more, below 2^31, and must not decrease.")
+    if bool((low > high).any()):
+        raise MasksetError(f"{name} indices: the low one must not exceed the high one.")
+    return low.int(), high.int(), near.to(dtype), far.to(dtype)
+
+
+def _check_parts(cells: Tensor, parts: Tensor, rows: Taps, columns: Taps) -> tuple[Tensor, Tensor]:
+    """Return both without gaps.
+
+    Raises:
+        MasksetError: a part would read outside of the cells, or its target does not lie inside the result.
+    """
+    cells = library.check("cells", cells, (None,), torch.float32)
+    parts = library.check("parts", parts, (None, 8), torch.int64)
+    begins, apart, row, column, top, bottom, left, right = parts.unbind(1)
+    inside = (top >= 0) & (bottom <= len(rows[0])) & (left >= 0) & (right <= len(columns[0]))
+    drawn = (bottom > top) & (right > left)  # the others read nothing
+    if not bool((inside & (bottom >= top) & (right >= left)).all()):
+        raise MasksetError("parts must lie inside the result and end where they begin, or later.")
+    begins, apart, row, column, top, bottom, left, right = parts[drawn].unbind(1)
+    above, below = rows[0][top] - row, rows[1][bottom - 1] - row  # the source rows and columns, from the first of the part
+    before, behind = columns[0][left] - column, columns[1][right - 1] - column
+    few = (apart >= 0) & (apart <= len(cells)) & (begins >= 0) & (begins <= len(cells)) & (below <= len(cells))  # no overflow
+    reads = (row >= 0) & (column >= 0) & (above >= 0) & (before >= 0) & (begins + below * apart + behind < min(len(cells), 2**31))
+    if not bool((few & reads).all()):
+        raise MasksetError(f"parts read cells outside of the {len(cells)} that there are.")
+    return cells, parts
+
+
+def _just_below(threshold: float) -> Float32[Tensor, "1"]:
+    """Return the largest number below a threshold: what exceeds it reaches the threshold."""
+    return torch.tensor([threshold], dtype=torch.float32).nextafter(torch.tensor([-torch.inf], dtype=torch.float32))

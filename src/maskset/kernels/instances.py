@@ -1,6 +1,7 @@
-"""The instance-aware transformer by the C library: one pass over the cells, nothing in between is stored.
+"""SOIT's instance-aware transformer by the C library (instances.c): one pass over the cells, without intermediate results.
 
-As an operator of PyTorch it keeps its inputs between forward and backward, and looks at every cell again to differentiate.
+It is a PyTorch operator. For the backward pass it saves only its inputs and recomputes every cell.
+The plain twin is `maskset.masks.heads.instance_transformer`.
 """
 
 import ctypes
@@ -9,23 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskset.errors import MasksetError
 from maskset.kernels import library
 
-LIMIT = 32  # of the channels, and of heads * points: instances.c has room for so many
+LIMIT = 32  # of the channels and of heads * points, as in instances.c
 _TYPES = {torch.float32: "f32", torch.float64: "f64"}
-_GROUPS = 8  # of instances, each of which sums gradients for the map by itself
+_GROUPS = 8  # of instances; each group sums the gradients of the map separately
 
 
 def usable(features: Tensor, weights: Tensor, centres: Tensor, heads: int, points: int) -> bool:
-    """Return whether there is a kernel for a map [C h w] on its device, in its type and with so many heads and points.
+    """Return whether the kernel supports a map [C h w], weights of its type, and this number of heads and points.
 
-    The weights must be of the same type, and nobody may want the gradient of the centres.
+    The kernel computes no gradient of the centres.
     """
     channels, height, width = features.shape
     fits = channels <= LIMIT and heads * points <= LIMIT and channels % 2 == 0 and channels * height * width < 2**31
-    typed = features.dtype in _TYPES and weights.dtype == features.dtype
-    learnt = centres.requires_grad and torch.is_grad_enabled()
-    return features.device.type == "cpu" and typed and fits and not learnt and library.handle() is not None
+    same_type = features.dtype in _TYPES and weights.dtype == features.dtype
+    differentiated = centres.requires_grad and torch.is_grad_enabled()
+    return same_type and fits and not differentiated and library.supports(features.device)
 
 
 @torch.library.custom_op("maskset::instance_transformer", mutates_args=())
@@ -43,16 +45,20 @@ def fused(
     """Return mask logits [n h w].
 
     Args:
-        features: what asks, [h w C].
-        values: what is seen, [h w C]: zero on padding.
-        rows: where an instance sees each row, [n 2 h C/2], in columns beside the image and in it.
-        columns: where it sees each column, [n 2 w C/2], in rows beside the image and in it.
-        row_in: [h] whether a row is the image's, uint8.
-        column_in: [w] whether a column is.
-        mixing: [n C+1 3 S], how a query (the last row: its bias) becomes x, y and score of each of S = heads * points samples.
-        output: [n C+1], how what was seen becomes a logit.
+        features: the queries, [h w C].
+        values: the sampled map, [h w C], zero on padding.
+        rows: position encoding of each row for each instance, [n 2 h C/2], for columns outside and inside the image.
+        columns: position encoding of each column, [n 2 w C/2], for rows outside and inside the image.
+        row_in: [h], uint8, whether a row lies inside the image.
+        column_in: [w], the same for columns.
+        mixing: [n C+1 3 S], weights (the last row: bias) from a query to x, y and score of each of S = heads * points samples.
+        output: [n C+1], weights and bias from the sampled values to a logit.
         heads: M.
+
+    Raises:
+        MasksetError: the tensors do not fit together.
     """
+    _check(features, values, rows, columns, row_in, column_in, mixing, output, heads)
     logits = features.new_empty(len(mixing), *features.shape[:2])
     inputs, sizes = _inputs(features, values, rows, columns, row_in, column_in, mixing, output), _sizes(features, mixing, heads)
     work = library.function(f"instance_transformer_{_TYPES[features.dtype]}")
@@ -79,11 +85,13 @@ def fused_backward(
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of features, values, mixing and output."""
+    _check(features, values, rows, columns, row_in, column_in, mixing, output, heads)
+    grad = library.check("grad", grad, (len(mixing), *features.shape[:2]), features.dtype)
     groups = min(_GROUPS, len(mixing))
     of_map = features.new_zeros(2, groups, *features.shape)
     of_mixing, of_output = torch.zeros_like(mixing), torch.zeros_like(output)
     inputs, sizes = _inputs(features, values, rows, columns, row_in, column_in, mixing, output), _sizes(features, mixing, heads)
-    gradients, grad = _inputs(of_map[0], of_map[1], of_mixing, of_output), grad.contiguous()
+    gradients = _inputs(of_map[0], of_map[1], of_mixing, of_output)
     work = library.function(f"instance_transformer_backward_{_TYPES[features.dtype]}")
     library.parallel_for(lambda first, end: work(inputs, grad, gradients, groups, sizes, first, end), groups)
     of_features, of_values = of_map.sum(1)
@@ -108,6 +116,35 @@ def _differentiate(ctx, grad: Tensor):
 fused.register_autograd(_differentiate, setup_context=_keep)
 
 
+def _check(
+    features: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    row_in: Tensor,
+    column_in: Tensor,
+    mixing: Tensor,
+    output: Tensor,
+    heads: int,
+) -> None:
+    dtype = library.check("features", features, (None, None, None), *_TYPES).dtype
+    height, width, channels = features.shape
+    count, samples = (mixing.shape[0], mixing.shape[-1]) if mixing.ndim == 4 else (0, 0)
+    few = 0 < channels <= LIMIT and 0 < samples <= LIMIT and channels * height * width < 2**31
+    if not few or channels % 2 or heads < 1 or channels % heads or samples % heads:
+        raise MasksetError(
+            f"the kernel needs an even number of channels and some samples, both multiples of the heads and up to {LIMIT}; "
+            f"got {channels} channels, {samples} samples and {heads} heads."
+        )
+    library.check("values", values, (height, width, channels), dtype)
+    library.check("rows", rows, (count, 2, height, channels // 2), dtype)
+    library.check("columns", columns, (count, 2, width, channels // 2), dtype)
+    library.check("row_in", row_in, (height,), torch.uint8)
+    library.check("column_in", column_in, (width,), torch.uint8)
+    library.check("mixing", mixing, (count, channels + 1, 3, samples), dtype)
+    library.check("output", output, (count, channels + 1), dtype)
+
+
 class _Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_ssize_t) for name in ("instances", "height", "width", "channels", "heads", "points")]
 
@@ -117,5 +154,5 @@ def _sizes(features: Tensor, mixing: Tensor, heads: int) -> Any:
 
 
 def _inputs(*tensors: Tensor) -> Any:
-    """Return a C structure of the tensors' addresses."""
+    """Return a C structure with the tensors' addresses."""
     return (ctypes.c_void_p * len(tensors))(*(library.address(tensor) for tensor in tensors))

@@ -14,9 +14,9 @@ from maskset.errors import AttentionError
 from maskset.kernels import library
 from maskset.kernels.attention_plain import Shapes, by_bags, by_gathering, by_samples
 
-CHOICE = "MASKSET_ATTENTION"  # this environment variable names the implementation; without it the fastest that works is taken
+ATTENTION_ENV = "MASKSET_ATTENTION"  # environment variable that names the implementation; the default is the fastest available
 PLAIN = {"reference": by_samples, "bag": by_bags, "gather": by_gathering}
-FUSED = {"c": "cpu", "triton": "cuda"}  # which device each is for
+FUSED = {"c": "cpu", "triton": "cuda"}  # and the device type that each supports
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -37,9 +37,9 @@ def deformable_attention(
         weights: of the samples.
 
     Raises:
-        AttentionError: MASKSET_ATTENTION names an implementation that does not work here.
+        AttentionError: MASKSET_ATTENTION names an implementation that is not available here.
     """
-    name = os.environ.get(CHOICE) or _fastest(value)
+    name = os.environ.get(ATTENTION_ENV) or _fastest(value)
     if name in PLAIN:
         return PLAIN[name](value.to(locations.dtype), shapes, locations, weights).to(value.dtype)
     _check(name, value)
@@ -49,55 +49,58 @@ def deformable_attention(
 
 
 def implementations() -> dict[str, str | None]:
-    """Return every implementation by name, with why it does not work on this machine, or None where it does."""
-    return {name: _why_not(name) for name in (*FUSED, *PLAIN)}
+    """Return every implementation by name, with the reason why it is unavailable on this machine, or None."""
+    return {name: _unavailable_reason(name) for name in (*FUSED, *PLAIN)}
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Let one implementation compute deformable attention inside of a `with` block, in all threads."""
-    before = os.environ.get(CHOICE, "")
-    os.environ[CHOICE] = name
+    """Use one implementation of deformable attention inside a `with` block, in all threads."""
+    before = os.environ.get(ATTENTION_ENV)
+    os.environ[ATTENTION_ENV] = name
     try:
         yield
     finally:
-        os.environ[CHOICE] = before
+        if before is None:
+            del os.environ[ATTENTION_ENV]
+        else:
+            os.environ[ATTENTION_ENV] = before
 
 
 def _fastest(value: Tensor) -> str:
     if torch.compiler.is_exporting():
         return "gather"
     for name, device in FUSED.items():
-        if value.device.type == device and _why_not(name) is None:
+        if value.device.type == device and _unavailable_reason(name) is None:
             return name
-    return "bag" if value.shape[3] >= 8 else "reference"  # the bags' lists of rows weigh more than rows of a few numbers
+    return "bag" if value.shape[3] >= 8 else "reference"  # for narrow rows, listing the rows costs more than it saves
 
 
-def _why_not(name: str) -> str | None:
+def _unavailable_reason(name: str) -> str | None:
     if name == "c":
         return library.unavailable_reason()
-    return _why_no_triton() if name == "triton" else None
+    return _no_triton_reason() if name == "triton" else None
 
 
-def _why_no_triton() -> str | None:
+def _no_triton_reason() -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
     return None if _TRITON else "Triton is not installed: `pip install triton`"
 
 
 def _check(name: str, value: Tensor) -> None:
-    """Raise an AttentionError where a fused implementation does not exist, or not for this machine or tensor."""
+    """Raise an AttentionError if a fused implementation does not exist or is unavailable for this machine or tensor."""
     if name not in FUSED:
-        raise AttentionError(f"there is no implementation {name!r} ({CHOICE}); there are {', '.join([*FUSED, *PLAIN])}.")
-    why = _why_not(name)
+        raise AttentionError(f"there is no implementation {name!r} ({ATTENTION_ENV}); there are {', '.join([*FUSED, *PLAIN])}.")
+    why = _unavailable_reason(name)
     if why is None and value.device.type != FUSED[name]:
         why = f"it is for tensors on {FUSED[name]}, these are on {value.device.type}"
     if why is not None:
-        raise AttentionError(f"{CHOICE}={name} cannot be used: {why}. Unset it, and the fastest that works is taken.")
+        raise AttentionError(f"{ATTENTION_ENV}={name} cannot be used: {why}. Unset it to use the fastest available one.")
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at `points` places of each level around its reference, for each head; the places depend on the query.
+    """Attention in which each head of a query samples `points` locations of each level, predicted from the query.
 
     Args:
         width: C, of queries and values.
@@ -116,7 +119,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the start of Deformable DETR: point p of a head looks p + 1 cells away in that head's direction, all alike."""
+        """Initialise as Deformable DETR does: point p of a head lies p + 1 cells away in the direction of that head."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -139,7 +142,7 @@ class DeformableAttention(nn.Module):
         shapes: Shapes,
         padding: Bool[Tensor, "B S"],
     ) -> Float[Tensor, "B Q C"]:
-        """Return what each query saw.
+        """Return the projected weighted samples of each query.
 
         Args:
             query: content and position of each query.

@@ -20,8 +20,8 @@ typedef struct {
 INLINE void NAME(ask)(NAME(Look) * l, const NAME(Inputs) * in, const Sizes *z, ptrdiff_t channels, ptrdiff_t instance,
                       ptrdiff_t row, ptrdiff_t column) {
     ptrdiff_t half = channels / 2, cell = row * z->width + column;
-    const REAL *from_row = in->rows + ((instance * 2 + in->column_in[column]) * z->height + row) * half;
-    const REAL *from_column = in->columns + ((instance * 2 + in->row_in[row]) * z->width + column) * half;
+    const REAL *from_row = in->rows + ((instance * 2 + (in->column_in[column] != 0)) * z->height + row) * half;
+    const REAL *from_column = in->columns + ((instance * 2 + (in->row_in[row] != 0)) * z->width + column) * half;
     for (ptrdiff_t c = 0; c < half; c++) {
         l->query[c] = in->features[cell * channels + c] + from_row[c];
         l->query[half + c] = in->features[cell * channels + half + c] + from_column[c];

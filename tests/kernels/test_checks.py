@@ -1,0 +1,47 @@
+"""What the Python functions in front of the C library refuse, and what their errors say."""
+
+import re
+
+import pytest
+import torch
+
+from maskset import rle
+from maskset.errors import AttentionError, MasksetError
+from maskset.instances import Masks
+from maskset.kernels import library, targets
+from maskset.kernels.attention_plain import check_attention
+
+
+@pytest.mark.parametrize("boxes", [torch.ones(3, 0), torch.ones(3, 3), torch.ones(3), torch.ones(3, 4, dtype=torch.bool)])
+def test_wrong_boxes_are_named_in_the_error(boxes):
+    if why := library.unavailable_reason():
+        pytest.skip(why)
+    masks = Masks.from_dense(torch.ones(3, 5, 6, dtype=torch.bool))
+    got = re.escape(f"got shape {list(boxes.shape)}, {str(boxes.dtype).removeprefix('torch.')}")
+    with pytest.raises(MasksetError, match=rf"boxes must be a tensor of shape \[3, 4\].*{got}"):
+        without_shape_checks(targets.crop)(masks.view(), boxes, 28)
+
+
+@pytest.mark.parametrize("shapes", [((10**6, 10**6), (-(10**6), 10**6), (2, 3)), ((-2, -3),)])
+def test_levels_with_negative_sides_are_refused(shapes):
+    samples = (1, 2, 1, len(shapes), 1)
+    with pytest.raises(AttentionError, match="do not fit levels of"):
+        without_shape_checks(check_attention)(torch.ones(1, 6, 1, 2), shapes, torch.ones(*samples, 2), torch.ones(samples))
+
+
+def test_both_paths_take_every_number_but_zero_for_a_set_pixel(both):
+    labels = torch.tensor([[[0, 1, 2, 2], [0, 3, 0, 0]]], dtype=torch.uint8)
+    for counts in both(lambda: without_shape_checks(rle.encode)(labels)):
+        assert rle.areas(counts).tolist() == [4]
+
+
+@pytest.mark.parametrize("native", ["on", "off"])
+def test_probabilities_are_not_taken_for_masks(native, monkeypatch):
+    monkeypatch.setenv(library.NATIVE_ENV, native)
+    with pytest.raises(MasksetError, match=r"masks must be boolean \[T h w\], got torch.float32 .*masks > 0.5"):
+        without_shape_checks(rle.encode)(torch.rand(1, 2, 3))
+
+
+def without_shape_checks(function):
+    """Return the function as users call it, without the checks of jaxtyping that the tests add."""
+    return getattr(function, "__wrapped__", function)
