@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from maskset.codecs import reconstructed
+from maskset.codec_tools.compare import reconstruct
 from maskset.data import open_data
 from maskset.instances import Masks
 from maskset.masks.codecs.dct import DctCodec
@@ -29,7 +29,7 @@ def main(data: str = "shapes", images: int = 20) -> dict[int, float]:
         overlaps = []
         for index in range(min(images, len(dataset))):
             objects = dataset.objects(index)
-            overlaps.append(iou(objects.masks, reconstructed(codec, objects.masks, objects.boxes)))
+            overlaps.append(iou(objects.masks, reconstruct(codec, objects.masks, objects.boxes)))
         means[length] = float(torch.cat(overlaps).mean())
         print(f"{length:4} numbers: mean IoU {means[length]:.3f}")
     return means

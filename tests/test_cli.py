@@ -163,7 +163,7 @@ def test_a_device_that_is_not_there_is_named(capsys, untrained):
 
 
 def test_a_code_with_nothing_to_learn_is_not_fitted(capsys, tmp_path):
-    assert "'dct' has nothing to learn" in refusal(capsys, "codecs", "fit", "dct", "shapes", str(tmp_path / "code.safetensors"))
+    assert "'dct' cannot be fitted" in refusal(capsys, "codecs", "fit", "dct", "shapes", str(tmp_path / "code.safetensors"))
     assert "codecs fit, codecs compare" in refusal(capsys, "codecs")
 
 

@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": GROUND | {"data"},
     "checkpoint": GROUND | {"systems", "recipe"},
     "conversion": GROUND | {"layers", "masks", "systems", "checkpoint", "recipes", "conversion"},
-    "codecs": GROUND | {"masks", "data", "checkpoint", "inference", "evaluation"},
+    "codec_tools": GROUND | {"masks", "data", "checkpoint", "evaluation", "codec_tools"},
     "inference": GROUND | {"systems", "data", "checkpoint", "inference"},
     "evaluation": GROUND | {"systems", "data", "checkpoint", "inference", "evaluation"},
     "training": PARTS | {"systems", "data", "checkpoint", "inference", "evaluation", "recipe", "recipes", "training"},

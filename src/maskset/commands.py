@@ -160,7 +160,7 @@ def _compare(given: Namespace) -> None:
 
 
 def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("kind", metavar="KIND", help="pca, sparse, logit-pca or autoencoder; the other codes learn nothing")
+    parser.add_argument("kind", metavar="KIND", help="pca, sparse, logit-pca or autoencoder; the others need no fitting")
     parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or the word shapes")
     parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--size", type=int, help="side of the box-local mask, pixels (default: 28, for autoencoder 112)")
@@ -171,10 +171,10 @@ def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _codecs_fit(given: Namespace) -> None:
-    """Learn a mask code from the masks of a data set."""
-    from maskset.codecs import fit
+    """Fit a mask codec to the masks of a data set."""
+    from maskset.codec_tools.fit import fit_codec
 
-    codec = fit(
+    codec = fit_codec(
         given.kind,
         given.data,
         given.out,
@@ -183,7 +183,7 @@ def _codecs_fit(given: Namespace) -> None:
         beta=given.beta,
         steps=given.steps,
         split=given.split,
-        most_masks=given.most_masks,
+        max_masks=given.max_masks,
         skip_broken=given.skip_broken,
     )
     print(f"written to {given.out}: {given.kind}, {codec.length} numbers for a mask of {codec.size} x {codec.size} pixels")
@@ -191,17 +191,17 @@ def _codecs_fit(given: Namespace) -> None:
 
 def _codecs_compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("data", nargs="+", metavar="DATA", help="data folders, COCO JSON files, or the word shapes")
-    parser.add_argument("--learn-from", default="train", metavar="SPLIT", help="part that codes learn from (default: train)")
+    parser.add_argument("--fit-split", default="train", metavar="SPLIT", help="part of the data to fit to (default: train)")
     parser.add_argument("--out", type=_new_json, metavar="FILE", help="write the table as JSON here")
     _add_masks(parser, "val")
 
 
 def _codecs_compare(given: Namespace) -> None:
-    """Print how much of real masks each mask code keeps: an upper bound of what a network can reach with it."""
-    from maskset.codecs import compare
+    """Print how well each mask codec reconstructs real masks: an upper bound for networks that use it."""
+    from maskset.codec_tools.compare import compare_codecs
 
-    comparison = compare(
-        given.data, split=given.split, learn_from=given.learn_from, most_masks=given.most_masks, skip_broken=given.skip_broken
+    comparison = compare_codecs(
+        given.data, split=given.split, fit_split=given.fit_split, max_masks=given.max_masks, skip_broken=given.skip_broken
     )
     print(comparison)
     if given.out:
@@ -315,7 +315,7 @@ def _usable_device(name: str) -> str:
 
 def _add_masks(parser: ArgumentParser, split: str) -> None:
     parser.add_argument("--split", default=split, help=f"part of the data (default: {split})")
-    parser.add_argument("--most-masks", type=int, default=20_000, metavar="N", help="masks to learn from (default: 20000)")
+    parser.add_argument("--max-masks", type=int, default=20_000, metavar="N", help="number of masks to fit to (default: 20000)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken annotations instead of stopping")
 
 

@@ -82,7 +82,7 @@ def test_the_iou_is_that_of_sets(count):
 def test_the_iou_does_not_depend_on_how_many_cells_are_counted_at_a_time(monkeypatch):
     masks = random_masks(9)
     expected = mask_iou(masks)
-    monkeypatch.setattr("maskset.masks.nms._CELLS", 100)
+    monkeypatch.setattr("maskset.masks.nms._MAX_CELLS", 100)
     assert torch.equal(mask_iou(masks), expected)
 
 

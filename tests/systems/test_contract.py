@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from fakes import Listed
 from tiny import TINY, batch, shapes
 
-from maskset import codecs, losses
+from maskset import losses
+from maskset.codec_tools.compare import reconstruct
 from maskset.errors import ConfigError, MatchingError
 from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
@@ -429,12 +430,12 @@ def best_results(model: System, examples: Examples) -> Iterator[tuple[int, Insta
 
 
 def after_the_code(model: Solq | Istr, found: Instances) -> Masks:
-    return codecs.reconstructed(model.codec, found.masks, found.boxes)
+    return reconstruct(model.codec, found.masks, found.boxes)
 
 
 def after_the_autoencoder(model: IstrSmt, found: Instances) -> Masks:
     """Return what is drawn without the context of an image, which can only add to it."""
-    return codecs.reconstructed(model.eval().codec, found.masks, found.boxes)
+    return reconstruct(model.eval().codec, found.masks, found.boxes)
 
 
 def after_the_quarter_map(model: Isda, found: Instances) -> Masks:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import TINY, batch, shapes, tiny_config
 
-from maskset import codecs
 from maskset.boxes import fractions
+from maskset.codec_tools.fit import fit_codec
 from maskset.errors import ConfigError, MatchingError
 from maskset.layers.refinement import RegionAttention
 from maskset.losses import squared_dice_loss
@@ -178,9 +178,9 @@ def test_boxes_that_are_not_finite_are_named():
 
 
 def test_a_code_must_be_learnt_or_read_before_it_is_used(tmp_path):
-    with pytest.raises(ConfigError, match="not been learnt"):
+    with pytest.raises(ConfigError, match="not been fitted"):
         step(tiny(prepared=False))
-    written = codecs.fit("logit-pca", "shapes", tmp_path / "code.safetensors", size=16, length=12, most_masks=50, progress=False)
+    written = fit_codec("logit-pca", "shapes", tmp_path / "code.safetensors", size=16, length=12, max_masks=50, progress=False)
     model = tiny(codec_weights=str(tmp_path / "code.safetensors"))
     assert torch.equal(model.codec.components, written.components)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import TINY, batch, shapes, tiny_config
 
-from maskset import codecs
 from maskset.boxes import fractions
+from maskset.codec_tools.fit import fit_codec
 from maskset.errors import ConfigError, MatchingError
 from maskset.masks.targets import crop
 from maskset.matching import Matches
@@ -119,10 +119,10 @@ def test_boxes_that_are_not_finite_are_named():
 
 def test_a_code_from_a_file_is_taken_as_it_is(tmp_path):
     path = tmp_path / "code.safetensors"
-    written = codecs.fit("logit-pca", "shapes", path, size=32, length=12, most_masks=50, progress=False)
+    written = fit_codec("logit-pca", "shapes", path, size=32, length=12, max_masks=50, progress=False)
     model = tiny(codec="logit-pca", codec_weights=str(path))
     assert torch.equal(model.codec.means, written.means)
-    with pytest.raises(ConfigError, match="not been learnt"):
+    with pytest.raises(ConfigError, match="not been fitted"):
         step(tiny(prepared=False))
 
 

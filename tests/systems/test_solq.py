@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import TINY, batch, shapes, tiny_config
 
-from maskset import codecs
+from maskset.codec_tools.fit import fit_codec
 from maskset.errors import ConfigError
 from maskset.instances import Category
 from maskset.structures import ModelOutput, SlotPredictions
@@ -59,12 +59,12 @@ def test_the_loss_of_the_truth_is_nearly_nothing():
 
 
 def test_a_learnt_code_must_be_learnt_before_it_is_used():
-    with pytest.raises(ConfigError, match="not been learnt"):
+    with pytest.raises(ConfigError, match="not been fitted"):
         step(tiny(codec="pca", mask_size=16, code_length=8))
 
 
 def test_a_code_from_a_file_is_taken_as_it_is(tmp_path):
-    codecs.fit("pca", "shapes", tmp_path / "code.safetensors", size=16, length=8, most_masks=50)
+    fit_codec("pca", "shapes", tmp_path / "code.safetensors", size=16, length=8, max_masks=50)
     model = tiny(codec="pca", mask_size=16, code_length=8, codec_weights=str(tmp_path / "code.safetensors"))
     model.prepare(iter(()))
     assert torch.isfinite(step(model)["mask_code"])

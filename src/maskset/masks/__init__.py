@@ -1,1 +1,1 @@
-"""How numbers become a mask, and what a system learns from."""
+"""Mask targets, painting, resizing, NMS, codecs and heads."""

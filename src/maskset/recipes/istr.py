@@ -18,7 +18,7 @@ def istr_r50() -> Recipe:
     --train.drop-epochs 9 11 --train.steps none. All weights have the learning rate of the backbone.
     Start: torchvision's first ResNet-50, which detectron2 has as ImageNetPretrained/torchvision/R-50.pkl, is timm's tv_in1k.
     The mask code is learnt from the first 20,000 masks before the first step, officially from all: `maskset codecs fit logit-pca
-    COCO CODE --most-masks 900000` and --model.codec-weights CODE.
+    COCO CODE --max-masks 900000` and --model.codec-weights CODE.
     Expect: box / mask AP 46.8 / 38.6 on test-dev (paper, table 2); mask AP 34.2 on val2017 after 12 epochs (table 1).
     Status: the network, its losses and gradients are tested against the official code; not trained on COCO here. Warm-up is from
     0.001 instead of 0.01 of the learning rate.

@@ -27,6 +27,7 @@ from maskset.layers.refinement import DynamicAttention, RegionAttention, RegionE
 from maskset.layers.roi import pyramid_roi_align, readable
 from maskset.losses import name_by_layer, squared_dice_loss, sum_by_layer
 from maskset.masks.codecs import files as codec_files
+from maskset.masks.codecs.fittable import MAX_SIZE
 from maskset.masks.codecs.flatten import FlattenCodec
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.paint import paste_soft
@@ -76,8 +77,8 @@ class IstrConfig(SystemConfig):
         check_heads(self, "hidden_dim", "num_heads")
         if self.image_feature == "none" and not self.position_embedding:
             raise ConfigError("model.image_feature none needs model.position_embedding: else all object features start as zero.")
-        if self.mask_size > codec_files.GREATEST:
-            raise ConfigError(f"model.mask_size must be at most {codec_files.GREATEST}, got {self.mask_size}.")
+        if self.mask_size > MAX_SIZE:
+            raise ConfigError(f"model.mask_size must be at most {MAX_SIZE}, got {self.mask_size}.")
         pixels = self.mask_size**2
         if not 1 <= self.code_length <= pixels or (self.codec == "flatten" and self.code_length != pixels):
             allowed = pixels if self.codec == "flatten" else f"1 ... {pixels}"

@@ -29,6 +29,7 @@ from maskset.losses import name_by_layer, squared_dice_loss
 from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs.autoencoder import CONTEXT_CHANNELS, AutoencoderCodec
 from maskset.masks.codecs.dct import DctCodec
+from maskset.masks.codecs.fittable import MAX_SIZE
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.paint import paste_soft
 from maskset.masks.targets import crop
@@ -74,8 +75,8 @@ class IstrSmtConfig(SystemConfig):
         super().__post_init__()
         check_heads(self, "hidden_dim", "num_heads")
         check_between(self, "model", "averaged_stages", 1, self.stages)
-        if not 32 <= self.mask_size <= codec_files.GREATEST or self.mask_size % 16:
-            most = codec_files.GREATEST
+        if not 32 <= self.mask_size <= MAX_SIZE or self.mask_size % 16:
+            most = MAX_SIZE
             raise ConfigError(f"model.mask_size must be 32, 48, 64 or another multiple of 16 up to {most}, got {self.mask_size}.")
         if self.code_length > self.mask_size**2:
             raise ConfigError(f"model.code_length must be 1 ... {self.mask_size**2}, got {self.code_length}.")

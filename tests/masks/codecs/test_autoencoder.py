@@ -2,7 +2,8 @@ import pytest
 import torch
 from tiny import shapes
 
-from maskset import codecs
+from maskset.codec_tools import compare
+from maskset.codec_tools.fit import fit_codec
 from maskset.errors import ConfigError
 from maskset.masks.codecs import MaskCodec, autoencoder
 from maskset.masks.codecs import files as codec_files
@@ -41,7 +42,7 @@ def test_learning_does_not_depend_on_what_else_is_random_nor_on_batches(masks):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_the_encoder_is_fixed_once_it_is_learnt_and_the_decoder_is_not(fitted):
+def test_the_encoder_is_frozen_once_it_is_fitted_and_the_decoder_is_not(fitted):
     assert not any(parameter.requires_grad for parameter in fitted.encoder.parameters())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in fitted.first.parameters())
 
@@ -74,11 +75,33 @@ def test_in_training_a_mask_is_normalised_by_those_beside_it(masks, fitted):
 
 def test_a_code_that_was_not_fitted_or_has_nothing_to_learn_from_says_so():
     codec = AutoencoderCodec(32, 16)
-    with pytest.raises(ConfigError, match=r"AutoencoderCodec\(32, 16\) has not been learnt"):
+    with pytest.raises(ConfigError, match=r"AutoencoderCodec\(32, 16\) has not been fitted"):
         codec.encode(torch.zeros(1, 32, 32))
-    with pytest.raises(ConfigError, match="cannot be learnt from 0 masks"):
+    with pytest.raises(ConfigError, match="cannot be fitted to 0 masks"):
         codec.fit(iter(()))
     assert not codec.fitted
+
+
+@pytest.mark.parametrize("was_fitted", [False, True])
+def test_an_interrupted_fit_leaves_a_codec_that_is_not_fitted(masks, monkeypatch, was_fitted):
+    codec = AutoencoderCodec(32, 8).eval()
+    if was_fitted:
+        codec.fit(masks, steps=1, progress=False)
+        codec.encode(masks[:1].float())
+    before = torch.get_rng_state()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(autoencoder, "squared_dice_loss", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        codec.fit(masks, steps=5, progress=False)
+    assert not codec.fitted
+    assert not codec.training
+    assert not any(parameter.requires_grad for parameter in codec.encoder.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ConfigError, match="has not been fitted"):
+        codec.encode(masks[:1].float())
 
 
 @pytest.mark.parametrize(("size", "length"), [(28, 16), (0, 16)])
@@ -90,12 +113,12 @@ def test_sizes_that_cannot_be_halved_four_times_are_refused(size, length):
 def test_a_file_of_it_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(autoencoder, "STEPS", 2)
     path = tmp_path / "code.safetensors"
-    written = codecs.fit("autoencoder", "shapes", path, size=32, length=8, most_masks=20, progress=False)
+    written = fit_codec("autoencoder", "shapes", path, size=32, length=8, max_masks=20, progress=False)
     codec = AutoencoderCodec(32, 8)
     codec_files.load(codec, path)
     assert torch.equal(codec.last.weight, written.last.weight)
     with pytest.raises(ConfigError, match="another multiple of 16 .*, got 30"):
-        codecs.fit("autoencoder", "shapes", tmp_path / "x.safetensors", size=30)
+        fit_codec("autoencoder", "shapes", tmp_path / "x.safetensors", size=30)
 
 
 def test_it_is_a_mask_codec():
@@ -103,14 +126,13 @@ def test_it_is_a_mask_codec():
 
 
 def test_a_mask_is_reconstructed_the_same_whatever_is_measured_with_it():
-    (code,) = [codecs.Code("autoencoder", 32, 16)]
-    codec = codecs._codec(code)
+    codec = compare._build(compare.CodecSpec("autoencoder", 32, 16))
     codec.fit(torch.cat([crop(found.masks, found.boxes, 32) for _, found in shapes(4)]), steps=20)
     assert not codec.training
     found = max((found for _, found in shapes(8)), key=len)
-    together = codecs.reconstructed(codec, found.masks, found.boxes)
+    together = compare.reconstruct(codec, found.masks, found.boxes)
     assert len(found) > 1
-    assert together[:1] == codecs.reconstructed(codec, found.masks[:1], found.boxes[:1])
+    assert together[:1] == compare.reconstruct(codec, found.masks[:1], found.boxes[:1])
 
 
 @pytest.mark.parametrize(("size", "length", "message"), [(16, 8, "size of 32, 48, 64 .*got 16"), (32, 0, "1 to 1024, got 0")])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from goldens import ellipses
 
-from maskset import codecs
+from maskset.codec_tools.fit import fit_codec
 from maskset.errors import ConfigError
 from maskset.masks.codecs import MaskCodec, logit_pca
 from maskset.masks.codecs import files as codec_files
@@ -39,7 +39,7 @@ def test_the_components_are_those_of_numpys_singular_value_decomposition(masks, 
     assert (fitted.components.gather(1, fitted.components.abs().argmax(1, keepdim=True)) > 0).all()
 
 
-def test_codes_of_the_masks_that_it_was_learnt_from_are_white(masks, fitted):
+def test_codes_of_the_masks_that_it_was_fitted_to_are_white(masks, fitted):
     torch.manual_seed(0)
     codes = fitted.encode(masks.float(), noisy=True)
     assert codes.mean(0).abs().max() < 0.1
@@ -96,7 +96,7 @@ def test_masks_too_large_for_the_whole_matrix_are_coded_nearly_as_well(masks, fi
 
 def test_one_mask_more_than_components_is_needed_since_the_mean_takes_one():
     masks = torch.rand(20, 12, 12, generator=torch.Generator().manual_seed(0)) > 0.5
-    with pytest.raises(ConfigError, match="20 numbers cannot be learnt from 20 masks: it needs at least 21"):
+    with pytest.raises(ConfigError, match="20 numbers cannot be fitted to 20 masks: it needs at least 21"):
         LogitPcaCodec(12, 20).fit(masks)
 
 
@@ -114,7 +114,7 @@ def test_gradients_pass_through_the_decoder_and_stay_out_of_the_code(fitted):
 
 
 def test_a_code_that_was_not_fitted_says_so():
-    with pytest.raises(ConfigError, match=r"LogitPcaCodec\(12, 20\) has not been learnt from masks yet: call fit"):
+    with pytest.raises(ConfigError, match=r"LogitPcaCodec\(12, 20\) has not been fitted: call fit"):
         LogitPcaCodec(12, 20).encode(torch.zeros(1, 12, 12))
 
 
@@ -122,7 +122,7 @@ def test_a_code_that_was_not_fitted_says_so():
 @pytest.mark.parametrize("count", [0, 19])
 def test_fewer_masks_than_components_are_refused_and_leave_the_code_as_it_was(size, count):
     codec = LogitPcaCodec(size, 20)
-    with pytest.raises(ConfigError, match=f"20 numbers cannot be learnt from {count} masks"):
+    with pytest.raises(ConfigError, match=f"20 numbers cannot be fitted to {count} masks"):
         codec.fit(torch.rand(count, size, size) > 0.5)
     assert not codec.fitted
 
@@ -134,11 +134,11 @@ def test_lengths_beyond_the_number_of_pixels_are_refused(length):
 
 
 def test_a_file_of_it_is_read_back_and_not_taken_for_another_code(tmp_path):
-    written = codecs.fit("logit-pca", "shapes", tmp_path / "code.safetensors", size=14, most_masks=80, length=12, progress=False)
+    written = fit_codec("logit-pca", "shapes", tmp_path / "code.safetensors", size=14, max_masks=80, length=12, progress=False)
     codec = LogitPcaCodec(14, 12)
     codec_files.load(codec, tmp_path / "code.safetensors")
     assert torch.equal(codec.components, written.components)
-    with pytest.raises(ConfigError, match="holds another mask code: length 12 instead of 11"):
+    with pytest.raises(ConfigError, match="holds another mask codec: length 12 instead of 11"):
         codec_files.load(LogitPcaCodec(14, 11), tmp_path / "code.safetensors")
 
 

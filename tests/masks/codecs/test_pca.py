@@ -66,9 +66,9 @@ def test_masks_too_large_for_the_whole_matrix_are_coded_nearly_as_well(masks, fi
 
 def test_a_code_that_was_not_fitted_says_so():
     codec = PcaCodec(12, 20)
-    with pytest.raises(ConfigError, match=r"PcaCodec\(12, 20\) has not been learnt from masks yet: call fit"):
+    with pytest.raises(ConfigError, match=r"PcaCodec\(12, 20\) has not been fitted: call fit"):
         codec.encode(torch.zeros(1, 12, 12))
-    with pytest.raises(ConfigError, match="has not been learnt"):
+    with pytest.raises(ConfigError, match="has not been fitted"):
         codec.decode(torch.zeros(1, 20))
 
 
@@ -82,7 +82,7 @@ def test_saved_weights_hold_the_fit(masks, fitted):
 @pytest.mark.parametrize("count", [0, 19])
 def test_fewer_masks_than_components_are_refused_and_leave_the_code_as_it_was(size, count):
     codec = PcaCodec(size, 20)
-    with pytest.raises(ConfigError, match=f"20 numbers cannot be learnt from {count} masks"):
+    with pytest.raises(ConfigError, match=f"20 numbers cannot be fitted to {count} masks"):
         codec.fit(torch.rand(count, size, size) > 0.5)
     assert not codec.fitted
 

@@ -110,9 +110,9 @@ def test_beta_grows_with_the_side_of_the_mask():
 
 
 def test_a_code_that_was_not_fitted_says_so():
-    with pytest.raises(ConfigError, match=r"SparseCodec\(12, 40\) has not been learnt"):
+    with pytest.raises(ConfigError, match=r"SparseCodec\(12, 40\) has not been fitted"):
         SparseCodec(12, 40).encode(torch.zeros(1, 12, 12))
-    with pytest.raises(ConfigError, match="has not been learnt"):
+    with pytest.raises(ConfigError, match="has not been fitted"):
         SparseCodec(12, 40).decode(torch.zeros(1, 40))
 
 
@@ -126,7 +126,7 @@ def test_saved_weights_hold_the_fit_and_its_beta(masks):
 
 def test_fewer_masks_than_atoms_are_refused(masks):
     codec = SparseCodec(12, 40)
-    with pytest.raises(ConfigError, match="40 numbers cannot be learnt from 39 masks"):
+    with pytest.raises(ConfigError, match="40 numbers cannot be fitted to 39 masks"):
         codec.fit(masks[:39])
     with pytest.raises(ConfigError, match="from 0 masks"):
         codec.fit([])

@@ -1,4 +1,4 @@
-"""How D numbers become a mask, and masks become targets."""
+"""Mask codecs: D numbers per box-local mask. `dct` and `flatten` are fixed, the others are fitted to masks (`fittable`)."""
 
 from typing import Protocol, runtime_checkable
 

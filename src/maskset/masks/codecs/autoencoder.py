@@ -1,46 +1,44 @@
-"""The autoencoder code of ISTR-SMT: a convolutional network learns to write a mask as D numbers, another to draw it from them."""
+"""The autoencoder codec of ISTR-SMT: one convolutional network encodes a mask as D numbers, another decodes them."""
 
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskset.errors import ConfigError
 from maskset.losses import squared_dice_loss
-from maskset.masks.codecs.files import GREATEST, MOST_MASKS, require_enough, require_fitted, rows
+from maskset.masks.codecs.fittable import MAX_MASKS, MAX_SIZE, FittableCodec
 from maskset.progress import track
 
-CONTEXT_CHANNELS = 32  # of the features that may be added to a mask while it is drawn
-BATCH, LEARNING_RATE = 64, 1e-3  # of learning
+CONTEXT_CHANNELS = 32  # of the features that may be added while a mask is decoded
+BATCH, LEARNING_RATE = 64, 1e-3
 STEPS = 3000
 
 
-class AutoencoderCodec(nn.Module):
+class AutoencoderCodec(FittableCodec):
     """Turns box-local masks into numbers by five convolutions, and back by doubling a small map four times.
 
-    The encoder is fixed once it has been learnt; the decoder may be trained on. Both have batch norm, whose statistics in
-    training are those of the masks at hand, so that a call in training mode must hold the masks that belong together, and no
-    others.
+    The encoder is frozen after `fit`; the decoder may be trained further. Both have batch norm, so in training mode one call
+    must hold exactly the masks whose statistics belong together.
 
     Args:
         size: side S of the mask, a multiple of 16 from 32 on, pixels.
-        length: D, how many numbers describe a mask.
+        length: D, number of values in a code.
 
     Raises:
-        ConfigError: `size` is none of these, or `length` is not positive.
+        ConfigError: `size` is not such a number, or `length` is not positive.
     """
 
-    fitted: Bool[Tensor, ""]
+    kind = "autoencoder"
 
     def __init__(self, size: int = 112, length: int = 256) -> None:
-        super().__init__()
-        if not 32 <= size <= GREATEST or size % 16:
-            raise ConfigError(f"an autoencoder needs a size of 32, 48, 64 or another multiple of 16 to {GREATEST}, got {size}.")
+        super().__init__(size, length)
+        if not 32 <= size <= MAX_SIZE or size % 16:
+            raise ConfigError(f"an autoencoder needs a size of 32, 48, 64 or another multiple of 16 to {MAX_SIZE}, got {size}.")
         if not 1 <= length <= size**2:
             raise ConfigError(f"an autoencoder of {size} x {size} masks needs a length of 1 to {size**2}, got {length}.")
-        self.size, self.length = size, length
         layers: list[nn.Module] = []
         for before, after in [(1, 16), (16, 32), (32, 64), (64, 128)]:
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), BatchNorm(after), nn.ELU()]
@@ -48,63 +46,72 @@ class AutoencoderCodec(nn.Module):
         self.first = nn.Sequential(nn.ConvTranspose2d(length, 128, size // 16), BatchNorm(128), nn.ELU())
         self.doublings = nn.ModuleList(_doubling(*widths) for widths in [(128, 64), (64, CONTEXT_CHANNELS), (32, 16), (16, 16)])
         self.last = nn.Conv2d(16, 1, 1)
-        self.register_buffer("fitted", torch.tensor(False))
 
     def fit(
         self,
         masks: Tensor | Iterable[Tensor],
-        most_masks: int = MOST_MASKS,
+        max_masks: int = MAX_MASKS,
         steps: int | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """Learn encoder and decoder from masks [n S S] in [0, 1], given whole or in batches: hours on a CPU at full size.
+        """Fit encoder and decoder to masks [n S S] in [0, 1], in one tensor or in batches: hours on a CPU at full size.
 
-        Adam on the dice loss, its rate divided by 10 after one and two thirds of the steps, on an accelerator if there is one.
-        They are kept in memory (booleans take a byte per pixel); how they are batched does not matter.
+        Adam on the dice loss, on an accelerator if there is one; the learning rate is divided by 10 after one and after two
+        thirds of the steps. All masks are held in memory (booleans take a byte per pixel); the batch sizes do not matter.
+        If fitting is interrupted, the codec is left as one that is not fitted.
 
         Args:
-            masks: what to learn from.
-            most_masks: how many count, the first ones.
-            steps: how many batches of 64 masks are drawn; None: 3000.
-            seed: of the first weights, and of the order in which masks are looked at.
-            progress: whether to show how far it is on stderr.
+            masks: to fit the networks to.
+            max_masks: only the first ones are used.
+            steps: number of batches of 64 masks; None: 3000.
+            seed: of the initial weights and of the random batches.
+            progress: whether to show a progress bar on stderr.
 
         Raises:
-            ConfigError: there is no mask; as few as the code has numbers do not matter here.
+            ConfigError: there is no mask. There may be fewer masks than numbers in a code.
         """
-        every = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *rows(masks, BATCH, most_masks)])
-        if not len(every):
-            require_enough(self, 0, 1)
+        rows = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *self.rows(masks, BATCH, max_masks)])
+        self.require_enough(len(rows), 1)
         steps = STEPS if steps is None else steps
-        turns = track(range(steps), steps, "learning the mask autoencoder", "steps") if progress else range(steps)
+        turns = track(range(steps), steps, "fitting the mask autoencoder", "steps") if progress else range(steps)
         home, was_training = self.fitted.device, self.training
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            for module in self.modules():
-                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-                    module.reset_parameters()
-            self.to(device).train().encoder.requires_grad_(True)
-            self.fitted.fill_(True)
-            optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
-            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 3, 2 * steps // 3])
-            for _ in turns:
-                some = every[torch.randint(len(every), (BATCH,))].view(-1, self.size, self.size).to(device).float()
-                optimizer.zero_grad()
-                squared_dice_loss(self.decode(self.encode(some)), some, least=1e-5).mean().backward()
-                optimizer.step()
-                schedule.step()
-        self.to(home).train(was_training).encoder.requires_grad_(False)
-        self.zero_grad()
+        self.mark_fitted(False)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                torch.manual_seed(seed)
+                for module in self.modules():
+                    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+                        module.reset_parameters()
+                self.to(device).train().encoder.requires_grad_(True)
+                self._train_on(rows, turns, steps)
+        finally:
+            self.to(home).train(was_training).encoder.requires_grad_(False)
+            self.zero_grad()
+        self.mark_fitted()
+
+    def _train_on(self, rows: Tensor, turns: Iterable[int], steps: int) -> None:
+        optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 3, 2 * steps // 3])
+        for _ in turns:
+            batch = rows[torch.randint(len(rows), (BATCH,))].view(-1, self.size, self.size)
+            batch = batch.to(self.fitted.device).float()
+            optimizer.zero_grad()
+            squared_dice_loss(self._decode(self._encode(batch)), batch, least=1e-5).mean().backward()
+            optimizer.step()
+            schedule.step()
 
     def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
         """Return the codes of masks with values in [0, 1].
 
         Raises:
-            ConfigError: `fit` has not been called, nor fitted weights loaded.
+            ConfigError: the codec has not been fitted.
         """
-        require_fitted(self)
+        self.require_fitted()
+        return self._encode(masks)
+
+    def _encode(self, masks: Tensor) -> Tensor:
         return self.encoder(masks[:, None])[:, :, 0, 0]
 
     def decode(self, codes: Float[Tensor, "n D"], context: Float[Tensor, "n c s s"] | None = None) -> Float[Tensor, "n S S"]:
@@ -112,25 +119,28 @@ class AutoencoderCodec(nn.Module):
 
         Args:
             codes: of the masks.
-            context: features of each mask's region, 32 channels on S / 4 cells, added when the map has that size.
+            context: features of each mask's region, 32 channels of S / 4 x S / 4 cells, added to the map of that size.
 
         Raises:
-            ConfigError: `fit` has not been called, nor fitted weights loaded.
+            ConfigError: the codec has not been fitted.
         """
-        require_fitted(self)
-        drawn = self.first(codes[:, :, None, None])
+        self.require_fitted()
+        return self._decode(codes, context)
+
+    def _decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
+        maps = self.first(codes[:, :, None, None])
         for doubling in self.doublings:
-            drawn = doubling(drawn)
-            if context is not None and drawn.shape[2] == self.size // 4:
-                drawn = drawn + context
-        return self.last(drawn)[:, 0].sigmoid()
+            maps = doubling(maps)
+            if context is not None and maps.shape[2] == self.size // 4:
+                maps = maps + context
+        return self.last(maps)[:, 0].sigmoid()
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that an empty batch leaves as it is: the mean of nothing would be NaN for ever."""
+    """Batch norm whose statistics an empty batch does not change; its mean would be NaN."""
 
     def forward(self, x: Float[Tensor, "n C h w"]) -> Float[Tensor, "n C h w"]:  # type: ignore[override]
-        """Return x normalised by its own statistics in training, by the collected ones otherwise."""
+        """Return x normalised by its own statistics in training mode, otherwise by the running ones."""
         if len(x):
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)

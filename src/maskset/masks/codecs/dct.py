@@ -1,4 +1,4 @@
-"""The discrete cosine transform code (SOLQ, section 3.2): a mask's low frequencies, in zig-zag order. Nothing is learnt."""
+"""The DCT codec (SOLQ, section 3.2): the low frequencies of a mask in zig-zag order. It has no parameters to fit."""
 
 import math
 
@@ -32,11 +32,11 @@ class DctCodec(nn.Module):
     """Turns box-local masks into their low frequencies and back.
 
     The first D cells of the zig-zag lie in few rows and columns of the spectrum (23 and 22 of 128 for D = 256), and only
-    these rows of the basis are kept and multiplied.
+    these rows of the basis are stored and multiplied.
 
     Args:
         size: side S of the mask, pixels.
-        length: D, how many frequencies to keep.
+        length: D, number of frequencies.
 
     Raises:
         ConfigError: `length` is not in [1, size * size].
@@ -44,12 +44,12 @@ class DctCodec(nn.Module):
 
     rows: Float[Tensor, "R S"]
     columns: Float[Tensor, "Q S"]
-    kept: Int[Tensor, "D"]
+    indices: Int[Tensor, "D"]
 
     def __init__(self, size: int = 128, length: int = 256) -> None:
         super().__init__()
         if size < 1 or not 1 <= length <= size * size:
-            raise ConfigError(f"a DCT code of {size} x {size} masks can have a length of 1 to {size * size}, got {length}.")
+            raise ConfigError(f"a DCT codec of {size} x {size} masks can have a length of 1 to {size * size}, got {length}.")
         self.size, self.length = size, length
         row, column = (
             torch.tensor(zigzag(size)[:length]).div(size, rounding_mode="floor"),
@@ -59,14 +59,14 @@ class DctCodec(nn.Module):
         width = min(-(-int(column.max() + 1) // 16) * 16, size)  # a few more than needed: multiples of 16 are multiplied faster
         self.register_buffer("rows", basis[: int(row.max()) + 1], persistent=False)
         self.register_buffer("columns", basis[:width], persistent=False)
-        self.register_buffer("kept", row * width + column, persistent=False)
+        self.register_buffer("indices", row * width + column, persistent=False)
 
     def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
-        """Return the kept part of f = A m A^T for masks with values in [0, 1]."""
-        return (self.rows @ masks @ self.columns.T).flatten(1).index_select(1, self.kept)
+        """Return the first D frequencies of f = A m A^T for masks with values in [0, 1]."""
+        return (self.rows @ masks @ self.columns.T).flatten(1).index_select(1, self.indices)
 
     def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]:
-        """Return A^T f A, with zero for the frequencies that are not kept; the caller chooses the threshold."""
+        """Return A^T f A, with zeros for all other frequencies; the caller chooses the threshold."""
         spectrum = codes.new_zeros(len(codes), len(self.rows) * len(self.columns))
-        spectrum.index_copy_(1, self.kept, codes)
+        spectrum.index_copy_(1, self.indices, codes)
         return self.rows.T @ (spectrum.view(-1, len(self.rows), len(self.columns)) @ self.columns)

@@ -1,4 +1,4 @@
-"""The code that compresses nothing (SOLQ, Table 3a): the pixels of a small mask, row by row. Nothing is learnt."""
+"""The flatten codec (SOLQ, Table 3a): the pixels of a small mask, row by row. It has no parameters to fit."""
 
 from jaxtyping import Float
 from torch import Tensor, nn

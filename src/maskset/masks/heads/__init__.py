@@ -1,1 +1,1 @@
-"""Heads that draw masks: dynamic convolution, mask features, the instance-aware transformer."""
+"""Mask heads: dynamic convolution, mask features, the instance-aware transformer."""

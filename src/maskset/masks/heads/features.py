@@ -1,4 +1,4 @@
-"""The one map that all masks of an image are drawn on, made of several feature levels (SOLOv2, section 3.2 and figure 3)."""
+"""Mask features: one map per image, made of several feature levels (SOLOv2, section 3.2 and figure 3)."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ from maskset.layers.pyramid import group_count
 
 
 class MaskFeatureHead(nn.Module):
-    """Brings every level to one size and width, sums them, and widens the sum; every convolution has a norm and a ReLU.
+    """Resizes all levels to the same size and width, sums them and projects the sum to the output width.
 
-    A level passes one 3x3 convolution for each time that it is doubled, or halved, in size; at least one.
+    Each level passes one 3x3 convolution per doubling or halving, at least one. A norm and a ReLU follow each convolution.
 
     Args:
         channels: width of each level.
-        doublings: how often each level is doubled to reach the size of the result, such as 0, 1, 2, 3; -1 halves it.
+        doublings: how often each level is doubled to reach the output size, such as 0, 1, 2, 3; -1 halves it.
         hidden: width of the sum.
-        width: D, of the result.
+        width: D, width of the output.
     """
 
     def __init__(self, channels: Sequence[int], doublings: Sequence[int], hidden: int, width: int) -> None:
@@ -32,7 +32,7 @@ class MaskFeatureHead(nn.Module):
         self.output = ConvBlock(hidden, width, 1)
 
     def forward(self, levels: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
-        """Return the mask features; none is negative."""
+        """Return the mask features, which are not negative."""
         total = None
         for level, branch, factor in zip(levels, self.branches, self.factors, strict=True):
             assert isinstance(branch, nn.ModuleList)
@@ -45,11 +45,11 @@ class MaskFeatureHead(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A convolution without a bias, group norm and ReLU.
+    """A convolution without bias, group norm and ReLU.
 
     Args:
         channels: width of the input.
-        width: of the result.
+        width: of the output.
         size: side of the kernel, cells.
     """
 
@@ -65,7 +65,7 @@ class ConvBlock(nn.Module):
 
 
 def with_coordinates(level: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C+2 h w"]:
-    """Return the map with two channels more, x and y: from -1 in its first column or row to 1 in its last (CoordConv)."""
+    """Return the map with two more channels, x and y, from -1 in the first column or row to 1 in the last (CoordConv)."""
     batch, _, height, width = level.shape
     x = torch.linspace(-1, 1, width, dtype=level.dtype, device=level.device).expand(batch, 1, height, width)
     y = torch.linspace(-1, 1, height, dtype=level.dtype, device=level.device)[:, None].expand(batch, 1, height, width)

@@ -1,8 +1,8 @@
-"""The instance-aware transformer of SOIT (figure 3, eq. 1 to 4): D numbers are the weights of a network that draws one mask.
+"""The instance-aware transformer of SOIT (figure 3, eq. 1 to 4): D numbers are the weights of a network that predicts one mask.
 
-Every pixel of a small map is a query. It knows where it is from the centre of the instance, looks at K points for each of M
-heads around itself, and what it sees there becomes a logit. C channels, M heads and K points take
-D = 2CMK + 2MK + CMK + MK + C + 1 numbers: 441 for 8, 4 and 4.
+Each pixel of the mask features is a query. It gets its position relative to the centre of the instance and samples K points
+around itself for each of M heads (deformable attention); the result is projected to a logit. With C channels the network has
+D = 2CMK + 2MK + CMK + MK + C + 1 weights: 441 for C = 8, M = 4, K = 4.
 """
 
 import math
@@ -21,7 +21,7 @@ Positions = Literal["relative", "absolute", "none"]
 
 
 def part_shapes(channels: int, heads: int, points: int) -> list[tuple[int, ...]]:
-    """Return the shapes of what the D numbers are, in order.
+    """Return the shapes of the weights that the D numbers stand for, in order.
 
     They are weight and bias of the sampling offsets (rows: head, point, x and y), of the attention (rows: head, point), and
     of the output.
@@ -31,7 +31,7 @@ def part_shapes(channels: int, heads: int, points: int) -> list[tuple[int, ...]]
 
 
 def parameter_count(channels: int, heads: int, points: int) -> int:
-    """Return D."""
+    """Return D, the number of weights."""
     return sum(math.prod(shape) for shape in part_shapes(channels, heads, points))
 
 
@@ -44,27 +44,27 @@ def instance_transformer(
     points: int,
     positions: Positions = "relative",
 ) -> Float[Tensor, "n h w"]:
-    """Return the mask logits of the instances of one image, all of them in one computation.
+    """Return the mask logits of all instances of one image.
 
-    The paper has no ReLU before the output; the official code, and its numbers, have.
+    The paper has no ReLU before the output; the official code, and its published results, have one.
 
     Args:
         features: of the image.
-        padding: where the map lies on padding, which shows nothing to those who look there.
+        padding: True on padding, which is sampled as zero.
         weights: the D numbers of each instance.
         centres: x and y of each instance's box, fractions of the unpadded image.
         heads: M; it divides C.
         points: K.
-        positions: how a pixel knows where it is (Table 4): from the instance's centre, from the image's corner, or not.
+        positions: what a pixel's position is relative to (Table 4): the instance's centre, the image's corner; or no position.
     """
     parts = _parts(weights, features.shape[0], heads, points)
-    seen_from = {"relative": centres, "absolute": torch.zeros_like(centres), "none": None}[positions]
+    origins = {"relative": centres, "absolute": torch.zeros_like(centres), "none": None}[positions]
     fast = usable(features, weights, centres, heads, points) and _is_rectangle(~padding)
-    draw = _drawn_in_one_pass if fast else _drawn_by_torch
-    return draw(features, padding, parts, seen_from, heads, points)
+    compute = _logits_in_c if fast else _logits  # Fast path: kernels/csrc/instances.c
+    return compute(features, padding, parts, origins, heads, points)
 
 
-def _drawn_by_torch(
+def _logits(
     features: Float[Tensor, "C h w"],
     padding: Bool[Tensor, "h w"],
     parts: Sequence[Tensor],
@@ -72,7 +72,7 @@ def _drawn_by_torch(
     heads: int,
     points: int,
 ) -> Float[Tensor, "n h w"]:
-    """Return the logits as the paper has them, step by step."""
+    """Return the logits step by step, as in the paper."""
     offset, offset_bias, attention, attention_bias, output, output_bias = parts
     channels, height, width = features.shape
     count, cells = len(output), height * width
@@ -81,20 +81,20 @@ def _drawn_by_torch(
         query = query + encode_positions(padding, centres, channels).flatten(2).transpose(1, 2)
     offsets = torch.baddbmm(offset_bias[:, None], query, offset.transpose(1, 2)).view(count, cells, heads, points, 2)
     scores = torch.baddbmm(attention_bias[:, None], query, attention.transpose(1, 2)).view(count, cells, heads, points)
-    here = _cell_centres(height, width, like=features)
-    locations = here[:, None, None, :] + offsets / features.new_tensor([width, height])
+    cell_centres = _cell_centres(height, width, like=features)
+    locations = cell_centres[:, None, None, :] + offsets / features.new_tensor([width, height])
     value = features.masked_fill(padding, 0.0).flatten(1).T.reshape(1, cells, heads, channels // heads)
-    seen = deformable_attention(
+    attended = deformable_attention(
         value,
         [(height, width)],
         locations.reshape(1, count * cells, heads, 1, points, 2),
         scores.softmax(-1).view(1, count * cells, heads, 1, points),
     )
-    logits = torch.baddbmm(output_bias[:, None], seen.view(count, cells, channels).relu(), output[:, :, None])
+    logits = torch.baddbmm(output_bias[:, None], attended.view(count, cells, channels).relu(), output[:, :, None])
     return logits.view(count, height, width)
 
 
-def _drawn_in_one_pass(
+def _logits_in_c(
     features: Float[Tensor, "C h w"],
     padding: Bool[Tensor, "h w"],
     parts: Sequence[Tensor],
@@ -102,7 +102,7 @@ def _drawn_in_one_pass(
     heads: int,
     points: int,
 ) -> Float[Tensor, "n h w"]:
-    """Return the same by the C library; what is not padding must be a rectangle."""
+    """Return the same from the C library; the cells that are not padding must be a rectangle."""
     offset, offset_bias, attention, attention_bias, output, output_bias = parts
     count, samples, channels = attention.shape
     half = channels // 2
@@ -129,12 +129,12 @@ def _drawn_in_one_pass(
 
 
 def _is_rectangle(valid: Bool[Tensor, "h w"]) -> bool:
-    """Return whether a cell is valid wherever its row and its column have a valid one: rows and columns then tell all."""
+    """Return whether the valid cells are exactly the product of the valid rows and the valid columns."""
     return torch.equal(valid, valid.any(1)[:, None] & valid.any(0))
 
 
 def _along(inside: Bool[Tensor, "cells"], centre: Float[Tensor, "n"], channels: int) -> Float[Tensor, "n 2 cells channels"]:
-    """Return `encode_positions` along one axis, where the other one is beside the image (where nothing counts) and in it."""
+    """Return `encode_positions` along one axis: for padding along the other axis (position 0), and for the image."""
     count = inside.cumsum(0, dtype=torch.float32)
     place = torch.stack([torch.zeros_like(count), count / (count[-1:] + 1e-6)]) - centre[:, None, None]
     return frequencies(place * (2 * math.pi), channels)
@@ -143,9 +143,9 @@ def _along(inside: Bool[Tensor, "cells"], centre: Float[Tensor, "n"], channels: 
 def encode_positions(
     padding: Bool[Tensor, "h w"], centres: Float[Tensor, "n 2"], channels: int
 ) -> Float[Tensor, "n channels h w"]:
-    """Return the sine encoding of each pixel's place seen from each centre (x, y): y in the first half of the channels, then x.
+    """Return the sine encoding of pixel positions relative to each centre (x, y): y in the first half of the channels, then x.
 
-    Places and centres are fractions of the unpadded image; a pixel is where it ends, not at its middle.
+    Positions and centres are fractions of the unpadded image; a pixel's position is its lower right corner.
     """
     valid = ~padding
     encoded = []

@@ -1,4 +1,4 @@
-"""Learning and comparing codes on small data sets in COCO's format; the numbers on real masks are in the docs."""
+"""Fitting and comparing codecs on small data sets in COCO's format; the numbers on real masks are in the docs."""
 
 import json
 import math
@@ -9,11 +9,13 @@ import torch
 from fakes import Listed, discs, found
 from PIL import Image
 
-from maskset import codecs
 from maskset.checkpoint import load
-from maskset.codecs import Code, compare, fit, reconstructed
+from maskset.codec_tools.compare import CodecSpec, _mask_iou, _mean, _scores, compare_codecs, reconstruct
+from maskset.codec_tools.fit import fit_codec, sample_crops
+from maskset.data import open_data
 from maskset.errors import CheckpointError, ConfigError, DataError
 from maskset.instances import Category, Instances, Masks
+from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs import sparse
 from maskset.masks.codecs.dct import DctCodec
 from maskset.masks.codecs.pca import PcaCodec
@@ -50,14 +52,19 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def comparison(data):
-    codes = [Code("dct", 64, 256), Code("flatten", 28, 784), Code("pca", 28, 8), Code("sparse", 14, 40)]
+    specs = [CodecSpec("dct", 64, 256), CodecSpec("flatten", 28, 784), CodecSpec("pca", 28, 8), CodecSpec("sparse", 14, 40)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse, "LEARNING_STEPS", 5)
-        return compare([data], codes=codes, progress=False)
+        return compare_codecs([data], codecs=specs, progress=False)
 
 
-def test_every_code_is_measured_on_every_object(comparison):
-    assert [str(score.code) for score in comparison.scores] == ["dct 64 x 64", "flatten 28 x 28", "pca 28 x 28", "sparse 14 x 14"]
+def test_every_codec_is_measured_on_every_object(comparison):
+    assert [str(score.codec) for score in comparison.scores] == [
+        "dct 64 x 64",
+        "flatten 28 x 28",
+        "pca 28 x 28",
+        "sparse 14 x 14",
+    ]
     assert all(score.objects == 20 and 0.5 < score.iou <= 1 and 0.3 < score.mask_ap <= 1 for score in comparison.scores)
 
 
@@ -67,7 +74,7 @@ def test_a_shorter_code_of_the_same_masks_is_worse(comparison):
     assert flatten.mask_ap > pca.mask_ap
 
 
-def test_the_table_names_what_was_measured_and_what_it_does_not_say(comparison):
+def test_the_table_states_the_codecs_and_its_limits(comparison):
     text = str(comparison)
     assert all(word in text for word in ("dct 64 x 64", "784", "mask AP", "Upper bounds", "DCT, PCA, flatten, sparse"))
     assert f"{comparison.scores[0].iou:.3f}" in text
@@ -77,16 +84,16 @@ def test_the_table_names_what_was_measured_and_what_it_does_not_say(comparison):
 def test_the_json_holds_the_numbers_and_null_for_what_could_not_be_measured(comparison, tmp_path):
     content = json.loads(comparison.save(tmp_path / "codes.json").read_text())
     assert content["scores"][0]["iou"] == comparison.scores[0].iou
-    assert content["scores"][0]["code"] == {"kind": "dct", "size": 64, "length": 256}
+    assert content["scores"][0]["codec"] == {"kind": "dct", "size": 64, "length": 256}
     assert math.isnan(comparison.scores[0].iou_large)
     assert content["scores"][0]["iou_large"] is None
 
 
-def test_a_code_that_loses_nothing_has_full_marks_even_with_more_than_100_objects():
+def test_a_codec_that_loses_nothing_has_full_marks_even_with_more_than_100_objects():
     # Discs of 16 pixels in boxes of 16 pixels: cropping and pasting move nothing.
     centres = [(16.0 * column + 8, 16.0 * row + 8, 8) for row in range(11) for column in range(11)]
     scenes = [found([0] * 121, discs(centres, (176, 176)), None, CLASSES)]
-    [score] = codecs._scores("grid", Listed(scenes), [Code("dct", 16, 256)], [DctCodec(16, 256)], False)
+    [score] = _scores("grid", Listed(scenes), {CodecSpec("dct", 16, 256): DctCodec(16, 256)}, False)
     assert (score.objects, score.iou, score.mask_ap, score.iou_small) == (121, 1, 1, 1)
     assert math.isnan(score.iou_medium)
 
@@ -94,79 +101,87 @@ def test_a_code_that_loses_nothing_has_full_marks_even_with_more_than_100_object
 def test_reconstruction_goes_through_the_annotated_box_not_the_tight_one():
     masks = Masks.from_dense(torch.from_numpy(discs([(20, 20, 6)], (40, 40))))
     half = torch.tensor([[20.0, 10.0, 30.0, 30.0]])
-    assert reconstructed(DctCodec(64, 256), masks, half).boxes()[0, 0] == 20
+    assert reconstruct(DctCodec(64, 256), masks, half).boxes()[0, 0] == 20
 
 
-def test_the_overlap_of_masks_without_pixels_is_left_out():
+def test_the_overlap_of_masks_without_pixels_is_skipped():
     masks = Masks.from_dense(torch.tensor([[[True, True]], [[False, False]], [[True, False]]]))
     others = Masks.from_dense(torch.tensor([[[True, False]], [[False, False]], [[False, True]]]))
-    overlaps = codecs._overlaps(masks, others)
+    overlaps = _mask_iou(masks, others)
     assert overlaps[[0, 2]].tolist() == [0.5, 0]
     assert overlaps[1].isnan()
-    assert codecs._mean(overlaps) == 0.25
+    assert _mean(overlaps) == 0.25
 
 
-def test_a_learnt_code_is_written_and_read_back(data, tmp_path, capsys):
-    written = fit("pca", data, tmp_path / "pca.safetensors", size=14, length=10)
+def test_a_fitted_codec_is_written_and_read_back(data, tmp_path, capsys):
+    written = fit_codec("pca", data, tmp_path / "pca.safetensors", size=14, length=10)
     assert "reading" in capsys.readouterr().err
     codec = PcaCodec(14, 10)
-    learnt.load(codec, tmp_path / "pca.safetensors")
+    codec_files.load(codec, tmp_path / "pca.safetensors")
     assert torch.equal(codec.basis, written.basis)
     assert [path.name for path in tmp_path.iterdir()] == ["pca.safetensors"]
 
 
-def test_a_sparse_code_keeps_its_beta_in_the_file(data, tmp_path, monkeypatch):
+def test_a_sparse_codec_keeps_its_beta_in_the_file(data, tmp_path, monkeypatch):
     monkeypatch.setattr(sparse, "LEARNING_STEPS", 2)
-    fit("sparse", data, tmp_path / "sparse.safetensors", size=14, length=10, beta=0.5, progress=False)
+    fit_codec("sparse", data, tmp_path / "sparse.safetensors", size=14, length=10, beta=0.5, progress=False)
     codec = SparseCodec(14, 10)
-    learnt.load(codec, tmp_path / "sparse.safetensors")
+    codec_files.load(codec, tmp_path / "sparse.safetensors")
     assert float(codec.beta) == 0.5
 
 
 def test_only_as_many_masks_as_are_used_are_read(data):
-    parts = list(codecs._crops(codecs.open_data(data, "train"), 14, 31, "reading", False))
+    parts = list(sample_crops(open_data(data, "train"), 14, 31, "reading", False))
     assert [len(part) for part in parts] == [30, 30]
 
 
-def test_a_file_of_another_code_is_refused(data, tmp_path):
-    fit("pca", data, tmp_path / "pca.safetensors", size=14, length=10, progress=False)
-    with pytest.raises(ConfigError, match="another mask code: kind pca instead of sparse, length 10 instead of 12"):
-        learnt.load(SparseCodec(14, 12), tmp_path / "pca.safetensors")
+def test_a_file_of_another_codec_is_refused(data, tmp_path):
+    fit_codec("pca", data, tmp_path / "pca.safetensors", size=14, length=10, progress=False)
+    with pytest.raises(ConfigError, match="another mask codec: kind pca instead of sparse, length 10 instead of 12"):
+        codec_files.load(SparseCodec(14, 12), tmp_path / "pca.safetensors")
     with pytest.raises(CheckpointError, match="no maskset checkpoint"):
         load(tmp_path / "pca.safetensors")
 
 
 def test_mistakes_are_told_before_anything_is_read(data, tmp_path):
-    with pytest.raises(ConfigError, match="'dct' has nothing to learn; pca, sparse, logit-pca, autoencoder do"):
-        fit("dct", data, tmp_path / "x")
-    with pytest.raises(ConfigError, match="only a sparse code has a beta"):
-        fit("pca", data, tmp_path / "x", beta=0.1)
+    with pytest.raises(ConfigError, match="'dct' cannot be fitted, only pca, sparse, logit-pca, autoencoder"):
+        fit_codec("dct", data, tmp_path / "x")
+    with pytest.raises(ConfigError, match="only a sparse codec has a beta"):
+        fit_codec("pca", data, tmp_path / "x", beta=0.1)
     with pytest.raises(ConfigError, match="cannot be written"):
-        fit("pca", data, tmp_path / "missing" / "x.safetensors")
+        fit_codec("pca", data, tmp_path / "missing" / "x.safetensors")
     (tmp_path / "mine.safetensors").write_text("mine")
     with pytest.raises(ConfigError, match="mine.safetensors already exists: choose another name"):
-        fit("pca", data, tmp_path / "mine.safetensors")
+        fit_codec("pca", data, tmp_path / "mine.safetensors")
     with pytest.raises(ConfigError, match=r"must end in \.safetensors"):
-        fit("pca", data, tmp_path / "x.pt")
+        fit_codec("pca", data, tmp_path / "x.pt")
     with pytest.raises(DataError, match="no file or folder"):
-        compare([tmp_path / "missing"], progress=False)
+        compare_codecs([tmp_path / "missing"], progress=False)
 
 
-def test_a_code_with_more_numbers_than_masks_is_left_out_with_a_note_and_the_others_are_measured(data, tmp_path):
-    codes = [Code("pca", 14, 91), Code("dct", 64, 256), Code("sparse", 14, 91), Code("pca", 14, 10)]
-    comparison = compare([data], codes=codes, progress=False)
-    assert [score.code for score in comparison.scores] == [codes[1], codes[3]]
+def test_a_codec_with_more_numbers_than_masks_is_skipped_with_a_note(data, tmp_path):
+    specs = [CodecSpec("pca", 14, 91), CodecSpec("dct", 64, 256), CodecSpec("sparse", 14, 91), CodecSpec("pca", 14, 10)]
+    comparison = compare_codecs([data], codecs=specs, progress=False)
+    assert [score.codec for score in comparison.scores] == [specs[1], specs[3]]
     assert comparison.scores[1].iou < comparison.scores[0].iou
-    assert len(comparison.left_out) == 2
-    notes = [line for line in str(comparison).splitlines() if line.startswith("Left out: ")]
-    assert f"pca 14 x 14 on {data.name}: a code of 91 numbers cannot be learnt from 90 masks" in notes[0]
+    assert len(comparison.skipped) == 2
+    notes = [line for line in str(comparison).splitlines() if line.startswith("Skipped: ")]
+    assert f"pca 14 x 14 on {data.name}: a codec of 91 numbers cannot be fitted to 90 masks" in notes[0]
     assert "sparse 14 x 14" in notes[1]
-    assert len(json.loads(comparison.save(tmp_path / "codes.json").read_text())["left_out"]) == 2
+    assert len(json.loads(comparison.save(tmp_path / "codes.json").read_text())["skipped"]) == 2
 
 
 def test_too_few_masks_are_refused_and_leave_no_file(data, tmp_path):
-    with pytest.raises(ConfigError, match="91 numbers cannot be learnt from 90 masks"):
-        fit("pca", data, tmp_path / "x.safetensors", size=14, length=91, progress=False)
-    with pytest.raises(ConfigError, match="32 numbers cannot be learnt from 31 masks"):
-        fit("pca", data, tmp_path / "x.safetensors", size=14, length=32, most_masks=31, progress=False)
+    with pytest.raises(ConfigError, match="91 numbers cannot be fitted to 90 masks"):
+        fit_codec("pca", data, tmp_path / "x.safetensors", size=14, length=91, progress=False)
+    with pytest.raises(ConfigError, match="32 numbers cannot be fitted to 31 masks"):
+        fit_codec("pca", data, tmp_path / "x.safetensors", size=14, length=32, max_masks=31, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_path_is_one_data_set(data):
+    for path in (data, str(data)):
+        comparison = compare_codecs(path, codecs=[CodecSpec("dct", 16, 16)], progress=False)
+        assert [score.data for score in comparison.scores] == [data.name]
+    with pytest.raises(DataError, match="missing"):
+        compare_codecs("missing", progress=False)
