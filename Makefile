@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help demo test test-all lint types docs bench clean
+.PHONY: help demo test test-all lint types docs bench gpu clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ bench: .venv/installed  ## measure everything that benchmarks/ tells: an hour on
 	done
 	$(BIN)/python -m benchmarks attention --threads 2 --out benchmarks
 	cp benchmarks/scaling.svg docs/assets/scaling.svg
+
+gpu: .venv/installed  ## check everything that runs on a GPU, in at most 8 minutes; writes benchmarks/results/gpu.json
+	$(BIN)/python -m benchmarks gpu
 
 clean:  ## remove what the commands above made
 	rm -rf .venv site demo build .pytest_cache .ruff_cache src/maskset.egg-info src/maskset/kernels/_kernels*

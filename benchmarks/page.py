@@ -58,10 +58,13 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page, in Markdown."""
     ours = {name: result for name, result in results.items() if _is_ours(result)}
-    others = {name: result for name, result in results.items() if name not in ours}
+    checked = {name: result for name, result in results.items() if isinstance(result, dict) and "checks" in result}
+    others = {name: result for name, result in results.items() if name not in ours | checked}
     parts = [_HEAD, *summary(ours.values())]
     for name, result in ours.items():
         parts += [f"## [{name.removesuffix('.json')}](results/{name})", *section(result)]
+    for name, result in checked.items():
+        parts += [f"## [{name.removesuffix('.json')}](results/{name})", *_checks(result)]
     if others:
         parts += ["## Other results", "From other commands, which the files name with all that they found."]
         rows = [[f"[{name}](results/{name})", f"`{command}`"] for name, result in others.items() for command in _commands(result)]
@@ -108,6 +111,20 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
     yield from result["remarks"]
     if result["benchmark"] == "scaling":
         yield "![Time and memory against image size, slots and objects](scaling.svg)"
+
+
+def _checks(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paragraphs and the table of the checks of a GPU."""
+    rows = []
+    for one in result["checks"]:
+        numbers = ["" if one[name] is None else f"{one[name]:.2g}" for name in ("error", "allowed")]
+        rows.append([one["check"], "passed" if one["passed"] else "failed", f"{one['seconds']:.1f}", *numbers, one["detail"]])
+    passed = sum(one["passed"] for one in result["checks"])
+    yield (
+        f"`{result['command']}`, {result['minutes']:.1f} minutes on {result['device']}, {_place(result)}, commit "
+        f"{result['commit']}: {passed} of {len(rows)} checks passed."
+    )
+    yield _table(["check", "result", "seconds", "error", "allowed", "detail"], rows)
 
 
 def _is_ours(result: Any) -> bool:

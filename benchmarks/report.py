@@ -168,8 +168,12 @@ class Report:
         """
         content = asdict(self)
         head = {name: content.pop(name) for name in ("benchmark", "about")}
-        where = {"command": command, "commit": _commit(), "machine": _machine(), "versions": _versions()}
-        return _rounded({**head, **where, "minutes": (time.monotonic() - start) / 60, **content})
+        return _rounded({**head, "command": command, **where(), "minutes": (time.monotonic() - start) / 60, **content})
+
+
+def where() -> dict[str, Any]:
+    """Return the commit, the machine and the versions that something was measured with, for JSON."""
+    return {"commit": _commit(), "machine": _machine(), "versions": _versions()}
 
 
 def save(result: Mapping[str, Any], folder: Path) -> Path:

@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 from goldens import ellipses, golden, image, notes, weights
+from on_device import recording
 
 from maskset import boxes as box_ops
-from maskset import matching
 from maskset.conversion import convert
 from maskset.conversion.coco import used_categories
 from maskset.instances import Instances, Masks
@@ -73,8 +73,8 @@ def trained() -> tuple[dict[str, float], Matches]:
     boxes = iter(golden("istr-smt", "a.stage_boxes"))
     network = copy.deepcopy(model()).train()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr("maskset.systems.istr_smt.move", lambda *_: next(boxes))
-        patch.setattr("maskset.detection.match", lambda *given: kept.append(matching.match(*given)) or kept[-1])
+        patch.setattr("maskset.systems.istr_smt.move", lambda given, *_: next(boxes).to(given.device))
+        patch.setattr("maskset.detection.match", recording(kept))
         terms = network.loss(network(batch("a")), batch("a"), [objects()])
     return {key: value.item() for key, value in terms.items()}, kept[0]
 

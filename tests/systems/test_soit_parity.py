@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from goldens import ellipses, golden, image, notes, unpacked, weights
+from on_device import recording
 
 from maskset import matching
 from maskset.conversion import convert
@@ -69,12 +70,8 @@ def run(name: str):
     hooks = [part.register_forward_hook(lambda _m, _i, out, key=key: seen.__setitem__(key, out)) for key, part in watched.items()]
     matches: list[matching.Matches] = []
 
-    def match(*arguments):
-        matches.append(matching.match(*arguments))
-        return matches[-1]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maskset.detection.match", match)
+        patch.setattr("maskset.detection.match", recording(matches))
         output = network(batch(name))
         terms = network.loss(output, batch(name), objects(name))
     network.zero_grad()

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 from goldens import ellipses, golden, image, notes, unpacked, weights
+from on_device import recording
 
-from maskset import matching
 from maskset.conversion import convert
 from maskset.conversion.coco import raw_categories
 from maskset.conversion.keys import rename
@@ -174,11 +174,7 @@ def matches_of(output: ModelOutput, images: ImageBatch, targets: list[Instances]
     """Return what the loss matches."""
     kept: list[Matches] = []
 
-    def match(*arguments):
-        kept.append(matching.match(*arguments))
-        return kept[-1]
-
-    monkeypatch.setattr("maskset.detection.match", match)
+    monkeypatch.setattr("maskset.detection.match", recording(kept))
     model().loss(output, images, targets)
     return kept[0]
 
