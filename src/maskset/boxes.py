@@ -1,4 +1,4 @@
-"""Boxes: two formats, overlaps. Corners are x0 y0 x1 y1; centres are cx cy w h. Any unit, pixels or fractions."""
+"""Box formats and overlaps. Corner boxes are x0 y0 x1 y1, centre boxes cx cy w h, in pixels or fractions."""
 
 from collections.abc import Sequence
 
@@ -10,25 +10,25 @@ Boxes = Float[Tensor, "... 4"]
 
 
 def to_corners(boxes: Boxes) -> Boxes:
-    """Return x0 y0 x1 y1 for boxes given as cx cy w h."""
+    """Return centre boxes cx cy w h as corner boxes x0 y0 x1 y1."""
     centre, size = boxes.split(2, dim=-1)
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
 
 
 def to_centres(boxes: Boxes) -> Boxes:
-    """Return cx cy w h for boxes given as x0 y0 x1 y1."""
+    """Return corner boxes x0 y0 x1 y1 as centre boxes cx cy w h."""
     low, high = boxes.split(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def area(boxes: Boxes) -> Float[Tensor, "..."]:
-    """Return width times height of boxes given as corners; zero where a box is turned inside out."""
+    """Return width times height of corner boxes; 0 for inverted ones."""
     low, high = boxes.split(2, dim=-1)
     return (high - low).clamp(min=0).prod(-1)
 
 
 def iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
-    """Return the intersection over union of corner boxes, element by element; shapes broadcast. Empty with empty gives 0."""
+    """Return the intersection over union of corner boxes, element by element; shapes broadcast. Two empty boxes give 0."""
     overlap, union = _overlap_and_union(a, b)
     return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
@@ -48,7 +48,7 @@ def generalised_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
 
 
 def clip(boxes: Boxes, size: tuple[int, int]) -> Boxes:
-    """Return corner boxes in pixels cut to an image of `size` (height, width)."""
+    """Return corner boxes in pixels clipped to an image of `size` (height, width)."""
     height, width = size
     limit = boxes.new_tensor([width, height, width, height])
     return torch.minimum(boxes.clamp(min=0), limit)
@@ -75,5 +75,5 @@ def _overlap_and_union(a: Boxes, b: Boxes) -> tuple[Tensor, Tensor]:
 
 
 def _sides(boxes: Boxes) -> Sequence[Tensor]:
-    """Return left, top, right and bottom of corner boxes, each without gaps: pairs are too short for vector instructions."""
+    """Return left, top, right and bottom of corner boxes, each contiguous, which allows vector instructions."""
     return boxes.movedim(-1, 0).contiguous().unbind()

@@ -1,9 +1,9 @@
-"""Run lengths: how a mask is kept when it is not dense.
+"""Run-length encoding of masks, in COCO's convention.
 
 A mask of height h and width w is a list of counts that sum to h * w. They count equal pixels column by column (down, then
-right), first of the background, then of the mask, and so on in turn: COCO's convention, so a count of 0 opens a mask whose
-first pixel is set. Here counts are one-dimensional int32 tensors, on any device. On a CPU the C library reads and writes them
-(`maskset.kernels.runs`); what is here is for other devices, and where there is no library.
+right), alternately of the background and of the mask; the first count is 0 if the first pixel is set. Counts are one-dimensional
+int32 tensors on any device. On a CPU the C library reads and writes them (kernels/runs.py, kernels/csrc/runs.c and polygons.c);
+the Python code here is its reference, and what runs on other devices.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Counts = Int32[Tensor, "_"]
 Indices = Int64[Tensor, "_"]  # rows or columns
 Polygons = tuple[np.ndarray, ...]  # the parts of one object, each float64 [n, 2], x and y in pixels
 LONGEST_OUTLINE = 2**22  # pixels; pycocotools takes about 60 bytes for each
-_PIXELS = 2**26  # that are decoded at a time
+_MAX_PIXELS = 2**26  # decoded at a time
 
 
 def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
@@ -36,12 +36,14 @@ def encode(masks: Bool[Tensor, "T h w"]) -> list[Counts]:
     count, height, width = masks.shape
     check_pixel_count((height, width))
     if library.supports(masks.device):
-        return runs.encode(masks)
+        return runs.encode(masks)  # Fast path: kernels/csrc/runs.c, runs_encode
     flat = masks.transpose(1, 2).reshape(count, height * width)
     if flat.shape[1] == 0:
         return [torch.zeros(0, dtype=torch.int32, device=masks.device) for _ in range(count)]
     border = torch.zeros(count, 1, dtype=torch.bool, device=masks.device)
-    changes = torch.cat([border, flat], 1) != torch.cat([flat, ~flat[:, -1:]], 1)  # always one at the end: it closes the last run
+    changes = torch.cat([border, flat], 1) != torch.cat(
+        [flat, ~flat[:, -1:]], 1
+    )  # a change after the last pixel ends the last run
     changed = changes.nonzero()
     ends = changed[:, 1].to(torch.int32).split(changes.sum(1).tolist())
     return [torch.diff(end, prepend=end.new_zeros(1)) for end in ends]
@@ -55,16 +57,16 @@ def decode(
     Args:
         counts: run lengths; each must sum to height * width.
         size: height and width of the masks.
-        rows: which of the rows to show, from top to bottom, some perhaps several times; None: all.
-        columns: which of the columns, in any order.
+        rows: indices of the rows to return, ascending, possibly repeated; None: all.
+        columns: indices of the columns to return, in any order; None: all.
     """
     device = counts[0].device if len(counts) else torch.device("cpu")
     if library.supports(device):
-        return runs.dense(runs.view(counts, size, rows, columns))
+        return runs.dense(runs.view(counts, size, rows, columns))  # Fast path: kernels/csrc/runs.c, runs_draw
     height, width = size
-    if columns is not None and len(columns):  # only the columns that are looked at are decoded
+    if columns is not None and len(columns):  # decode only the columns between the first and the last index
         first, end = int(columns.min()), int(columns.max()) + 1
-        counts, width, columns = [_columns(one, height, first, end) for one in counts], end - first, columns - first
+        counts, width, columns = [_columns(run, height, first, end) for run in counts], end - first, columns - first
     masks = _decode(counts, height, width, device)
     if rows is not None:
         masks = masks[:, rows.to(device)]
@@ -83,24 +85,23 @@ def _decode(counts: Sequence[Counts], height: int, width: int, device: torch.dev
 
 
 def _columns(counts: Counts, height: int, first: int, end: int) -> Counts:
-    """Return the run lengths of the columns from `first` up to `end` (exclusive): one stretch of the whole, nothing decoded."""
+    """Return the run lengths of the columns from `first` up to `end` (exclusive), without decoding."""
     ends = counts.cumsum(0).clamp(first * height, end * height).to(torch.int32)
     return torch.diff(ends, prepend=ends.new_tensor([first * height]))
 
 
 def select(counts: Sequence[Counts], size: tuple[int, int], rows: Indices | None, columns: Indices | None) -> list[Counts]:
-    """Return the run lengths of some rows and columns of masks, see `decode`.
+    """Return the run lengths of the selected rows and columns of masks, see `decode`.
 
     Raises:
         MaskError: a mask would have too many pixels, see `check_pixel_count`.
     """
-    shown = [side if which is None else len(which) for side, which in zip(size, (rows, columns), strict=True)]
-    check_pixel_count((shown[0], shown[1]))
+    check_pixel_count((size[0] if rows is None else len(rows), size[1] if columns is None else len(columns)))
     if library.supports(counts[0].device if len(counts) else torch.device("cpu")):
-        return runs.viewed(runs.view(counts, size, rows, columns))
-    few = max(1, _PIXELS // max(1, size[0] * size[1]))
-    parts = (decode(counts[i : i + few], size, rows, columns) for i in range(0, len(counts), few))
-    return [one for part in parts for one in encode(part)]
+        return runs.viewed(runs.view(counts, size, rows, columns))  # Fast path: kernels/csrc/runs.c, runs_view
+    chunk = max(1, _MAX_PIXELS // max(1, size[0] * size[1]))
+    parts = (decode(counts[i : i + chunk], size, rows, columns) for i in range(0, len(counts), chunk))
+    return [run for part in parts for run in encode(part)]
 
 
 def encode_window(window: Bool[Tensor, "h w"], left: int, top: int, size: tuple[int, int]) -> Counts:
@@ -126,9 +127,9 @@ def areas(counts: Sequence[Counts]) -> Int64[Tensor, "T"]:
     if not len(counts):
         return torch.zeros(0, dtype=torch.int64)
     if library.supports(counts[0].device):
-        return runs.measure(counts, height=1)[:, 4]
+        return runs.measure(counts, height=1)[:, 4]  # Fast path: kernels/csrc/runs.c, runs_measure
     flat = torch.cat(list(counts)).long()
-    lengths = torch.tensor([len(one) for one in counts], device=flat.device)
+    lengths = torch.tensor([len(run) for run in counts], device=flat.device)
     starts = lengths.cumsum(0) - lengths
     mask = torch.arange(len(counts), device=flat.device).repeat_interleave(lengths)
     is_set = (torch.arange(len(flat), device=flat.device) - starts[mask]) % 2
@@ -151,38 +152,38 @@ def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
 
 def boxes(counts: Sequence[Counts], height: int) -> Float[Tensor, "T 4"]:
     """Return the box of each mask, as `box` does, on the CPU."""
-    on_cpu = [one.cpu() for one in counts]
+    on_cpu = [run.cpu() for run in counts]
     if library.supports(torch.device("cpu")):
-        return runs.measure(on_cpu, height)[:, :4].float()
-    return torch.tensor([box(one, height) for one in on_cpu], dtype=torch.float32).view(-1, 4)
+        return runs.measure(on_cpu, height)[:, :4].float()  # Fast path: kernels/csrc/runs.c, runs_measure
+    return torch.tensor([box(run, height) for run in on_cpu], dtype=torch.float32).view(-1, 4)
 
 
 def to_strings(counts: Sequence[Counts], size: tuple[int, int]) -> list[str]:
-    """Return the compressed text of each mask, all of them of `size` (height, width)."""
+    """Return each mask in COCO's compressed text; all masks have the same `size` (height, width)."""
     if library.supports(torch.device("cpu")):
-        return runs.to_strings([one.cpu() for one in counts])
+        return runs.to_strings([run.cpu() for run in counts])  # Fast path: kernels/csrc/runs.c, runs_to_text
     from pycocotools import mask as coco_mask
 
-    uncompressed: Any = [{"counts": one.tolist(), "size": list(size)} for one in counts]
-    return [one["counts"].decode() for one in coco_mask.frPyObjects(uncompressed, *size)] if len(counts) else []
+    uncompressed: Any = [{"counts": run.tolist(), "size": list(size)} for run in counts]
+    return [run["counts"].decode() for run in coco_mask.frPyObjects(uncompressed, *size)] if len(counts) else []
 
 
 def from_string(text: str | bytes) -> Counts:
-    """Return the run lengths that COCO's compressed text stands for.
+    """Return the run lengths of a mask in COCO's compressed text.
 
     Each number is written in groups of 5 bits, low group first, as characters from '0' on; bit 5 says that more groups
-    follow, the last group's bit 4 is the sign. From the fourth number on, the difference to the number two before is kept.
+    follow, the last group's bit 4 is the sign. From the fourth number on, each is the difference to the number two before.
 
     Raises:
         MaskError: a character is outside of '0' to 'o', or the text ends inside a number.
     """
-    written = text.encode("ascii", "replace") if isinstance(text, str) else text
+    data = text.encode("ascii", "replace") if isinstance(text, str) else text
     if library.supports(torch.device("cpu")):
-        counts = runs.from_string(written)
+        counts = runs.from_string(data)  # Fast path: kernels/csrc/runs.c, runs_from_text
         if isinstance(counts, int):
             raise MaskError(f"the run-length text {_WRONG_TEXT[counts]}.")
         return counts
-    return _from_string(written)
+    return _from_string(data)
 
 
 _WRONG_TEXT = {
@@ -216,13 +217,15 @@ def _from_string(text: bytes) -> Counts:
 
 
 def check_pixel_count(size: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width of an image whose masks can be written as run lengths.
+    """Return `size` (height, width) if the masks of such an image can be encoded as run lengths.
 
     Raises:
         MaskError: it has more pixels than a run length can count.
     """
     if size[0] * size[1] > 2**31 - 1:
-        raise MaskError(f"an image of {size[0]} x {size[1]} (height x width) pixels has more than run lengths count (2^31 - 1).")
+        raise MaskError(
+            f"an image of {size[0]} x {size[1]} (height x width) pixels is too large for run lengths: at most 2^31 - 1 pixels."
+        )
     return size
 
 
@@ -248,7 +251,7 @@ def from_list(counts: Sequence[Any]) -> Counts:
     """
     try:
         values = np.asarray(counts)
-        with np.errstate(invalid="ignore"):  # what does not fit is seen in the comparison below
+        with np.errstate(invalid="ignore"):  # the comparison below finds values that do not fit
             numbers = values.astype(np.int64)
         exact = values.ndim == 1 and values.dtype.kind in "iuf" and bool((numbers == values).all())
     except (TypeError, ValueError, OverflowError):
@@ -272,7 +275,7 @@ def rasterise(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
     check_pixel_count(size)
     for polygons in masks:
         check_polygons(polygons, size)
-    if library.supports(torch.device("cpu")):
+    if library.supports(torch.device("cpu")):  # Fast path: kernels/csrc/polygons.c
         parts = [part for polygons in masks for part in polygons]
         points = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *parts]))
         return runs.rasterised(points, [len(part) for part in parts], [len(polygons) for polygons in masks], size)
@@ -300,7 +303,7 @@ def check_polygons(polygons: Polygons, size: tuple[int, int]) -> Polygons:
             raise MaskError(
                 f"a polygon's coordinate is {part.flat[np.abs(part).argmax()]:g}, far outside of {size[1]} x {size[0]} pixels."
             )
-        # The outline is at most this long; where that is not short enough to be drawn for certain, it is measured.
+        # This bound of the outline's length is cheap; the length itself is computed only if the bound is too large.
         if 2 * reach * len(part) > LONGEST_OUTLINE and np.abs(np.diff(part, axis=0)).max(1).sum() > LONGEST_OUTLINE:
             raise MaskError(f"a polygon's outline is longer than {LONGEST_OUTLINE:,} pixels.")
     return polygons
@@ -364,7 +367,7 @@ def outlines(counts: Counts, size: tuple[int, int]) -> list[np.ndarray]:
     edges[2, 1:, 1:] = inner & ~padded[2:, 1:-1]
     edges[3, 1:, :-1] = inner & ~padded[1:-1, :-2]
     steps = ((0, 1), (1, 0), (0, -1), (-1, 0))
-    found = []
+    outer = []
     for y0, x0 in np.argwhere(edges[0]):
         if not edges[0, y0, x0]:
             continue
@@ -379,5 +382,5 @@ def outlines(counts: Counts, size: tuple[int, int]) -> list[np.ndarray]:
         outline = np.array(points, dtype=np.float64)
         rolled = np.roll(outline, -1, 0)
         if (outline[:, 0] * rolled[:, 1] - rolled[:, 0] * outline[:, 1]).sum() > 0:  # holes run the other way around
-            found.append(outline)
-    return found
+            outer.append(outline)
+    return outer
