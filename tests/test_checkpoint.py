@@ -2,15 +2,17 @@
 
 import json
 import pickle
+import resource
 import stat
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import SMALLEST, TINY, batch, shapes
 
-from maskset.checkpoint import find, load, read_metadata, save
+from maskset.checkpoint import find, load, read_metadata, save, write_tensors
 from maskset.errors import CheckpointError
 from maskset.instances import Category
 from maskset.recipe import Recipe
@@ -172,8 +174,6 @@ def test_tensors_of_other_programs_are_refused(tmp_path, metadata):
 
 def rewritten(file, **changes):
     """Write the checkpoint again with other metadata; None leaves an entry out."""
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as old:
         metadata = {key: value for key, value in {**old.metadata(), **changes}.items() if value is not None}
         save_file({name: old.get_tensor(name) for name in old.keys()}, file, metadata)  # noqa: SIM118
@@ -205,8 +205,6 @@ def test_weights_that_do_not_fit_their_own_description_are_refused(file):
 
 
 def json_of(file):
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         return opened.metadata()["recipe"]
 
@@ -217,3 +215,56 @@ def test_loading_asks_for_no_pretrained_weights(file, monkeypatch):
     rewritten(file, recipe=json.dumps(settings))
     monkeypatch.setattr("maskset.layers.backbone.load_pretrained", lambda *_: pytest.fail("downloads"))
     assert load(file).config.backbone.pretrained
+
+
+def test_equal_models_give_equal_files(file, tmp_path):
+    for name in ("a.safetensors", "b.safetensors", "c.safetensors"):
+        save(model(), Recipe(model=SMALL), tmp_path / name, source="here", license="MIT")
+    assert len({(tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors", "c.safetensors")}) == 1
+
+
+def test_tensors_of_every_type_and_shape_come_back(tmp_path):
+    types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8)
+    tensors = {str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in (*types, torch.uint8, torch.bool)}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "strided": torch.arange(6.0).reshape(2, 3).T}
+    write_tensors(tensors, tmp_path / "all.safetensors", {"ä": "ö"})
+    read = load_file(tmp_path / "all.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_a_disk_that_is_full_is_an_error_that_names_the_file(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # a file cannot grow further, as on a full disk
+        with pytest.raises(OSError, match=r"big\.safetensors"):
+            write_tensors({"a": torch.zeros(10000)}, tmp_path / "big.safetensors", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_another_kind_of_number_are_refused_by_name(file, dtype):
+    with_weights(file, lambda tensor: tensor.to(dtype))
+    with pytest.raises(CheckpointError, match=rf"class_heads\.0\.weight is {dtype}, it must be torch.float32"):
+        load(file)
+
+
+def test_weights_of_half_precision_are_read(file):
+    with_weights(file, torch.Tensor.half)
+    assert load(file).get_parameter("class_heads.0.weight").dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(file, value):
+    with_weights(file, lambda tensor: torch.full_like(tensor, value))
+    with pytest.raises(CheckpointError, match=r"class_heads\.0\.weight has NaN or infinite values"):
+        load(file)
+
+
+def with_weights(file, change):
+    """Write the checkpoint again with other weights of the class head."""
+    with safe_open(file, "pt") as old:
+        metadata, tensors = old.metadata(), {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118
+    save_file(tensors | {"class_heads.0.weight": change(tensors["class_heads.0.weight"])}, file, metadata)

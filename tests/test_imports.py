@@ -31,7 +31,7 @@ PARTS = GROUND | {"layers", "masks", "matching", "losses", "detection"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "boxes": {"errors"},
-    "distributed": set(),
+    "distributed": {"errors"},
     "progress": set(),
     "tensors": {"errors"},
     "config": {"errors"},

@@ -7,12 +7,13 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maskset.config import from_dict, to_dict
@@ -24,6 +25,9 @@ from maskset.systems import System, build
 
 FORMAT = 1  # counts up when older versions of maskset could not read the file
 HUB_FILE = "model.safetensors"  # what a repository on the hub calls its checkpoint
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_DTYPES = _FLOATS | _INTEGERS  # the names of types in safetensors files
 _RUN_FILES = ("best.safetensors", "last.safetensors")  # what a run folder is loaded from, in this order
 
 
@@ -76,6 +80,7 @@ def load(source: str | Path) -> System:
     path = find(source)
     metadata, weights = read(path)
     model = build(metadata.recipe.model, metadata.categories)
+    check_weights(weights, model, path)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -130,6 +135,22 @@ def read(path: str | Path) -> tuple[Metadata, dict[str, Tensor]]:
         return _metadata(file.metadata() or {}, Path(path)), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def check_weights(weights: Mapping[str, Tensor], model: System, path: Path) -> None:
+    """Refuse weights of a type that the model's tensor of that name cannot have, and weights that are NaN or infinite.
+
+    Raises:
+        CheckpointError: there are such weights; the message names the first.
+    """
+    for name, own in model.state_dict().items():
+        if name not in weights:
+            continue
+        found, wanted = weights[name].dtype, own.dtype
+        if found != wanted and not (found in _FLOATS and wanted in _FLOATS):
+            raise CheckpointError(f"{path}: {name} is {found}, it must be {wanted}: the file is damaged.")
+        if found in _FLOATS and not torch.isfinite(weights[name]).all():
+            raise CheckpointError(f"{path}: {name} has NaN or infinite values. Use an earlier checkpoint of the training.")
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Give the open safetensors file.
@@ -147,14 +168,25 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors and texts as a safetensors file, aside and renamed when it is whole and on the disk."""
-    from safetensors.torch import save_file
+    """Write tensors and texts as a safetensors file, aside and renamed when it is whole and on the disk.
 
-    with atomic_write(path) as part:
-        part.touch()
-        permissions = part.stat().st_mode  # which safetensors would make this user's alone
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
-        part.chmod(permissions)
+    Equal content gives equal files, unlike with `safetensors.torch.save_file`, which writes metadata in random order.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned to its type's size
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in ordered:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _metadata(texts: dict[str, str], path: Path) -> Metadata:

@@ -1,8 +1,24 @@
 """One process or many: the few things that differ. On one process everything here does nothing."""
 
+import os
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from maskset.errors import ConfigError
+
+
+def launched(variable: str, default: int) -> int:
+    """Return the number in an environment variable that a launcher of processes sets, such as RANK or WORLD_SIZE.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
+    text = os.environ.get(variable, "")
+    if text and not text.isdecimal():
+        raise ConfigError(f"the environment variable {variable} must be a number as torchrun sets it, got {text!r}: unset it.")
+    return int(text or default)
 
 
 def active() -> bool:

@@ -37,5 +37,9 @@ class AttentionError(MasksetError):
     """The inputs of deformable attention do not fit together, or its chosen implementation is not available."""
 
 
+class ResourceError(MasksetError):
+    """The machine lacks memory or shared memory, or a process that reads images was killed. The message names a remedy."""
+
+
 class TrainingDiverged(MasksetError):
     """The loss or the gradient is no longer finite."""

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from maskset.errors import ConfigError
 
@@ -18,6 +18,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+LOCK_FILE = ".lock"  # in a folder while a process writes into it
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -28,45 +30,68 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.part")
     try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        if error.errno is not None and error.filename in (None, str(part)):  # a full disk names no file
-            error.filename = str(path)
-        raise
+        with name_in_errors(path, part):
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and let no other process that also locks it write there inside the context.
+def name_in_errors(path: Path, part: Path | None = None) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, as that of a full disk, or that names the temporary `part`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(part)):
+            error.filename = str(path)
+        raise
 
-    Where the file system or the platform has no locks, nothing is locked.
+
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from locking it; remove the folder in the end if it is empty and was made here.
+
+    The lock belongs to the process: it ends with it, however that ends, and forked processes do not hold it. Where the operating
+    system or the file system has no locks, nothing is locked.
 
     Raises:
-        ConfigError: another process holds the lock.
+        ConfigError: another process holds the lock, `path` is a file, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)  # closing it, also at the end of the process, releases the lock
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(f"another process is writing to the folder {folder}: wait for it, or choose another folder.") from None
-    except OSError:
-        pass  # some network file systems have no locks
+    check_folder(path)
+    made = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    file = _acquire(path / LOCK_FILE)
     try:
         yield
     finally:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for child processes, which share the descriptor
-        os.close(descriptor)
+        (path / LOCK_FILE).unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):  # not empty, or gone
+            for folder in made:
+                folder.rmdir()
+
+
+def _acquire(lock: Path) -> IO[str]:
+    """Return the locked file, which must stay open."""
+    while True:
+        file = lock.open("a")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise ConfigError(
+                f"another process is writing to the folder {lock.parent}: wait for it, or choose another folder."
+            ) from None
+        except OSError:  # this file system has no locks
+            return file
+        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            return file
+        file.close()  # the process that held the lock has removed the file in the meantime
 
 
 def check_file(path: Path) -> None:

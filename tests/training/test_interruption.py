@@ -72,10 +72,19 @@ def test_in_another_thread_signals_are_left_alone():
     assert seen == [(before, False)]
 
 
-def test_a_process_that_reads_images_leaves_ctrl_c_to_the_one_that_trains():
+def test_sigterm_twice_is_one_request():
+    with Interruption() as interruption:  # timeout and schedulers send it to the process and to its group
+        press(signal.SIGTERM)
+        press(signal.SIGTERM)
+        assert interruption.requested
+
+
+def test_a_process_that_reads_images_ignores_signals_until_training_has_ended():
     with Interruption() as interruption:
         interruption._process += 1  # as it is in a forked worker
         press()
+        press(signal.SIGTERM)
         assert not interruption.requested
+        interruption._ended[0] = 1
         with pytest.raises(SystemExit):
             press(signal.SIGTERM)

@@ -13,7 +13,16 @@ from maskset.errors import CheckpointError, ConfigError
 from maskset.systems import build
 from maskset.training.ema import averaged_copy
 from maskset.training.optimizer import build_optimizer
-from maskset.training.state import Progress, Trained, check_folder, differences, load_state, save_state, seed_everything
+from maskset.training.state import (
+    Progress,
+    Trained,
+    check_folder,
+    check_recipe,
+    differences,
+    load_state,
+    save_state,
+    seed_everything,
+)
 
 DATA = {"images": 3, "categories": [["a", 1]]}
 
@@ -112,12 +121,12 @@ def test_the_settings_that_a_resumed_run_may_change_are_all_there_and_do_not_cou
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(ConfigError, match="is a file; a run needs a folder"):
-        check_folder(tmp_path / "run", recipe(), resume=False)
+        check_folder(tmp_path / "run", resume=False)
 
 
 def test_a_folder_of_other_things_may_be_used(tmp_path):
     (tmp_path / "notes.txt").touch()
-    check_folder(tmp_path, recipe(), resume=False)
+    check_folder(tmp_path, resume=False)
 
 
 def test_a_recipe_of_another_version_is_an_error_that_names_the_file(tmp_path):
@@ -125,4 +134,4 @@ def test_a_recipe_of_another_version_is_an_error_that_names_the_file(tmp_path):
     text = (tmp_path / "recipe.json").read_text().replace("num_queries", "queries")
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(ConfigError, match=r"recipe\.json: there is no setting .*queries"):
-        check_folder(tmp_path, recipe(), resume=True)
+        check_recipe(tmp_path, recipe())

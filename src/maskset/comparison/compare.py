@@ -6,7 +6,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,13 +20,14 @@ from maskset.checkpoint import find, is_model, read_metadata
 from maskset.comparison.figure import draw_figure
 from maskset.comparison.results import FIGURE, JSON, MEASURED, TABLE, Compared, Comparison, Terms, shown
 from maskset.data import Dataset, ShapesDataset, open_data
-from maskset.errors import ConfigError, DataError
+from maskset.distributed import launched
+from maskset.errors import ConfigError, DataError, MasksetError
 from maskset.evaluation.evaluate import class_labels, evaluate
-from maskset.files import atomic_write, check_folder
+from maskset.files import LOCK_FILE, atomic_write, lock_folder
 from maskset.inference.predict import load_model
 from maskset.recipe import Recipe
 from maskset.training import state
-from maskset.training.log import counted
+from maskset.training.log import Output
 from maskset.training.optimizer import step_count
 from maskset.training.train import train
 from maskset.training.trial import try_out
@@ -47,6 +47,7 @@ def compare(
     split: str = "val",
     max_detections: int = 100,
     skip_broken: bool = False,
+    progress: bool = True,
 ) -> Comparison:
     """Return how recipes and trained models do on the same data; `print` shows the table.
 
@@ -69,10 +70,11 @@ def compare(
         split: the part of the data that the models are measured on.
         max_detections: how many objects of an image count, best first.
         skip_broken: leave out broken images and annotations, in training too.
+        progress: whether to print how far it is.
 
     Raises:
         ConfigError: there is no such recipe, two models have the same name, a budget is not possible, or `out` holds another
-            comparison.
+            comparison, or another process writes into it.
         CheckpointError: a model is no checkpoint.
         DataError: the data cannot be used, or a trained model knows none of its classes.
         KeyboardInterrupt: Ctrl-C came; the same call goes on.
@@ -91,20 +93,20 @@ def compare(
         measured=len(dataset),
         classes=tuple(category.name for category in dataset.categories),
     )
-    known = _known(out, terms)
-    entries = {name: _continued(known.get(name), new, out, terms) for name, new in wanted.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
-    try:
-        for name in entries:
-            for entry in _advanced(entries[name], terms, dataset, out):
-                entries[name] = entry
-                Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
-        others = {name: one for name, one in known.items() if one.state == "done"}  # of earlier calls
-        comparison = Comparison(terms=terms, models=tuple((others | entries).values()))
-        _show(comparison, dataset, out)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the same command continues the comparison in {out}.") from None
+    with lock_folder(out):
+        known = _known(out, terms)
+        entries = {name: _continued(known.get(name), new, out, terms) for name, new in wanted.items()}
+        try:
+            Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
+            for name in entries:
+                for entry in _advanced(entries[name], terms, dataset, out, progress):
+                    entries[name] = entry
+                    Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
+            others = {name: one for name, one in known.items() if one.state == "done"}  # of earlier calls
+            comparison = Comparison(terms=terms, models=tuple((others | entries).values()))
+            _show(comparison, dataset, out)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the same command continues the comparison in {out}.") from None
     return comparison
 
 
@@ -117,7 +119,7 @@ def _check_call(epochs: int | None, minutes: float | None, max_detections: int) 
         raise ConfigError(f"minutes must be a positive number, got {minutes}.")
     if max_detections < 1:
         raise ConfigError(f"max_detections must be at least 1, got {max_detections}.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched("WORLD_SIZE", 1) > 1:
         raise ConfigError("a comparison is one process: train with several by maskset train, and compare the run folders.")
 
 
@@ -168,11 +170,10 @@ def _known(out: Path, terms: Terms) -> dict[str, Compared]:
     """Return what the folder has of earlier calls, by name.
 
     Raises:
-        ConfigError: the folder cannot be written, holds something else, or a comparison with other terms.
+        ConfigError: the folder holds something else, or a comparison with other terms.
     """
-    check_folder(out)
     if not (out / JSON).is_file():
-        if out.is_dir() and any(out.iterdir()):
+        if any(file.name != LOCK_FILE for file in out.iterdir()):
             raise ConfigError(f"{out} is not empty and holds no comparison: choose a new folder with --out.")
         return {}
     earlier = settings.read(Comparison, out / JSON)
@@ -216,48 +217,52 @@ def _has_budget(terms: Terms) -> bool:
     return bool(terms.epochs or terms.minutes)
 
 
-def _advanced(entry: Compared, terms: Terms, dataset: Dataset, out: Path) -> Iterator[Compared]:
+def _advanced(entry: Compared, terms: Terms, dataset: Dataset, out: Path, progress: bool) -> Iterator[Compared]:
     """Do what is still to do for a model, and yield the entry whenever there is something new to keep."""
     if entry.state == "done":
         return
     entry = replace(entry, state="begun", problem="")
+    output = Output(quiet=not progress, highlight=False, markup=False, soft_wrap=True)
     try:
         if entry.recipe is not None:
             if entry.gigabytes is None:
-                entry = _tried(entry, entry.recipe, terms)
+                output.print(f"\n{entry.name}: a trial of a few steps")
+                entry = _tried(entry, entry.recipe, terms, progress)
                 yield entry
-            entry = _trained(entry, terms, out / entry.name)
-        entry = _measured(entry, dataset, terms, out)
-    except Exception as error:  # whatever it is, the others shall go on
-        known = isinstance(error, (ValueError, OSError))
+            output.print(f"\n{entry.name}: training")
+            entry = _trained(entry, terms, out / entry.name, progress)
+        output.print(f"\n{entry.name}: measuring")
+        entry = _measured(entry, dataset, terms, out, progress)
+    except BrokenPipeError:  # nobody reads what is printed: no fault of the model
+        raise
+    except Exception as error:  # whatever it is, the other models go on
+        known = isinstance(error, (MasksetError, OSError))
         if not known:
             traceback.print_exc()
         text = " ".join(str(error).split())
         entry = replace(entry, state="failed", problem=text if known else f"{type(error).__name__}: {text}")
-        print(f"{entry.name} failed: {entry.problem}", file=sys.stderr, flush=True)
+        Output(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"{entry.name} failed: {entry.problem}")
     gc.collect()
     torch.cuda.empty_cache()
     yield entry
 
 
-def _tried(entry: Compared, recipe: Recipe, terms: Terms) -> Compared:
+def _tried(entry: Compared, recipe: Recipe, terms: Terms, progress: bool) -> Compared:
     """Return the entry with what a step costs, and with the schedule brought to the steps that the budget is worth."""
-    print(f"\n{entry.name}: a trial of a few steps", flush=True)
-    cost = try_out(recipe, terms.data, images=terms.images, seconds=_TRIAL * 60 * (terms.minutes or 0))
+    cost = try_out(recipe, terms.data, images=terms.images, seconds=_TRIAL * 60 * (terms.minutes or 0), progress=progress)
     if _has_budget(terms):
         steps = round(60 * terms.minutes / cost.seconds) if terms.minutes else (terms.epochs or 0) * cost.steps_per_epoch
         share = min(1.0, steps / step_count(cost.steps_per_epoch, recipe.train))
         changed = replace(recipe.train, steps=max(1, steps), warmup_steps=round(share * recipe.train.warmup_steps))
         recipe = replace(recipe, train=changed)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
-    return replace(entry, recipe=recipe, gigabytes=cost.gigabytes, device=device)
+    return replace(entry, recipe=recipe, gigabytes=cost.gigabytes, device=cost.device)
 
 
-def _trained(entry: Compared, terms: Terms, run: Path) -> Compared:
+def _trained(entry: Compared, terms: Terms, run: Path, progress: bool) -> Compared:
     """Train, or go on, and return the entry with what the log says."""
     assert entry.recipe is not None
-    print(f"\n{entry.name}: training", flush=True)
-    train(entry.recipe, terms.data, run, resume=(run / state.RECIPE).is_file(), images=terms.images)
+    resume = (run / state.RECIPE).is_file()
+    train(entry.recipe, terms.data, run, resume=resume, images=terms.images, progress=progress)
     lines = [json.loads(line) for line in (run / state.METRICS).read_text().splitlines()]
     steps = max(line["step"] for line in lines)
     seconds = [line["seconds"] for line in lines if line["split"] == "train"]
@@ -267,11 +272,10 @@ def _trained(entry: Compared, terms: Terms, run: Path) -> Compared:
     return replace(entry, steps=steps, seconds_per_step=median, minutes=minutes)
 
 
-def _measured(entry: Compared, dataset: Dataset, terms: Terms, out: Path) -> Compared:
+def _measured(entry: Compared, dataset: Dataset, terms: Terms, out: Path, progress: bool) -> Compared:
     """Evaluate, keep all numbers in the model's folder, and return the entry with the most important ones."""
-    print(f"\n{entry.name}: measuring", flush=True)
     model = load_model(_weights(entry, out))
-    metrics = evaluate(model, dataset, max_detections=terms.max_detections)
+    metrics = evaluate(model, dataset, max_detections=terms.max_detections, progress=progress)
     metrics.save(out / entry.name)
     numbers = metrics.to_dict()
     return replace(

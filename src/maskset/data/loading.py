@@ -1,7 +1,8 @@
 """Annotated images as training batches: which images, in which order, read by how many processes."""
 
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,13 +11,22 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from maskset.data.dataset import Dataset
 from maskset.data.transforms import Augmentation, augment
-from maskset.errors import DataError
+from maskset.errors import DataError, ResourceError
 from maskset.instances import Instances
 from maskset.structures import ImageBatch
+
+READER_KILLED = (
+    "a process that reads images was killed, maybe for lack of memory. Use fewer of them (--data.workers; 0 reads in the training "
+    "process); the same command with --resume continues the run from its last checkpoint."
+)
+_TOO_LITTLE_SHARED_MEMORY = (
+    "shared memory (/dev/shm) is too small for a batch of {:.1f} MB ({}). Give a container more with docker run --shm-size=8g, "
+    "or read the images in the training process with --data.workers 0."
+)
 
 
 @runtime_checkable
@@ -59,13 +69,14 @@ def training_batches(
 
     Raises:
         DataError: an image is broken.
+        ResourceError: shared memory is too small for a batch.
     """
     wide = np.array([record.width >= record.height for record in dataset.images]) if config.group_by_aspect else None
     order = batch_order(len(dataset), batch_size * world_size, seed, epoch, wide)
     mine = [indices.reshape(world_size, -1)[rank].tolist() for indices in order[start:]]
     reader = _Reader(dataset, config, divisor, seed, epoch)
     for batch in _in_workers(reader, mine, config.workers) if config.workers and mine else map(reader, mine):
-        if isinstance(batch, DataError):
+        if isinstance(batch, Exception):
             raise batch
         dataset.skipped += [problem for problem in batch.problems if problem not in dataset.skipped]
         objects = pytree.tree_map_only(_Array, lambda sent: torch.from_numpy(sent.values), batch.objects)
@@ -143,14 +154,21 @@ class _Reader:
     seed: int
     epoch: int
 
-    def __call__(self, indices: list[int]) -> _Batch | DataError:
+    def __call__(self, indices: list[int]) -> _Batch | DataError | ResourceError:
         problems: list[str] = []
         try:
             samples = [self._sample(index, problems) for index in indices]
         except DataError as error:
             return error  # raised in a worker it would come with a traceback as its message
         objects = pytree.tree_map_only(Tensor, lambda tensor: _Array(tensor.numpy()), [objects for _, objects in samples])
-        return _Batch(ImageBatch.from_images([pixels for pixels, _ in samples], self.divisor), objects, problems)
+        images = ImageBatch.from_images([pixels for pixels, _ in samples], self.divisor)
+        if get_worker_info() is not None:
+            try:  # here, since torch does it in a thread that loses the batch where there is no room, and training waits for ever
+                for tensor in (images.pixels, images.sizes):
+                    tensor.share_memory_()
+            except RuntimeError as error:
+                return ResourceError(_TOO_LITTLE_SHARED_MEMORY.format(images.pixels.nbytes / 1e6, error))
+        return _Batch(images, objects, problems)
 
     __getitem__ = __call__  # DataLoader asks a data set for the item of a batch's image numbers
 
@@ -171,8 +189,15 @@ class _Reader:
         raise DataError(f"none of the {count} images can be read. The first: {problems[0]}")
 
 
-def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iterable[_Batch | DataError]:
-    return DataLoader(
+def _handle_sigterm(_: int) -> None:
+    """Handle SIGTERM in a worker as the process that started it does, see `Interruption`; torch has set a handler of its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iterator[_Batch | DataError | ResourceError]:
+    loader = DataLoader(
         reader,  # type: ignore[arg-type]
         batch_size=None,
         sampler=batches,  # type: ignore[arg-type]
@@ -180,4 +205,9 @@ def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iter
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from torch's own, and resuming would depend on the number of workers
         multiprocessing_context="fork" if sys.platform == "linux" else None,  # others copy the data set into each worker
+        worker_init_fn=_handle_sigterm,
     )
+    try:
+        yield from loader
+    except (EOFError, ConnectionError) as error:
+        raise ResourceError(READER_KILLED) from error

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM while training: not at once, but when a checkpoint can be written."""
 
+import mmap
 import os
 import signal
 import threading
@@ -11,15 +12,17 @@ _AGAIN = "stopped at once: the same command with --resume continues from the las
 
 
 class Interruption:
-    """Turns the first Ctrl-C (or SIGTERM) into the flag `requested`; a second one raises KeyboardInterrupt.
+    """Turns the first Ctrl-C or SIGTERM into the flag `requested`; a second Ctrl-C raises KeyboardInterrupt.
 
-    A context: outside of it, and in threads other than the main one, signals do what they did before.
+    A context: outside of it, and in threads other than the main one, signals do what they did before. Schedulers send SIGTERM to
+    a process and to its whole group, so it may come twice, and it also comes to the processes that read images. They ignore it
+    until training has ended, since torch would raise the death of one in the middle of a step.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._message, self._waits = _AGAIN, True
-        self._process = os.getpid()
+        self._process, self._ended = os.getpid(), mmap.mmap(-1, 1)  # memory that forked processes share
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -28,6 +31,7 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended[0] = 1
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -43,10 +47,10 @@ class Interruption:
             self._message, self._waits = _AGAIN, True
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a process that reads images: Ctrl-C is meant for the one that trains
-            if number == signal.SIGTERM:
+        if os.getpid() != self._process:  # a process that reads images
+            if number == signal.SIGTERM and self._ended[0]:
                 raise SystemExit(1)
-        elif self.requested or not self._waits:
+            return
+        again, self.requested = self.requested, True
+        if (again and number == signal.SIGINT) or not (again or self._waits):
             raise KeyboardInterrupt(self._message)
-        else:
-            self.requested = True

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -14,9 +15,23 @@ from rich.progress import Progress as Bar
 
 from maskset.errors import ConfigError
 from maskset.evaluation.metrics import Metrics
+from maskset.files import name_in_errors
 from maskset.training.state import Progress
 
 Send = Callable[[dict[str, float], int], None]  # gives a tracker numbers of a step
+
+
+class Output(Console):
+    """A console that falls silent when nobody can read it any more (`| head`, a full disk), instead of ending the process."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 class Log:
@@ -28,12 +43,16 @@ class Log:
         last_step: optimiser steps when all is done.
         epochs: how many there will be.
         send: gives numbers to the trackers.
-        active: False says nothing and writes nothing; so it is in all processes but one.
+        active: False prints nothing and writes nothing; so it is in all processes but one.
+        prints: False prints nothing.
     """
 
-    def __init__(self, file: Path, progress: Progress, last_step: int, epochs: int, send: Send, active: bool = True) -> None:
-        self._active, self._epochs, self._last_step, self._send = active, epochs, last_step, send
-        self._console = Console(quiet=not active, highlight=False, soft_wrap=True)
+    def __init__(
+        self, file: Path, progress: Progress, last_step: int, epochs: int, send: Send, active: bool = True, prints: bool = True
+    ) -> None:
+        self.prints = active and prints
+        self._path, self._epochs, self._last_step, self._send = file, epochs, last_step, send
+        self._console = Output(quiet=not self.prints, highlight=False, soft_wrap=True)
         self._file = file.open("ab") if active else None
         if self._file is not None:
             self._file.truncate(min(progress.log_bytes, self._file.tell()))
@@ -45,7 +64,7 @@ class Log:
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             console=self._console,
-            disable=not (active and self._console.is_terminal),
+            disable=not (self.prints and self._console.is_terminal),
         )
         self._task = self._bar.add_task("training", completed=progress.step, total=last_step, losses="")
         self._time, self._step = time.perf_counter(), progress.step
@@ -57,7 +76,8 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
         if self._file is not None:
-            self._file.close()
+            with name_in_errors(self._path):
+                self._file.close()
 
     @property
     def bytes(self) -> int:
@@ -111,8 +131,9 @@ class Log:
         if self._file is None:
             return
         finite = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
-        self._file.write((json.dumps({"split": split, "epoch": epoch, "step": step, **finite}) + "\n").encode())
-        self._file.flush()
+        with name_in_errors(self._path):
+            self._file.write((json.dumps({"split": split, "epoch": epoch, "step": step, **finite}) + "\n").encode())
+            self._file.flush()
         self._send({f"{split}/{name}": value for name, value in finite.items() if value is not None}, step)
 
 

@@ -16,9 +16,10 @@ from torch import nn
 
 from maskset import config as settings
 from maskset import recipes
-from maskset.checkpoint import find, read, save
+from maskset.checkpoint import check_weights, find, read, save
 from maskset.data import Dataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
+from maskset.distributed import launched
 from maskset.errors import CheckpointError, ConfigError, DataError
 from maskset.files import atomic_write
 from maskset.layers.backbone import load_pretrained
@@ -115,15 +116,23 @@ class Run:
 
 
 def open_run(
-    recipe: Recipe | str, data: str | Path, folder: Path, init: str | Path | None, resume: bool, images: str | Path | None
+    recipe: Recipe | str,
+    data: str | Path,
+    folder: Path,
+    init: str | Path | None,
+    resume: bool,
+    images: str | Path | None,
+    progress: bool = True,
 ) -> tuple[Run, list[str]]:
     """Return a run that is ready to go (on), and what to tell the user about it. Nothing is written. See `maskset.train`."""
+    state.check_folder(folder, resume)
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
     check_trackers(recipe.train.trackers)
     training, judging = (open_data(data, split, images, recipe.data.skip_broken) for split in ("train", "val"))
     _check_objects(training, data)
     recipe = replace(recipe, model=replace(recipe.model, num_classes=len(training.categories)))
-    state.check_folder(folder, recipe, resume)
+    if resume:
+        state.check_recipe(folder, recipe)
     config, accelerator = recipe.train, _open_accelerator(recipe.train, folder)
     batch_size = _batch_size(config, accelerator.num_processes)
     lines = []
@@ -133,23 +142,23 @@ def open_run(
     seed_everything(config.seed, 0, 0)
     model = build(recipe.model, training.categories)
     if not resume:
-        lines += _initialise(model, recipe, training, init, accelerator)
+        lines += _initialise(model, recipe, training, init, accelerator, progress)
     if config.checkpoint_activations:
         recompute(model)
     step = accelerator.prepare(Step(model))  # moves the model to its device, which the optimiser must see
     optimizer = accelerator.prepare(build_optimizer(model, config))
     averaged = averaged_copy(model) if config.ema_decay else None
     trained = Trained(model, optimizer, averaged, accelerator.scaler)
-    progress = state.load_state(folder, trained, _facts(training)) if resume else Progress()
+    where = state.load_state(folder, trained, _facts(training)) if resume else Progress()
 
     batches = steps_per_epoch(len(training), batch_size, accelerator.num_processes)
     steps = -(-batches // config.accumulate)
-    run = Run(folder, recipe, training, judging, accelerator, trained, step, batch_size, steps, progress)
+    run = Run(folder, recipe, training, judging, accelerator, trained, step, batch_size, steps, where)
     return run, [*lines, *_summary(run, data, resume)]
 
 
 @contextmanager
-def open_log(run: Run, resume: bool) -> Iterator[Log]:
+def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
     """Make the folder of the run and give its log, cut back to where the run stands; at the end say what could not be read."""
     _create_folder(run, resume)
     config, accelerator = run.recipe.train, run.accelerator
@@ -158,7 +167,7 @@ def open_log(run: Run, resume: bool) -> Iterator[Log]:
         accelerator.init_trackers("maskset", facts)
     file, send = run.folder / state.METRICS, accelerator.log
     try:
-        with Log(file, run.progress, run.last_step, run.epochs, send, accelerator.is_main_process) as log:
+        with Log(file, run.progress, run.last_step, run.epochs, send, accelerator.is_main_process, prints) as log:
             known = run.skipped
             yield log
             unread = [problem for problem in dict.fromkeys(gather_object(run.skipped)) if problem not in known]
@@ -181,13 +190,19 @@ def _check_objects(training: Dataset, data: str | Path) -> None:
 
 def _open_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     AcceleratorState._reset_state()  # else accelerate holds a second run in this process to the precision of the first
-    accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        cpu=not torch.accelerator.is_available(),
-        log_with=list(config.trackers) or None,
-        project_dir=folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while the first process computes AP
-    )
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        launched(variable, 0)  # else accelerate's error does not name the variable
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            cpu=not torch.accelerator.is_available(),
+            log_with=list(config.trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while the first process computes AP
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        asked = ", ".join(sorted(name for name in os.environ if name.startswith("ACCELERATE_"))) or "no ACCELERATE_ variable"
+        raise ConfigError(f"accelerate cannot start ({error}). The environment sets {asked}.") from error
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ConfigError(
             f"training runs on one or several CPUs or GPUs with DDP, not with {accelerator.distributed_type.value}."
@@ -214,7 +229,9 @@ def _batch_size(config: TrainConfig, processes: int) -> int:
     return config.batch_size // (config.accumulate * processes)
 
 
-def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Path | None, accelerator: Accelerator) -> list[str]:
+def _initialise(
+    model: System, recipe: Recipe, training: Dataset, init: str | Path | None, accelerator: Accelerator, progress: bool
+) -> list[str]:
     """Give a new model the weights it starts from, and return what was taken from where.
 
     Raises:
@@ -225,6 +242,7 @@ def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Pa
     if init is not None:
         path = find(init)
         metadata, weights = read(path)
+        check_weights(weights, model, path)
         if _stride_in_first(metadata.recipe) != _stride_in_first(recipe):
             lines.append("the backbone's weights are left out: they are of a ResNet with its strides elsewhere.")
             weights = {name: value for name, value in weights.items() if not belongs(name, model.BACKBONE_PARTS)}
@@ -239,7 +257,8 @@ def _initialise(model: System, recipe: Recipe, training: Dataset, init: str | Pa
             lines.append(load_pretrained(model.get_submodule("backbone"), backbone.weights))  # type: ignore[arg-type]
     if any(belongs(name, model.FITTED_PARTS) for name in fresh):  # a code is taken whole or learnt anew
         # Nothing is shown where nothing reads them.
-        images = track(range(len(training)), len(training), "reading masks to learn their code")
+        numbers = range(len(training))
+        images = track(numbers, len(training), "reading masks to learn their code") if progress else numbers
         model.prepare(training.objects(index) for index in images)
     return lines
 

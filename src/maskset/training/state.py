@@ -138,11 +138,11 @@ def load_state(folder: Path, trained: Trained, data: dict[str, Any]) -> Progress
     return Progress(**facts["progress"])
 
 
-def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+def check_folder(folder: Path, resume: bool) -> None:
     """Refuse a folder that a run must not be written into.
 
     Raises:
-        ConfigError: it holds a run and `resume` is False; or `resume` is True and it holds none, or one of another recipe.
+        ConfigError: it holds a run and `resume` is False, or it holds none and `resume` is True.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; a run needs a folder.")
@@ -151,7 +151,15 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
         raise ConfigError(f"{folder} already holds a run: continue it with --resume, or choose another folder with --out.")
     if resume and not there:
         raise ConfigError(f"{folder} holds no run to resume: leave --resume out to start one.")
-    if resume and (changed := differences(config.read(Recipe, folder / RECIPE), recipe)):
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse to resume the run of another recipe.
+
+    Raises:
+        ConfigError: settings differ that a resumed run may not change.
+    """
+    if changed := differences(config.read(Recipe, folder / RECIPE), recipe):
         raise ConfigError(f"the run in {folder} has another recipe: {'; '.join(changed)}. Resume it with the same settings.")
 
 

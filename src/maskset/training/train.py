@@ -12,13 +12,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from maskset.checkpoint import save
+from maskset.distributed import launched
 from maskset.errors import TrainingDiverged
 from maskset.evaluation.evaluate import evaluate
 from maskset.evaluation.metrics import Metrics
+from maskset.files import lock_folder
 from maskset.recipe import Recipe
 from maskset.training import state
 from maskset.training.diverged import diverged
 from maskset.training.ema import average
+from maskset.training.guards import explain_shortages, restore_process_settings
 from maskset.training.interruption import Interruption
 from maskset.training.log import Log, counted
 from maskset.training.optimizer import rate_factor, set_learning_rates
@@ -38,6 +41,7 @@ def train(
     init: str | Path | None = None,
     resume: bool = False,
     images: str | Path | None = None,
+    progress: bool = True,
 ) -> Metrics:
     """Train a model and return its last evaluation.
 
@@ -52,55 +56,69 @@ def train(
         init: what `maskset.load` takes; training starts from what of its weights fits.
         resume: continue the run in `out`.
         images: the folder of the images, where `data` is a JSON file; that is then both learnt from and evaluated on.
+        progress: whether to print how far it is.
 
     Raises:
-        ConfigError: a setting is not possible, `out` holds a run and `resume` is False, or the reverse.
+        ConfigError: a setting is not possible, `out` holds a run and `resume` is False, or the reverse, or another process trains
+            in `out`.
         DataError: the data cannot be used.
         CheckpointError: `init` is no checkpoint, or nothing of it fits.
         TrainingDiverged: the loss or its gradient is not finite.
+        ResourceError: memory does not suffice, or a process that reads images was killed.
+        OSError: a file cannot be written, for example because the disk is full.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the message says how to go on, or that it was before anything was written.
     """
-    with Interruption() as interruption, interruption.at_once("stopped before the first step: nothing was written."):
-        run, lines = open_run(recipe, data, Path(out), init, resume, images)
+    out = Path(out)
+    lock = lock_folder(out) if launched("RANK", 0) == 0 else nullcontext()
+    with lock, restore_process_settings(), explain_shortages(), Interruption() as interruption:
+        with interruption.at_once("stopped before the first step: nothing was written."):
+            run, lines = open_run(recipe, data, out, init, resume, images, progress)
+        with open_log(run, resume, progress) as log:
+            log.say("\n".join(lines))
+            metrics = _train(run, log, interruption)
+        if metrics is not None:
+            return metrics
+        with interruption.at_once("stopped: the run is complete, and its evaluation can be repeated with --resume."):
+            return evaluate(run.kept, run.judging, max_detections=run.recipe.train.max_detections, progress=progress)
+
+
+def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
+    """Do all steps that are left, and return the last evaluation; None if there was nothing left to do."""
     config, progress, trained = run.recipe.train, run.progress, run.trained
     metrics = None
-    with Interruption() as interruption, open_log(run, resume) as log:
-        log.say("\n".join(lines))
-        for epoch in range(progress.epoch, run.epochs):
-            if config.patience and progress.stale >= config.patience:
-                log.say(f"stopped early: {counted(progress.stale, 'evaluation')} without a better mask AP")
-                break
-            trained.model.train()
-            left = run.last_step - progress.step  # of a last epoch that is none in full
-            for batches in islice(grouped(run.batches(epoch), config.accumulate), left):
-                seed_everything(config.seed, progress.step, run.accelerator.process_index)
-                rates = set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
-                try:
-                    terms, norm = update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
-                except NotFinite as problem:
-                    names, process = run.image_names(problem.place), run.accelerator.process_index
-                    raise diverged(run.folder, progress.step, rates, problem, names, process) from None
-                progress.step += 1
-                if trained.averaged is not None:
-                    average(trained.averaged, trained.model, config.ema_decay, progress.step)
-                log.advance(progress.step)
-                if progress.step % config.log_every == 0:
-                    log.trained(
-                        progress.step, epoch, rates, mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size
-                    )
-                stop = _any_process(run.accelerator, interruption.requested)
-                if stop or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
-                    run.write(log)
-                if stop:
-                    raise KeyboardInterrupt(_stopped(run))
-            if epoch + 1 == run.epochs or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0):
+    for epoch in range(progress.epoch, run.epochs):
+        if config.patience and progress.stale >= config.patience:
+            log.say(f"stopped early: {counted(progress.stale, 'evaluation')} without a better mask AP")
+            break
+        trained.model.train()
+        left = run.last_step - progress.step  # of a last epoch that is none in full
+        for batches in islice(grouped(run.batches(epoch), config.accumulate), left):
+            seed_everything(config.seed, progress.step, run.accelerator.process_index)
+            rates = set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
+            try:
+                terms, norm = update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
+            except NotFinite as problem:
+                names, process = run.image_names(problem.place), run.accelerator.process_index
+                raise diverged(run.folder, progress.step, rates, problem, names, process) from None
+            progress.step += 1
+            if trained.averaged is not None:
+                average(trained.averaged, trained.model, config.ema_decay, progress.step)
+            log.advance(progress.step)
+            if progress.step % config.log_every == 0:
+                log.trained(progress.step, epoch, rates, mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size)
+            stop = _any_process(run.accelerator, interruption.requested)
+            if stop or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
                 run.write(log)
-                alone = run.accelerator.num_processes == 1  # else the others would wait for the one that stops
-                with interruption.at_once(_stopped(run)) if alone else nullcontext(), log.paused():
-                    metrics = _judge(run, epoch, log)
-            progress.epoch = epoch + 1
+            if stop:
+                raise KeyboardInterrupt(_stopped(run))
+        if epoch + 1 == run.epochs or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0):
             run.write(log)
-    return evaluate(run.kept, run.judging, max_detections=config.max_detections) if metrics is None else metrics
+            alone = run.accelerator.num_processes == 1  # else the others would wait for the one that stops
+            with interruption.at_once(_stopped(run)) if alone else nullcontext(), log.paused():
+                metrics = _judge(run, epoch, log)
+        progress.epoch = epoch + 1
+        run.write(log)
+    return metrics
 
 
 def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
@@ -118,7 +136,7 @@ def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
 def _judge(run: Run, epoch: int, log: Log) -> Metrics:
     """Evaluate, keep the weights if they are the best so far, draw what they find, and return the metrics."""
     start, progress = time.perf_counter(), run.progress
-    metrics = evaluate(run.kept, run.judging, max_detections=run.recipe.train.max_detections)
+    metrics = evaluate(run.kept, run.judging, max_detections=run.recipe.train.max_detections, progress=log.prints)
     better = metrics.mask_ap > (-1 if progress.best is None else progress.best)  # False for NaN: nothing to find
     if better and run.accelerator.is_main_process:
         save(run.kept, run.recipe, run.folder / state.BEST)

@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from maskset.errors import MasksetError
 from maskset.recipe import Recipe
+from maskset.training.guards import explain_shortages, restore_process_settings
+from maskset.training.log import counted
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_run
 from maskset.training.state import seed_everything
@@ -30,6 +32,7 @@ class Cost:
     Attributes:
         seconds: mean time of a step with the reading of its images.
         steps_per_epoch: how many make an epoch.
+        device: what computed it.
         gigabytes: greatest memory that tensors take in a step (10^9 bytes): weights, gradients, the optimiser's moments and what
             the network keeps to compute gradients.
     """
@@ -37,9 +40,14 @@ class Cost:
     seconds: float
     steps_per_epoch: int
     gigabytes: float
+    device: str
 
 
-def try_out(recipe: Recipe, data: str | Path, *, images: str | Path | None = None, seconds: float = 0.0) -> Cost:
+@restore_process_settings()
+@explain_shortages()
+def try_out(
+    recipe: Recipe, data: str | Path, *, images: str | Path | None = None, seconds: float = 0.0, progress: bool = True
+) -> Cost:
     """Return what a step of a recipe costs on the data, on this machine.
 
     Memory is what torch's allocator gave out for tensors, on a GPU and on a CPU alike: neither Python and torch themselves, nor
@@ -50,13 +58,14 @@ def try_out(recipe: Recipe, data: str | Path, *, images: str | Path | None = Non
         data: see `maskset.train`, as `images`.
         images: see `maskset.train`.
         seconds: how long to measure the time, at least.
+        progress: whether to show on stderr how far a code of masks is fitted.
 
     Raises:
         ValueError: the run cannot be started, see `maskset.train`, or a loss is not finite.
     """
     gc.collect()  # what an earlier model has left
     with tempfile.TemporaryDirectory() as folder:
-        run, _ = open_run(recipe, data, Path(folder), None, False, images)
+        run, _ = open_run(recipe, data, Path(folder), None, False, images, progress)
     run.trained.model.train()
     batches = _endless(run)
     for _ in range(_WARM_UP):
@@ -66,7 +75,8 @@ def try_out(recipe: Recipe, data: str | Path, *, images: str | Path | None = Non
         _do(run, next(batches))
         steps += 1
     mean = (time.perf_counter() - start) / steps
-    return Cost(mean, run.steps, _peak(run, [next(batches) for _ in range(_WEIGHED)]) / 1e9)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    return Cost(mean, run.steps, _peak(run, [next(batches) for _ in range(_WEIGHED)]) / 1e9, device)
 
 
 def _endless(run: Run) -> Iterator[list[Batch]]:
