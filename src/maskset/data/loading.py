@@ -20,8 +20,8 @@ from maskset.instances import Instances
 from maskset.structures import ImageBatch
 
 READER_KILLED = (
-    "a process that reads images was killed, maybe for lack of memory. Use fewer of them (--data.workers; 0 reads in the training "
-    "process); the same command with --resume continues the run from its last checkpoint."
+    "a process that reads images was killed, maybe for lack of memory. Use fewer of them (--data.workers; 0 reads in the "
+    "training process); the same command with --resume continues the run from its last checkpoint."
 )
 _TOO_LITTLE_SHARED_MEMORY = (
     "shared memory (/dev/shm) is too small for a batch of {:.1f} MB ({}). Give a container more with docker run --shm-size=8g, "

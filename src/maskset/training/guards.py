@@ -47,9 +47,7 @@ def explain_shortages() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[-1][
-            :200
-        ]  # of an error from a reader, the last line without its traceback
+        reason = (str(error).strip().splitlines() or [""])[-1][:200]  # an error of a reader brings its traceback
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in reason for text in _OUT_OF_MEMORY):
             raise ResourceError(
                 "not enough memory: use a smaller --train.batch-size (or the same with a larger --train.accumulate), "
