@@ -40,7 +40,7 @@ def quick(monkeypatch, untrained):
     """Leave trial, training and figure out, and return the runs that would have been trained, and whether they were resumed."""
     trained: list[tuple[str, bool]] = []
 
-    def train(recipe: Recipe, data: str, run: Path, *, resume: bool, images: str | None) -> None:
+    def train(recipe: Recipe, data: str, run: Path, *, resume: bool, images: str | None, progress: bool) -> None:
         trained.append((run.name, resume))
         run.mkdir(exist_ok=True)
         config.write(recipe, run / "recipe.json")
@@ -49,7 +49,9 @@ def quick(monkeypatch, untrained):
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "try_out", lambda *_, **__: Cost(seconds=0.5, steps_per_epoch=5, gigabytes=1.25))
+    monkeypatch.setattr(
+        module, "try_out", lambda *_, **__: Cost(seconds=0.5, steps_per_epoch=5, gigabytes=1.25, device="CPU, 1 thread")
+    )
     monkeypatch.setattr(module, "draw_figure", lambda *_: None)
     monkeypatch.setattr(module.gc, "collect", lambda: 0)  # half a second
     return trained
@@ -96,8 +98,8 @@ def test_an_interrupted_comparison_goes_on_where_it_was(quick, monkeypatch, tmp_
     models = [written(tmp_path, name) for name in ("first", "second", "third")]
     train = module.train
 
-    def stops(recipe: Recipe, data: str, run: Path, *, resume: bool, images: str | None) -> None:
-        train(recipe, data, run, resume=resume, images=images)
+    def stops(recipe: Recipe, data: str, run: Path, *, resume: bool, images: str | None, progress: bool) -> None:
+        train(recipe, data, run, resume=resume, images=images, progress=progress)
         if run.name == "second":
             raise KeyboardInterrupt("stopped after step 3")
 
@@ -105,7 +107,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(quick, monkeypatch, tmp_
     with pytest.raises(KeyboardInterrupt, match="the same command continues the comparison in .*out"):
         maskset.compare(models, data(), tmp_path / "out")
     monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "try_out", lambda recipe, *_, **__: Cost(0.5, 5, 2.5))
+    monkeypatch.setattr(module, "try_out", lambda recipe, *_, **__: Cost(0.5, 5, 2.5, "CPU, 1 thread"))
     comparison = maskset.compare(models, data(), tmp_path / "out")
     assert quick == [("first", False), ("second", False), ("second", True), ("third", False)]
     assert [one.gigabytes for one in comparison.models] == [1.25, 1.25, 2.5]  # a trial is not repeated
@@ -186,10 +188,10 @@ def test_a_model_whose_file_has_changed_is_measured_again(quick, monkeypatch, un
 def test_one_that_fails_is_named_and_does_not_stop_the_others(quick, monkeypatch, capsys, tmp_path, error, told):
     train = module.train
 
-    def fails(recipe: Recipe, data: str, run: Path, *, resume: bool, images: str | None) -> None:
+    def fails(recipe: Recipe, data: str, run: Path, *, resume: bool, images: str | None, progress: bool) -> None:
         if run.name == "bad":
             raise error
-        train(recipe, data, run, resume=resume, images=images)
+        train(recipe, data, run, resume=resume, images=images, progress=progress)
 
     monkeypatch.setattr(module, "train", fails)
     models = [written(tmp_path, name) for name in ("bad", "good")]
@@ -302,3 +304,29 @@ def test_a_folder_with_other_things_and_a_file_are_refused(capsys, tmp_path):
     refused(ConfigError, "out is not empty and holds no comparison: choose a new folder", ["solq-tiny"], tmp_path)
     assert cli.main(["compare", "solq-tiny", "--data", "shapes", "--out", str(tmp_path / "out" / "notes.txt")]) == 2
     assert "notes.txt is a file" in capsys.readouterr().err
+
+
+def test_a_model_has_not_failed_when_nobody_reads_the_output(quick, monkeypatch, tmp_path):
+    class Gone:
+        encoding = "utf-8"
+
+        def write(self, _: str) -> None:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    comparison = maskset.compare(written(tmp_path, "only"), data(), tmp_path / "out")
+    assert [(one.name, one.state) for one in comparison.models] == [("only", "done")]
+
+
+def test_a_comparison_without_progress_prints_nothing(quick, capfd, tmp_path):
+    maskset.compare(written(tmp_path, "only"), data(), tmp_path / "out", progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_another_process_writes_into_is_refused(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(BlockingIOError))
+    with pytest.raises(ConfigError, match="another process is writing into"):
+        maskset.compare(written(tmp_path, "only"), data(), tmp_path / "out")
