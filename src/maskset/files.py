@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from maskset.errors import ConfigError
 
@@ -52,10 +52,10 @@ def name_in_errors(path: Path, part: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
-    """Make a folder and keep other processes from locking it; remove the folder in the end if it is empty and was made here.
+    """Make a folder and let nobody else lock it inside the context; remove it in the end if it is empty and was made here.
 
-    The lock belongs to the process: it ends with it, however that ends, and forked processes do not hold it. Where the operating
-    system or the file system has no locks, nothing is locked.
+    The lock ends with the process, however that ends; forked processes do not hold it. Where the platform or the file system has
+    no locks, nothing is locked.
 
     Raises:
         ConfigError: another process holds the lock, `path` is a file, or nothing can be written there.
@@ -63,35 +63,49 @@ def lock_folder(path: Path) -> Iterator[None]:
     check_folder(path)
     made = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    file = _acquire(path / LOCK_FILE)
+    descriptor = _lock(path / LOCK_FILE)
+    _held.add(descriptor)
     try:
         yield
     finally:
         (path / LOCK_FILE).unlink(missing_ok=True)
-        file.close()
+        _held.discard(descriptor)
+        os.close(descriptor)
         with suppress(OSError):  # not empty, or gone
             for folder in made:
                 folder.rmdir()
 
 
-def _acquire(lock: Path) -> IO[str]:
-    """Return the locked file, which must stay open."""
+def _lock(file: Path) -> int:
+    """Return the descriptor of the locked file; closing it releases the lock."""
     while True:
-        file = lock.open("a")
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         if fcntl is None:
-            return file
+            return descriptor
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
             raise ConfigError(
-                f"another process is writing to the folder {lock.parent}: wait for it, or choose another folder."
+                f"another process is writing to the folder {file.parent}: wait for it, or choose another folder."
             ) from None
-        except OSError:  # this file system has no locks
-            return file
-        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-            return file
-        file.close()  # the process that held the lock has removed the file in the meantime
+        except OSError:  # some network file systems have no locks
+            return descriptor
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            return descriptor
+        os.close(descriptor)  # its last holder has removed the file in the meantime
+
+
+def _release_in_child() -> None:
+    """Close the locks that a forked process inherits: it may live longer than the process that locked."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+_held: set[int] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
 
 
 def check_file(path: Path) -> None:

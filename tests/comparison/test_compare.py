@@ -327,6 +327,6 @@ def test_a_comparison_without_progress_prints_nothing(quick, capfd, tmp_path):
 
 
 def test_a_folder_that_another_process_writes_into_is_refused(quick, monkeypatch, tmp_path):
-    monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(BlockingIOError))
-    with pytest.raises(ConfigError, match="another process is writing into"):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(BlockingIOError))
+    with pytest.raises(ConfigError, match="another process is writing to"):
         maskset.compare(written(tmp_path, "only"), data(), tmp_path / "out")
