@@ -81,7 +81,7 @@ def differences(numbers: dict[str, float], others: dict[str, float]) -> float:
 
 def content(data: "Generated") -> dict[str, Any]:
     """Return a data set as the content of a COCO file."""
-    rows = [row for index in range(len(data)) for row in data.objects(index).to_coco(index)]
+    rows = [row for index in range(len(data)) for row in data.targets(index).to_coco(index)]
     return {
         "images": [{"id": one.id, "height": one.height, "width": one.width} for one in data.images],
         "categories": [{"id": one.coco_id, "name": one.name} for one in data.categories],
@@ -110,13 +110,13 @@ class Generated:
 
     def read(self, index: int) -> tuple[Tensor, Instances]:
         """Return black pixels and the objects of an image."""
-        return self.image(index), self.objects(index)
+        return self.image(index), self.targets(index)
 
     def image(self, index: int) -> Tensor:
         """Return black pixels."""
         return torch.zeros(3, *SIZE, dtype=torch.uint8)
 
-    def objects(self, index: int) -> Instances:
+    def targets(self, index: int) -> Instances:
         """Return the objects of an image."""
         return self._objects[index]
 
@@ -126,7 +126,7 @@ class Generated:
 
     def areas(self, index: int) -> Float[Tensor, "T"]:
         """Return how many pixels each of `objects(index)` has."""
-        return self.objects(index).masks.areas().double()
+        return self.targets(index).masks.areas().double()
 
     def counts(self) -> Int[np.ndarray, "images"]:
         """Return how many objects each image has."""

@@ -28,7 +28,7 @@ def main(data: str = "shapes", images: int = 20) -> dict[int, float]:
         codec = DctCodec(size=128, length=length)
         overlaps = []
         for index in range(min(images, len(dataset))):
-            objects = dataset.objects(index)
+            objects = dataset.targets(index)
             overlaps.append(iou(objects.masks, reconstruct(codec, objects.masks, objects.boxes)))
         means[length] = float(torch.cat(overlaps).mean())
         print(f"{length:4} numbers: mean IoU {means[length]:.3f}")

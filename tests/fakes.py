@@ -50,14 +50,14 @@ class Listed:
         return len(self.images)
 
     def read(self, index: int) -> tuple[Tensor, Instances]:
-        return self.image(index), self.objects(index)
+        return self.image(index), self.targets(index)
 
     def image(self, index: int) -> Tensor:
         if index in self.broken:
             raise DataError(f"{index}.png cannot be read as an image.")
         return torch.full((3, *self._objects[index].masks.size), index + 1, dtype=torch.uint8)
 
-    def objects(self, index: int) -> Instances:
+    def targets(self, index: int) -> Instances:
         return self._objects[index]
 
     def crowds(self, index: int) -> Instances:

@@ -40,8 +40,8 @@ def compressed(counts: list[int]) -> dict[str, Any]:
 def test_categories_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
     data = opened(tmp_path, coco([annotation(category=7), annotation(2, category=0)]))
     assert [(category.name, category.coco_id) for category in data.categories] == [("dog", 0), ("cat", 7)]
-    assert data.objects(0).labels.tolist() == [1, 0]
-    assert data.objects(0).names == ["cat", "dog"]
+    assert data.targets(0).labels.tolist() == [1, 0]
+    assert data.targets(0).names == ["cat", "dog"]
 
 
 def test_category_names_that_occur_twice_are_told_apart(tmp_path: Path) -> None:
@@ -56,13 +56,13 @@ def test_polygons_and_both_kinds_of_run_lengths_give_pycocotools_masks(tmp_path:
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO(data.file)
     expected = np.stack([reference.annToMask(row) for row in reference.dataset["annotations"]])
-    np.testing.assert_array_equal(data.objects(0).masks.dense().numpy(), expected)
+    np.testing.assert_array_equal(data.targets(0).masks.dense().numpy(), expected)
 
 
 def test_crowds_are_kept_apart(tmp_path: Path) -> None:
     crowd = annotation(2, iscrowd=1, segmentation=runs([0, 1200]), bbox=[0, 0, 40, 30])
     data = opened(tmp_path, coco([annotation(1), crowd, annotation(3)]))
-    assert len(data.objects(0)) == 2
+    assert len(data.targets(0)) == 2
     assert data.crowds(0).masks.areas().tolist() == [1200]
     assert data.counts().tolist() == [2]
 
@@ -70,7 +70,7 @@ def test_crowds_are_kept_apart(tmp_path: Path) -> None:
 def test_annotations_stay_with_their_image_in_any_order(tmp_path: Path) -> None:
     rows = [annotation(1, image=2, category=0), annotation(2, image=9), annotation(3, image=2)]
     data = opened(tmp_path, coco(rows, [image(9), image(5), image(2)]))
-    assert [data.objects(i).names for i in range(3)] == [["cat"], [], ["dog", "cat"]]
+    assert [data.targets(i).names for i in range(3)] == [["cat"], [], ["dog", "cat"]]
     assert data.counts().tolist() == [1, 0, 2]
 
 
@@ -83,7 +83,7 @@ def test_an_image_without_annotations_is_kept(tmp_path: Path) -> None:
 
 def test_boxes_are_cut_to_the_image(tmp_path: Path) -> None:
     data = opened(tmp_path, coco([annotation(1, bbox=[-5, 3, 20, 100]), annotation(2, bbox=[10.5, 2.25, 3, 4])]))
-    assert data.objects(0).boxes.tolist() == [[0, 3, 15, 30], [10.5, 2.25, 13.5, 6.25]]
+    assert data.targets(0).boxes.tolist() == [[0, 3, 15, 30], [10.5, 2.25, 13.5, 6.25]]
 
 
 NO_BOXES = [
@@ -107,7 +107,7 @@ def test_an_object_without_a_usable_box_has_the_box_of_its_mask(
 ) -> None:
     rows = [annotation(i, bbox=box, area=0, segmentation=kind) for i, box in enumerate(NO_BOXES)]
     data = opened(tmp_path, coco([*rows, annotation(99, segmentation=kind, bbox=None, area=0)]))
-    objects = data.objects(0)
+    objects = data.targets(0)
     assert len(objects) == len(NO_BOXES) + 1
     assert torch.equal(objects.boxes, objects.masks.boxes())
     assert data.areas(0).tolist() == objects.masks.areas().tolist()
@@ -128,7 +128,7 @@ def test_an_annotation_without_box_and_mask_is_counted(tmp_path: Path) -> None:
         annotation(3, bbox=None, segmentation=runs([1200])),
     ]
     data = opened(tmp_path, coco(rows))
-    assert len(data.objects(0)) == 1
+    assert len(data.targets(0)) == 1
     assert "2 of 3 annotations have neither a box nor a mask inside the image, so they are left out." in data.notes[0]
 
 
@@ -138,7 +138,7 @@ def test_boxes_that_contradict_their_masks_are_counted_and_used(tmp_path: Path) 
     rows += [annotation(5, segmentation=runs([20 * 30 + 15, 10] + [20, 10] * 9 + [305]), bbox=[1, 1, 5, 5])]
     rows += [annotation(6, segmentation=block, bbox=[20, 15, 10, 10]), annotation(7, segmentation=block, bbox=[19, 14, 12, 12])]
     data = opened(tmp_path, coco(rows))
-    assert data.objects(0).boxes[0].tolist() == [20, 15, 40, 30]
+    assert data.targets(0).boxes[0].tolist() == [20, 15, 40, 30]
     assert len(data.notes) == 1
     assert "4 of 6 annotations have a bbox (used as it is) that contradicts their mask; it should be x, y, width" in data.notes[0]
 
@@ -168,7 +168,7 @@ def test_numbers_that_are_written_as_text_are_numbers(tmp_path: Path) -> None:
         assert not data.skipped
     assert [(record.id, record.height, record.width) for record in text.images] == [(1, 30, 40), (12, 30, 40)]
     assert text.categories == plain.categories
-    for part in ("objects", "crowds"):
+    for part in ("targets", "crowds"):
         first, second = getattr(plain, part)(0), getattr(text, part)(0)
         assert torch.equal(first.boxes, second.boxes)
         assert torch.equal(first.labels, second.labels)
@@ -197,7 +197,7 @@ def test_what_may_be_missing_is_made_from_the_mask(tmp_path: Path) -> None:
     kinds = [TRIANGLE, runs([2 * 30 + 5, 10, 1125])]
     rows = [annotation(i, segmentation=kind, bbox=None, area=None, iscrowd=None) for i, kind in enumerate(kinds)]
     data = opened(tmp_path, coco(rows))
-    objects = data.objects(0)
+    objects = data.targets(0)
     assert torch.equal(objects.boxes, objects.masks.boxes())
     assert objects.boxes[1].tolist() == [2, 5, 3, 15]
     assert data.areas(0).tolist() == objects.masks.areas().tolist()
@@ -210,7 +210,7 @@ def test_areas_are_the_annotated_ones(tmp_path: Path) -> None:
 
 def test_a_data_set_can_be_sent_to_another_process(tmp_path: Path) -> None:
     data = opened(tmp_path, coco([annotation(), annotation(2, segmentation=runs([7, 3, 1190]))]))
-    assert pickle.loads(pickle.dumps(data)).objects(0).masks == data.objects(0).masks
+    assert pickle.loads(pickle.dumps(data)).targets(0).masks == data.targets(0).masks
 
 
 BROKEN_ANNOTATIONS = {
@@ -248,7 +248,7 @@ def test_a_broken_annotation_is_named_or_skipped(tmp_path: Path, kind: str) -> N
     with pytest.raises(DataError, match=rf"instances_train.json: annotation {row['id']}.*{message}.*--skip-broken"):
         opened(tmp_path, content)
     data = opened(tmp_path, content, skip_broken=True)
-    assert len(data.objects(0)) == 1
+    assert len(data.targets(0)) == 1
     assert len(data.skipped) == 1
 
 
@@ -333,7 +333,7 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(DataError, match=r"1.png cannot be read as an image.*leave it out with --skip-broken \(in training"):
         data.read(0)
-    assert len(data.objects(0)) == 1
+    assert len(data.targets(0)) == 1
     data = open_data(tmp_path, "train", skip_broken=True)
     with pytest.raises(DataError, match=r"1.png cannot be read as an image") as raised:
         data.read(0)

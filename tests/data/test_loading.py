@@ -129,7 +129,7 @@ def test_a_broken_image_is_replaced_by_the_next_and_counted(workers: int) -> Non
     assert sorted(data.skipped) == ["image 5 is broken.", "image 6 is broken."]
     order = np.concatenate(batch_order(8, 2, 1, 0, np.ones(8, bool))).tolist()
     labels = [one.labels.tolist() for _, objects in got for one in objects]
-    assert labels == [whole.objects(7 if i in (5, 6) else i).labels.tolist() for i in order]
+    assert labels == [whole.targets(7 if i in (5, 6) else i).labels.tolist() for i in order]
     batches(data, epoch=1)
     assert len(data.skipped) == 2
 

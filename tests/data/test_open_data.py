@@ -17,7 +17,7 @@ def plain(tmp_path: Path) -> Path:
 
 
 def test_a_json_file_beside_its_image_folder_is_recognised(plain: Path) -> None:
-    assert len(open_data(plain, "train").objects(0)) == 1
+    assert len(open_data(plain, "train").targets(0)) == 1
 
 
 @pytest.mark.parametrize("name", ["train", "train2017"])

@@ -34,7 +34,7 @@ def test_an_image_depends_on_its_number_alone() -> None:
         data.read(i)
     again = ShapesDataset("val", 6, size=(32, 32)).read(5)
     assert torch.equal(alone[0], again[0])
-    assert alone[1].masks == again[1].masks == data.objects(5).masks
+    assert alone[1].masks == again[1].masks == data.targets(5).masks
 
 
 def test_splits_and_seeds_show_other_scenes() -> None:
@@ -57,7 +57,7 @@ def test_scenes_have_1_to_5_objects_at_any_size(size: tuple[int, int]) -> None:
 def test_masks_are_the_parts_that_can_be_seen() -> None:
     data = ShapesDataset("train", 40)
     for i in range(0, 40, 4):
-        objects = data.objects(i)
+        objects = data.targets(i)
         masks = objects.masks.dense()
         assert int(masks.sum(0).max()) == 1
         assert torch.equal(objects.boxes, objects.masks.boxes())

@@ -85,7 +85,7 @@ def as_coco(data: Listed) -> dict:
     """Return a data set as the content of a COCO file."""
     annotations = []
     for i in range(len(data)):
-        annotations += [{**row, "iscrowd": 0} for row in data.objects(i).to_coco(i)]
+        annotations += [{**row, "iscrowd": 0} for row in data.targets(i).to_coco(i)]
         annotations += [{**row, "iscrowd": 1} for row in data.crowds(i).to_coco(i)]
     return {
         "images": [{"id": i, "height": one.height, "width": one.width} for i, one in enumerate(data.images)],
@@ -119,7 +119,7 @@ def test_fewer_results_than_ten_can_count():
 def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_file_itself():
     data, truth = open_data(SAMPLE, "val"), json.loads((SAMPLE / "instances_val.json").read_text())
     rng, chosen = np.random.default_rng(1), [0, 1, 3, 4, 5]
-    results = [(i, disturbed(data.objects(i), rng)) for i in chosen]
+    results = [(i, disturbed(data.targets(i), rng)) for i in chosen]
     metrics = average_precision(data, results, 400, chosen)
     ids = [data.images[i].id for i in chosen]
     truth["images"] = [row for row in truth["images"] if row["id"] in ids]
@@ -129,7 +129,7 @@ def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_fi
 
 def test_the_annotations_themselves_reach_one_when_enough_results_count():
     data = open_data(SAMPLE, "val")
-    results = [(i, scored(data.objects(i))) for i in range(len(data))]
+    results = [(i, scored(data.targets(i))) for i in range(len(data))]
     assert average_precision(data, results, 40).mask_ap < 0.95  # images hold up to 52 nuclei
     metrics = average_precision(data, results, 100)
     assert metrics.mask_ap == metrics.box_ap == metrics.mask_ar == pytest.approx(1, abs=1e-9)
@@ -167,7 +167,7 @@ def test_what_is_found_in_a_crowd_is_not_a_mistake():
     inside = discs([(45, 45, 8)], size)
     results = [(0, found([0, 0], np.concatenate([inside, person]), [0.9, 0.8], CLASSES))]
     assert average_precision(data, results).mask_ap == 1
-    assert average_precision(Listed([data.objects(0)]), results).mask_ap < 1
+    assert average_precision(Listed([data.targets(0)]), results).mask_ap < 1
 
 
 def test_a_class_has_its_own_numbers_in_the_order_of_the_data():
@@ -206,8 +206,8 @@ def test_a_limit_below_one_is_refused():
 
 def test_results_without_scores_are_refused():
     data, _ = generated(images=1)
-    with pytest.raises(ValueError, match="results need scores"):
-        average_precision(data, [(0, data.objects(0))])
+    with pytest.raises(ValueError, match="detections need scores"):
+        average_precision(data, [(0, data.targets(0))])
 
 
 def test_no_image_at_all_gives_no_number():

@@ -78,7 +78,7 @@ def test_a_class_that_the_data_lacks_takes_no_place_among_the_results():
 def test_a_model_and_data_without_a_common_class_are_refused():
     listed = data()
     other = [replace(one, categories=(Category("Cat", 5), Category("Dog", 9))) for one in answers(listed)]
-    with pytest.raises(DataError, match="the model finds Cat, Dog, the data has cat, dog: no class has the same name"):
+    with pytest.raises(DataError, match="the model detects Cat, Dog, the data has cat, dog: no class has the same name"):
         evaluate(Oracle(other), listed, progress=False)
 
 
@@ -174,7 +174,7 @@ def test_while_it_works_progress_has_the_mask_ap_so_far_each_time_the_images_hav
     monkeypatch.setattr("maskset.progress.time.monotonic", lambda: next(seconds))
     evaluate(Oracle(results), listed)
     lines = capsys.readouterr().err.splitlines()
-    aps = {n: evaluate(Oracle(results), Listed([listed.objects(i) for i in range(n)]), progress=False).mask_ap for n in (2, 4, 8)}
+    aps = {n: evaluate(Oracle(results), Listed([listed.targets(i) for i in range(n)]), progress=False).mask_ap for n in (2, 4, 8)}
     assert aps[2] == 1 > aps[4] > aps[8] > 0
     notes = {n: f"mask AP ~{ap:.3f} over {n} images" for n, ap in aps.items()}
     assert [line.partition(", ")[2] for line in lines] == ["", *[notes[2]] * 2, *[notes[4]] * 4, notes[8], ""]

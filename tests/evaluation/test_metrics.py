@@ -22,33 +22,33 @@ METRICS = Metrics(
 )
 
 
-def test_the_table_has_masks_beside_boxes_and_a_dash_where_nothing_was_measured():
+def test_the_table_shows_mask_and_box_metrics_and_a_dash_for_nan():
     text = str(METRICS)
     assert "12 images, 345 objects, 2 classes, at most 300 results per image" in text
     assert "AP        0.50:0.95   all         0.413   0.500" in text
     assert "AR@300    0.50:0.95   all         0.600       -" in text
     assert "AP        0.50:0.95   large           -       -" in text
-    assert "does not know" not in text
+    assert "does not have" not in text
 
 
-def test_the_table_says_which_classes_are_on_one_side_only():
+def test_the_table_lists_classes_of_only_the_model_or_only_the_data():
     text = str(Metrics(max_detections=1, images=1, objects=1, missing_in_model=("zebra",), missing_in_data=tuple("abcdefghij")))
-    assert "The model does not know 1 class (zebra) of the data" in text
-    assert "The data does not know 10 classes (a, b, c, d, e, f, g, h and 2 more) of the model" in text
+    assert "The model does not have 1 class (zebra) of the data" in text
+    assert "The data does not have 10 classes (a, b, c, d, e, f, g, h and 2 more) of the model" in text
 
 
-def test_what_was_left_out_is_counted_in_the_table_with_the_first_problem():
+def test_broken_entries_are_counted_below_the_table_with_the_first_of_them():
     left_out = {"skipped": 5, "unreadable": 2, "first_skipped": "a.json: annotation 7: no area."}
     text = str(Metrics(max_detections=1, images=1, objects=1, **left_out))
-    assert "3 annotations or images of the annotation file, 2 images that cannot be read." in text
+    assert "3 entries of the annotation file and 2 images that cannot be read." in text
     assert "The first: a.json: annotation 7: no area." in text
     assert "Left out" not in str(METRICS)
 
 
-def test_images_with_more_objects_than_count_are_told_with_the_flag_to_raise():
+def test_images_with_more_objects_than_max_detections_are_counted():
     text = str(Metrics(max_detections=100, images=9, objects=900, images_over_limit=3, most_objects=256))
     assert text.count("\n") == str(METRICS).count("\n") + 2  # one line, and one free before it
-    assert "3 images hold more than 100 objects, up to 256" in text
+    assert "3 images have more than 100 objects (up to 256)" in text
     assert "raise --max-detections" in text
     assert "raise" not in str(METRICS)
 

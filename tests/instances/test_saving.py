@@ -30,8 +30,8 @@ def test_the_json_is_a_coco_file_that_can_be_read_back(tmp_path):
     assert [row["score"] for row in content["annotations"]] == [pytest.approx(0.9), 0.25]
     assert [row["id"] for row in content["annotations"]] == [1, 2]
     again = CocoDataset(path, tmp_path)
-    assert again.objects(0).masks == objects().masks
-    assert again.objects(0).names == ["grüne Zelle", "cell"]
+    assert again.targets(0).masks == objects().masks
+    assert again.targets(0).names == ["grüne Zelle", "cell"]
 
 
 def test_annotations_have_no_score_and_no_image_has_to_be_named(tmp_path):

@@ -424,7 +424,7 @@ def test_four_images_are_learnt_by_heart(name):
 def best_results(model: System, examples: Examples) -> Iterator[tuple[int, Instances]]:
     """Yield the annotations as results, each with the mask that is left of it where the system makes its target of it."""
     for index in range(len(examples)):
-        found = examples.objects(index)
+        found = examples.targets(index)
         masks = LEFT[model.config.system](model, found)
         yield index, dataclasses.replace(found, masks=masks, scores=torch.ones(len(found)))
 

@@ -17,7 +17,7 @@ from maskset.codec_tools.fit import FITTABLE, sample_crops
 from maskset.data import open_data
 from maskset.data.dataset import Dataset
 from maskset.errors import ConfigError
-from maskset.evaluation.average_precision import measured
+from maskset.evaluation.average_precision import compute_metrics
 from maskset.evaluation.overlaps import Overlaps, overlaps
 from maskset.files import atomic_write
 from maskset.instances import Instances, Masks
@@ -211,7 +211,7 @@ def _scores(name: str, data: Dataset, codecs: Mapping[CodecSpec, MaskCodec], pro
     compared: dict[CodecSpec, list[Overlaps]] = {spec: [] for spec in codecs}
     areas = torch.cat([data.areas(index) for index in range(len(data))])
     for index in track(range(len(data)), len(data), f"reconstructing {name}") if progress else range(len(data)):
-        targets = data.objects(index)
+        targets = data.targets(index)
         masks = Masks(targets.masks.rle(), targets.masks.size)  # polygons are rasterised once, not for every codec
         for spec, codec in codecs.items():
             reconstructions = reconstruct(codec, masks, targets.boxes)
@@ -221,7 +221,7 @@ def _scores(name: str, data: Dataset, codecs: Mapping[CodecSpec, MaskCodec], pro
             compared[spec].append(overlaps(data, index, detections))
     max_detections = max(1, int(data.counts().max()))
     for spec in codecs:
-        iou, metrics = torch.cat(ious[spec]), measured(compared[spec], data.categories, max_detections)
+        iou, metrics = torch.cat(ious[spec]), compute_metrics(compared[spec], data.categories, max_detections)
         yield CodecScore(
             data=name,
             codec=spec,

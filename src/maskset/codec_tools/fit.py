@@ -91,7 +91,7 @@ def sample_crops(data: Dataset, size: int, max_masks: int, title: str, progress:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     count = 0
     for index in track(order, len(order), title) if progress else order:
-        targets = data.objects(index)
+        targets = data.targets(index)
         yield crop(targets.masks, targets.boxes, size)
         count += len(targets)
         if count >= max_masks:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from maskset.data.dataset import Dataset
 from maskset.data.transforms import resize
-from maskset.evaluation.evaluate import found_in
+from maskset.evaluation.evaluate import detections_in
 from maskset.files import atomic_write
 from maskset.inference.predict import load_model
 from maskset.instances import Instances
@@ -61,7 +61,8 @@ def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: 
     filled = np.flatnonzero(counts) if counts.any() else np.arange(len(dataset))
     candidates = filled[:: max(1, -(-len(filled) // _CANDIDATES))].tolist()
     shown = {
-        name: look(dict(found_in(load_model(source), dataset, candidates, 100)), dataset) for name, (_, source) in models.items()
+        name: look(dict(detections_in(load_model(source), dataset, candidates, 100)), dataset)
+        for name, (_, source) in models.items()
     }
     readable = [index for index in candidates if all(index in one.found for one in shown.values())]
     rows = [_row(dataset, index, list(shown.values())) for index in chosen(list(shown.values()), readable, counts)]
@@ -73,8 +74,8 @@ def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: 
 
 def look(found: Mapping[int, Instances], dataset: Dataset) -> Shown:
     """Return what was found in images with what is right of it, and the threshold that suits it best."""
-    right = {index: hits(one, dataset.objects(index)) for index, one in found.items()}
-    annotated = sum(len(dataset.objects(index)) for index in found)
+    right = {index: hits(one, dataset.targets(index)) for index, one in found.items()}
+    annotated = sum(len(dataset.targets(index)) for index in found)
     scores = np.concatenate([np.zeros(0), *(_scores(one) for one in found.values())])
     order = np.argsort(-scores, kind="stable")
     sure = np.concatenate([np.zeros(0, bool), *right.values()])[order].cumsum()

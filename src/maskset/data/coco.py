@@ -68,15 +68,15 @@ class CocoDataset:
         return f"CocoDataset({self.file}: {len(self)} images, {int(self.counts().sum())} objects, {len(self.categories)} classes)"
 
     def read(self, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
-        """Return the pixels (RGB) and the objects of an image, crowds left out.
+        """Return the RGB pixels of an image and its targets, without crowds.
 
         Raises:
             DataError: the image file is damaged, or its size is not the one in the JSON.
         """
-        return self.image(index), self.objects(index)
+        return self.image(index), self.targets(index)
 
     def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """Return the pixels (RGB) of an image.
+        """Return the RGB pixels of an image.
 
         Raises:
             DataError: the image file is damaged, or its size is not the one in the JSON.
@@ -90,20 +90,20 @@ class CocoDataset:
                 raise
             raise DataError(f"{str(error).rstrip('.')}. {_NEXT_STEP}") from error
 
-    def objects(self, index: int) -> Instances:
-        """Return the objects of an image, crowds left out, without reading its pixels."""
+    def targets(self, index: int) -> Instances:
+        """Return the targets of an image, without crowds. The image file is not read."""
         return self._instances(index, crowd=False)
 
     def crowds(self, index: int) -> Instances:
-        """Return the regions that hold many objects of a class; evaluation forgives what is found there."""
+        """Return the crowd regions of an image; evaluation ignores detections inside them."""
         return self._instances(index, crowd=True)
 
     def areas(self, index: int) -> Float[Tensor, "T"]:
-        """Return the annotated area of each of `objects(index)`, pixels: COCO's evaluation tells small from large by it."""
+        """Return the annotated areas of `targets(index)` in pixels, by which COCO's evaluation distinguishes small from large."""
         return torch.from_numpy(self._annotations.areas[self._rows(index, crowd=False)])
 
     def counts(self) -> Int[np.ndarray, "images"]:
-        """Return how many objects each image has, crowds left out."""
+        """Return the number of targets in each image, without crowds."""
         before = np.concatenate([[0], np.cumsum(~self._annotations.crowd)])
         return np.diff(before[self._annotations.starts])
 

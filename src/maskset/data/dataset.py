@@ -1,4 +1,4 @@
-"""What every data set is: numbered images with their objects. And the error that bad data end in."""
+"""The `Dataset` protocol: indexed images with their annotations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from maskset.instances import Category, Instances
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What is known of an image before it is read.
+    """The entry of an image in a data set, without its pixels.
 
     Attributes:
-        id: its id in the COCO file.
-        file: where its pixels are; None where they are generated.
-        height: pixels.
-        width: pixels.
+        id: id in the COCO file.
+        file: image file; None for generated images.
+        height: height in pixels.
+        width: width in pixels.
     """
 
     id: int
@@ -31,13 +31,13 @@ class ImageRecord:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Annotated images, by number from 0.
+    """Annotated images, indexed from 0.
 
     Attributes:
-        categories: what the labels stand for, in the order of their COCO ids.
-        images: one record for each image.
-        skip_broken: whether broken images and annotations are left out; otherwise they are errors.
-        skipped: what was left out so far, one message each.
+        categories: the classes, in the order of the labels and of their COCO ids.
+        images: one record per image.
+        skip_broken: whether broken images and annotations are left out; otherwise they raise a DataError.
+        skipped: one message for each image or annotation that was left out so far.
     """
 
     categories: tuple[Category, ...]
@@ -50,25 +50,25 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
-        """Return the pixels (RGB) and the objects of an image, crowds left out."""
+        """Return the RGB pixels of an image and its targets, without crowds."""
         ...
 
     def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """Return the pixels (RGB) of an image."""
+        """Return the RGB pixels of an image."""
         ...
 
-    def objects(self, index: int) -> Instances:
-        """Return the objects of an image, crowds left out, without reading its pixels."""
+    def targets(self, index: int) -> Instances:
+        """Return the targets of an image, without crowds. The image file is not read."""
         ...
 
     def crowds(self, index: int) -> Instances:
-        """Return the regions that hold many objects of a class; evaluation forgives what is found there."""
+        """Return the crowd regions of an image; evaluation ignores detections inside them."""
         ...
 
     def areas(self, index: int) -> Float[Tensor, "T"]:
-        """Return the annotated area of each of `objects(index)`, pixels: COCO's evaluation tells small from large by it."""
+        """Return the annotated areas of `targets(index)` in pixels, by which COCO's evaluation distinguishes small from large."""
         ...
 
     def counts(self) -> Int[np.ndarray, "images"]:
-        """Return how many objects each image has, crowds left out."""
+        """Return the number of targets in each image, without crowds."""
         ...

@@ -1,4 +1,4 @@
-"""Annotated images as training batches: which images, in which order, read by how many processes."""
+"""Training batches of annotated images: their order, augmentation and reading in worker processes."""
 
 import signal
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # not public: see tests/evaluation/test_private_apis.py
 from torch.utils.data import DataLoader, get_worker_info
 
 from maskset.data.dataset import Dataset
@@ -50,22 +50,22 @@ def training_batches(
     world_size: int = 1,
     start: int = 0,
 ) -> Iterator[tuple[ImageBatch, list[Instances]]]:
-    """Yield one epoch's batches of this process: uint8 pixels on a padded canvas, and the objects of each image.
+    """Yield the batches of one epoch for this process: uint8 pixels on a padded canvas, and the targets of each image.
 
-    Order and augmentation follow from seed, epoch and image alone, not from the number of workers; and batch k of all
-    processes together is batch k of one process with `world_size * batch_size`. With `dataset.skip_broken`, the next image
-    that can be read takes the place of one that cannot, and `dataset.skipped` says so.
+    Order and augmentation depend only on seed, epoch and image, not on the number of workers. Batch k of all processes together
+    is batch k of one process with `world_size * batch_size`. With `dataset.skip_broken`, an image that cannot be read is
+    replaced by the next one that can, and is listed in `dataset.skipped`.
 
     Args:
-        dataset: what to read.
+        dataset: the data set to read.
         config: augmentation, grouping and workers.
-        batch_size: images of one batch of one process.
+        batch_size: images per batch and process.
         divisor: the canvas is padded to a multiple of this, pixels.
-        seed: of order and augmentation, from 0.
-        epoch: from 0.
-        rank: which process this is.
-        world_size: how many processes there are.
-        start: how many batches to leave out at the beginning, without reading them.
+        seed: seed of order and augmentation, from 0.
+        epoch: epoch, from 0.
+        rank: index of this process.
+        world_size: number of processes.
+        start: number of batches to skip at the beginning, without reading them.
 
     Raises:
         DataError: an image is broken.
@@ -79,12 +79,12 @@ def training_batches(
         if isinstance(batch, Exception):
             raise batch
         dataset.skipped += [problem for problem in batch.problems if problem not in dataset.skipped]
-        objects = pytree.tree_map_only(_Array, lambda sent: torch.from_numpy(sent.values), batch.objects)
-        yield batch.images, objects
+        targets = pytree.tree_map_only(_Array, lambda array: torch.from_numpy(array.values), batch.targets)
+        yield batch.images, targets
 
 
 def steps_per_epoch(count: int, batch_size: int, world_size: int = 1) -> int:
-    """Return how many batches each process gets of `count` images: an incomplete one is left out, unless it is the only one."""
+    """Return the number of batches per process; an incomplete batch is dropped, unless it is the only one."""
     return max(1, count // (batch_size * world_size))
 
 
@@ -94,11 +94,11 @@ def batch_order(
     """Return the images of each batch of an epoch, over all processes.
 
     Args:
-        count: how many images there are.
-        batch_size: images of a batch, over all processes. The images of an only, incomplete batch are repeated to fill it.
-        seed: of the order.
-        epoch: from 0.
-        wide: whether each image is as wide as high or wider; a batch then holds one kind, but for the last ones.
+        count: number of images.
+        batch_size: images per batch, over all processes. If all images do not fill one batch, they are repeated.
+        seed: seed of the order.
+        epoch: epoch, from 0.
+        wide: whether each image is at least as wide as high; all batches but the last ones then hold images of one kind.
     """
     shuffled = np.random.default_rng([seed, epoch]).permutation(count)
     if count < batch_size:
@@ -122,14 +122,14 @@ def warn_about_slots(dataset: Dataset, slots: int) -> str | None:
     if not over:
         return None
     return (
-        f"{over} of {len(counts)} images hold more objects ({counts.max()} at the most) than the model has slots ({slots}), "
-        f"so that some objects can be neither learnt nor found: give it {counts.max()} or more, or cut the images into tiles."
+        f"{over} of {len(counts)} images have more objects (up to {counts.max()}) than the model has slots ({slots}), "
+        f"so some objects can be neither learned nor detected: give it {counts.max()} or more, or cut the images into tiles."
     )
 
 
 @dataclass(frozen=True)
 class _Array:
-    """A tensor on its way out of a worker, by value: as tensors, a batch's many small ones would need a file handle each."""
+    """A tensor that leaves a worker by value: the many small tensors of a batch would each need a file handle."""
 
     values: np.ndarray
 
@@ -137,16 +137,16 @@ class _Array:
 @dataclass(frozen=True)
 class _Batch:
     images: ImageBatch
-    objects: list[Instances]  # with `_Array` in place of tensors
+    targets: list[Instances]  # with `_Array` in place of tensors
     problems: list[str]
 
     def pin_memory(self) -> "_Batch":
-        return _Batch(self.images.pin_memory(), self.objects, self.problems)
+        return _Batch(self.images.pin_memory(), self.targets, self.problems)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Image numbers to a batch; this is what runs in a worker."""
+    """Reads the images of a batch, in a worker process."""
 
     dataset: Dataset
     config: Augmentation
@@ -160,7 +160,7 @@ class _Reader:
             samples = [self._sample(index, problems) for index in indices]
         except DataError as error:
             return error  # raised in a worker it would come with a traceback as its message
-        objects = pytree.tree_map_only(Tensor, lambda tensor: _Array(tensor.numpy()), [objects for _, objects in samples])
+        targets = pytree.tree_map_only(Tensor, lambda tensor: _Array(tensor.numpy()), [targets for _, targets in samples])
         images = ImageBatch.from_images([pixels for pixels, _ in samples], self.divisor)
         if get_worker_info() is not None:
             try:  # here, since torch does it in a thread that loses the batch where there is no room, and training waits for ever
@@ -168,16 +168,16 @@ class _Reader:
                     tensor.share_memory_()
             except RuntimeError as error:
                 return ResourceError(_TOO_LITTLE_SHARED_MEMORY.format(images.pixels.nbytes / 1e6, error))
-        return _Batch(images, objects, problems)
+        return _Batch(images, targets, problems)
 
-    __getitem__ = __call__  # DataLoader asks a data set for the item of a batch's image numbers
+    __getitem__ = __call__  # DataLoader indexes a data set with the image indices of a batch
 
     def _sample(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
-        pixels, objects = self._readable(index, problems)
+        pixels, targets = self._read_or_next(index, problems)
         rng = np.random.default_rng([self.seed, self.epoch, index + 1])  # a 0 at the end would repeat the stream of the order
-        return augment(pixels, objects, self.config, rng)
+        return augment(pixels, targets, self.config, rng)
 
-    def _readable(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
+    def _read_or_next(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
         count = len(self.dataset)
         for step in range(count):
             try:

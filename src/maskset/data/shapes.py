@@ -1,7 +1,7 @@
-"""Generated data: overlapping textured shapes. The same pixels on every machine, so that demos and tests need no download.
+"""Generated data: overlapping textured shapes, with the same pixels on every machine. Demos and tests need no download.
 
-Only +, -, *, /, sqrt and comparisons make a pixel, which IEEE 754 fixes to the last bit, and the random numbers are those of
-NumPy's `RandomState`, which will not change.
+Pixels are computed with +, -, *, /, sqrt and comparisons only, whose results IEEE 754 defines to the last bit, and with random
+numbers of NumPy's `RandomState`, which is frozen.
 """
 
 import json
@@ -20,30 +20,30 @@ from maskset.errors import DataError
 from maskset.instances import Category, Instances, Masks
 
 CATEGORIES = (Category("ellipse", 1), Category("rectangle", 2), Category("triangle", 3))
-SPLITS = {"train": 2000, "val": 200, "test": 200}  # how many images each has, unless said otherwise
+SPLITS = {"train": 2000, "val": 200, "test": 200}  # default number of images
 
 Plane = Float64[np.ndarray, "h w"]
 
 
 class ShapesDataset:
-    """Scenes of 1 to 5 overlapping shapes, made when asked for; see `maskset.data.dataset.Dataset` for the members.
+    """Scenes of 1 to 5 overlapping shapes, generated on access; see `maskset.data.dataset.Dataset` for the members.
 
-    Ellipses, rectangles and triangles of any direction, textured, on a textured background; neither colour nor texture tells
-    the class. A shape hides those behind it, and a mask is the part that can be seen. An image depends on the split, its
-    number, the size and the seed, on nothing else.
+    The shapes are ellipses, rectangles and triangles in any orientation, textured, on a textured background; neither colour nor
+    texture depends on the class. A shape hides those behind it, and its mask is the visible part. An image depends only on the
+    split, its index, the size and the seed.
     """
 
     def __init__(self, split: str, count: int | None = None, size: tuple[int, int] = (128, 128), seed: int = 0) -> None:
-        """Choose the scenes.
+        """Define the scenes.
 
         Args:
             split: "train", "val" or "test".
-            count: how many images; None means 2,000 in train, 200 in the others.
-            size: height and width, pixels, at least 16.
-            seed: other seeds, other scenes.
+            count: number of images; None means 2,000 in train and 200 in the others.
+            size: height and width in pixels, at least 16.
+            seed: each seed gives other scenes.
 
         Raises:
-            DataError: there is no such split, or no image of such a size.
+            DataError: there is no such split, or the size is too small.
         """
         if split not in SPLITS:
             raise DataError(f"the generated shapes have no split {split!r}, only {', '.join(SPLITS)}.")
@@ -58,28 +58,28 @@ class ShapesDataset:
         return len(self.images)
 
     def read(self, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
-        """Return the pixels (RGB) and the objects of an image."""
+        """Return the RGB pixels of an image and its targets."""
         scene = self._scene(index)
         return torch.from_numpy(scene.painted()), self._instances(scene)
 
     def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """Return the pixels (RGB) of an image."""
+        """Return the RGB pixels of an image."""
         return self.read(index)[0]
 
-    def objects(self, index: int) -> Instances:
-        """Return the objects of an image."""
+    def targets(self, index: int) -> Instances:
+        """Return the targets of an image."""
         return self._instances(self._scene(index))
 
     def crowds(self, index: int) -> Instances:
-        """Return none: there are no crowds."""
+        """Return no instances: generated images have no crowds."""
         return Instances.empty(self.size, CATEGORIES)
 
     def areas(self, index: int) -> Float[Tensor, "T"]:
-        """Return how many pixels each of `objects(index)` has."""
-        return self.objects(index).masks.areas().double()
+        """Return the areas of `targets(index)` in pixels."""
+        return self.targets(index).masks.areas().double()
 
     def counts(self) -> Int[np.ndarray, "images"]:
-        """Return how many objects each image has."""
+        """Return the number of targets in each image."""
         return np.array([len(self._scene(i).shapes) for i in range(len(self))], dtype=np.int64)
 
     def _scene(self, index: int) -> "Scene":
@@ -97,10 +97,10 @@ def write(folder: str | Path, counts: Mapping[str, int] = SPLITS, size: tuple[in
     """Write generated shapes as a data set in COCO's format (`instances_<split>.json` and `<split>/*.png`) and return its folder.
 
     Args:
-        folder: must not exist. It appears when all is written.
-        counts: how many images each split gets.
-        size: height and width, pixels.
-        seed: other seeds, other scenes.
+        folder: a new folder. It appears when everything is written.
+        counts: number of images in each split.
+        size: height and width in pixels.
+        seed: each seed gives other scenes.
 
     Raises:
         DataError: the folder exists.

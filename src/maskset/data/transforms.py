@@ -1,4 +1,4 @@
-"""Augmentation: pixels and objects in, pixels and objects out. Pixels stay uint8, masks keep their run lengths or polygons."""
+"""Augmentation of images and targets. Pixels stay uint8, masks stay run lengths or polygons."""
 
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
@@ -41,12 +41,12 @@ class Augmentation(Protocol):
 def augment(
     pixels: Pixels, objects: Instances, config: Augmentation, rng: np.random.Generator
 ) -> tuple[UInt8[Tensor, "3 new_h new_w"], Instances]:
-    """Return the image as training shall see it this time, with its objects.
+    """Return an augmented image with its targets.
 
     "detr" is the policy of DETR's family as SOLQ's code has it: flip; resize; then, in half of the cases each, resize again,
     or resize to one of `crop_short_sides`, crop and resize. "mmdet" is the same without the first resize, as Deformable DETR
     and ISDA have it. "flip" stops after the first resize. "lsj" is large-scale jitter (Ghiasi et al., CVPR 2021): flip, scale,
-    and crop what exceeds the square canvas; the batch pads what falls short of it. "none" changes nothing.
+    and crop to a square canvas; the batch pads smaller images. "none" changes nothing.
     """
     if config.augmentation == "none":
         return pixels, objects
@@ -66,7 +66,7 @@ def augment(
 
 
 def flip(pixels: Pixels, objects: Instances) -> tuple[Pixels, Instances]:
-    """Return the image and its objects mirrored left to right."""
+    """Return the image and its targets mirrored left to right."""
     x0, y0, x1, y1 = objects.boxes.unbind(1)
     width = pixels.shape[2]
     mirrored = torch.stack([width - x1, y0, width - x0, y1], 1)
@@ -74,9 +74,9 @@ def flip(pixels: Pixels, objects: Instances) -> tuple[Pixels, Instances]:
 
 
 def crop(pixels: Pixels, objects: Instances, box: tuple[int, int, int, int]) -> tuple[UInt8[Tensor, "3 new_h new_w"], Instances]:
-    """Return the part inside x0 y0 x1 y1 (whole pixels, inside of the image).
+    """Return the part inside x0 y0 x1 y1 (whole pixels, inside the image).
 
-    Boxes are cut; objects whose box has nothing left are dropped. One that is kept may have lost all pixels of its mask.
+    Boxes are clipped, and targets with an empty box are dropped. The mask of a remaining target may be empty.
     """
     x0, y0, x1, y1 = box
     shifted = boxes.clip(objects.boxes - objects.boxes.new_tensor([x0, y0, x0, y0]), (y1 - y0, x1 - x0))
@@ -87,12 +87,12 @@ def crop(pixels: Pixels, objects: Instances, box: tuple[int, int, int, int]) -> 
 def resize(
     pixels: Pixels, objects: Instances, short_side: int, long_side: int | None = None
 ) -> tuple[UInt8[Tensor, "3 new_h new_w"], Instances]:
-    """Return the image and its objects at the size that `fitted_size` gives; masks by nearest neighbour."""
+    """Return the image and its targets at the size of `fitted_size`; masks are resized by nearest neighbour."""
     return _scale(pixels, objects, fitted_size((pixels.shape[1], pixels.shape[2]), short_side, long_side))
 
 
 def fit(pixels: Pixels, short_side: int, long_side: int | None = None) -> UInt8[Tensor, "3 new_h new_w"]:
-    """Return the image at the size that `fitted_size` gives."""
+    """Return the image at the size of `fitted_size`."""
     return _scale_pixels(pixels, fitted_size((pixels.shape[1], pixels.shape[2]), short_side, long_side))
 
 

@@ -1,6 +1,6 @@
-"""COCO's average precision of masks and boxes. What is found in an image is compared as it comes; no mask is kept.
+"""COCO's average precision of masks and boxes, computed from the overlaps of each image, without keeping masks.
 
-faster-coco-eval does the matching; the tests hold its numbers to those of pycocotools, the official and slower program.
+faster-coco-eval matches detections and targets; tests compare its numbers with those of the official pycocotools.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,32 +23,32 @@ MASK, BOX = 0, 1  # of the two in `Overlaps`
 def average_precision(
     data: Dataset, results: Iterable[tuple[int, Instances]], max_detections: int = 100, images: Sequence[int] | None = None
 ) -> Metrics:
-    """Return COCO's metrics for the results in the images of a data set.
+    """Return COCO's metrics for detections in the images of a data set.
 
     Args:
-        data: what is annotated.
-        results: positions in the data with what was found there; the classes found are the data's.
-        max_detections: how many results of a class count in an image, best first.
-        images: positions of those to measure on; None means all. Where `results` has none of them, nothing was found.
+        data: the data set.
+        results: positions of images with the detections in them; their classes are the data's.
+        max_detections: number of detections of a class that count in an image, best first.
+        images: positions of the images to evaluate; None means all. Those that `results` lacks have no detections.
 
     Raises:
-        ValueError: `max_detections` is less than 1, or what was found has no scores.
+        MasksetError: `max_detections` is less than 1, or detections have no scores.
     """
     if max_detections < 1:
         raise MasksetError(f"max_detections must be at least 1, got {max_detections}.")
-    compared = {index: overlaps(data, index, found) for index, found in results}
-    wanted = range(len(data)) if images is None else sorted(images)  # in order: it decides between equal scores
-    for index in set(wanted) - set(compared):
-        compared[index] = overlaps(data, index, replace(data.objects(index)[:0], scores=torch.zeros(0)))
-    return measured([compared[index] for index in wanted], data.categories, max_detections)
+    overlaps_of = {index: overlaps(data, index, detections) for index, detections in results}
+    positions = range(len(data)) if images is None else sorted(images)  # the order decides between equal scores
+    for index in set(positions) - set(overlaps_of):
+        overlaps_of[index] = overlaps(data, index, replace(data.targets(index)[:0], scores=torch.zeros(0)))
+    return compute_metrics([overlaps_of[index] for index in positions], data.categories, max_detections)
 
 
-def measured(images: Sequence[Overlaps], categories: Sequence[Category], max_detections: int) -> Metrics:
-    """Return COCO's metrics for images whose objects and results were compared."""
+def compute_metrics(images: Sequence[Overlaps], categories: Sequence[Category], max_detections: int) -> Metrics:
+    """Return COCO's metrics for the overlaps of a number of images."""
     masks, boxes = (_match(images, kind, len(categories), max_detections) for kind in (MASK, BOX))
     counts = np.zeros(len(categories), np.int64)
-    for one in images:
-        counts += np.bincount(one.object_labels[~one.crowd], minlength=len(categories))
+    for image in images:
+        counts += np.bincount(image.target_labels[~image.crowd], minlength=len(categories))
     per_class = tuple(
         ClassMetrics(
             name=category.name,
@@ -71,18 +71,19 @@ def measured(images: Sequence[Overlaps], categories: Sequence[Category], max_det
 
 
 def mask_ap(images: Sequence[Overlaps], categories: Sequence[Category], max_detections: int) -> float:
-    """Return `measured(...).mask_ap` alone, which takes less than half of the time."""
+    """Return only `compute_metrics(...).mask_ap`, in less than half of the time."""
     precision, _ = _match(images, MASK, len(categories), max_detections)
     return _mean(precision[..., 0, -1])
 
 
 def _match(images: Sequence[Overlaps], kind: int, classes: int, max_detections: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return precision [IoU, recall, class, size, count] and recall [IoU, class, size, count]; -1 where nothing is annotated.
+    """Return precision [IoU, recall, class, size, count] and recall [IoU, class, size, count]; -1 without targets.
 
     IoU: 0.50, 0.55, ..., 0.95. Recall: 0, 0.01, ..., 1. Class: as in the data. Size: all, small, medium, large. Count: the best
-    1, the best 10, all that count.
+    1, the best 10, the best `max_detections`.
     """
-    # The public COCOeval_faster takes a dict for each object, with its mask. What it calls takes overlaps that are known.
+    # The public COCOeval_faster takes a dict with the mask of each object. The module that it calls takes IoUs but is private:
+    # pyproject.toml bounds the version, and tests/evaluation/test_private_apis.py names what is used of it.
     import faster_coco_eval.faster_eval_api_cpp as matching
     from faster_coco_eval.core.cocoeval import Params
 
@@ -91,33 +92,33 @@ def _match(images: Sequence[Overlaps], kind: int, classes: int, max_detections: 
     precision, recall = np.full((10, 101, classes, 4, 3), -1.0), np.full((10, classes, 4, 3), -1.0)
     if not images:
         return precision, recall
-    found = _by_class([(one.labels, one.scores, one.areas[kind]) for one in images], classes)
-    annotated = _by_class([(one.object_labels, one.object_areas, one.crowd) for one in images], classes)
-    for k, (results, objects) in enumerate(zip(found, annotated, strict=True)):  # one at a time: the matches take much memory
-        given, wanted = matching.Dataset(), matching.Dataset()
+    detections = _by_class([(image.labels, image.scores, image.areas[kind]) for image in images], classes)
+    targets = _by_class([(image.target_labels, image.target_areas, image.crowd) for image in images], classes)
+    for k, (results, objects) in enumerate(zip(detections, targets, strict=True)):  # class by class: matches take much memory
+        coco_detections, coco_targets = matching.Dataset(), matching.Dataset()
         for number, (image, score, area) in enumerate(results, 1):
-            given.append(image, k, {"id": number, "score": score, "area": area})
-        for number, (image, area, crowd) in enumerate(objects, 1):  # from 1 on: an object with id 0 would never count as found
-            wanted.append(image, k, {"id": number, "area": area, "iscrowd": int(crowd), "ignore": int(crowd)})
+            coco_detections.append(image, k, {"id": number, "score": score, "area": area})
+        for number, (image, area, crowd) in enumerate(objects, 1):  # from 1 on: a target with id 0 would never count as detected
+            coco_targets.append(image, k, {"id": number, "area": area, "iscrowd": int(crowd), "ignore": int(crowd)})
         rules.imgIds, rules.catIds = sorted({image for image, *_ in results + objects}), [k]
         ious = [[images[i].ious[k][kind, :max_detections].tolist() if k in images[i].ious else []] for i in rules.imgIds]
-        answer = matching.COCOevalEvaluateAccumulate(rules, ious, wanted, given, rules.imgIds, rules.catIds, True)
-        precision[:, :, k], recall[:, k] = answer["precision"][:, :, 0], answer["recall"][:, 0]
+        curves = matching.COCOevalEvaluateAccumulate(rules, ious, coco_targets, coco_detections, rules.imgIds, rules.catIds, True)
+        precision[:, :, k], recall[:, k] = curves["precision"][:, :, 0], curves["recall"][:, 0]
     return precision, recall
 
 
 def _by_class(images: Sequence[tuple[np.ndarray, ...]], classes: int) -> Iterator[list[tuple]]:
-    """Yield for each class its things as (position of the image, *values), image by image.
+    """Yield the objects of each class as (position of the image, *values), image by image.
 
     Args:
-        images: for each the labels of its things, and arrays of their values.
-        classes: how many there are.
+        images: for each image, the labels of its objects and arrays of their values.
+        classes: number of classes.
     """
     image = np.repeat(np.arange(len(images)), [len(labels) for labels, *_ in images])
     label, *values = map(np.concatenate, zip(*images, strict=True))
     for k in range(classes):
-        chosen = np.flatnonzero(label == k)
-        yield list(zip(*(value[chosen].tolist() for value in (image, *values)), strict=True))
+        members = np.flatnonzero(label == k)
+        yield list(zip(*(value[members].tolist() for value in (image, *values)), strict=True))
 
 
 def _summary(kind: str, precision: np.ndarray, recall: np.ndarray) -> dict[str, Any]:
@@ -140,6 +141,6 @@ def _summary(kind: str, precision: np.ndarray, recall: np.ndarray) -> dict[str, 
 
 
 def _mean(values: np.ndarray) -> float:
-    """Return the mean over what was annotated, NaN if nothing was."""
-    measured = values[values > -1]
-    return float(measured.mean()) if measured.size else nan
+    """Return the mean over values that are not -1, NaN if there is none."""
+    valid = values[values > -1]
+    return float(valid.mean()) if valid.size else nan

@@ -1,4 +1,4 @@
-"""Evaluation: a model on annotated images, measured by COCO's average precision."""
+"""Evaluation of a model on annotated images by COCO's average precision."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from maskset.data.dataset import Dataset
 from maskset.data.transforms import fitted_size
 from maskset.distributed import active, world_size
 from maskset.errors import DataError, MasksetError
-from maskset.evaluation.average_precision import mask_ap, measured
+from maskset.evaluation.average_precision import compute_metrics, mask_ap
 from maskset.evaluation.metrics import Metrics
 from maskset.evaluation.overlaps import Overlaps, overlaps
 from maskset.inference.predict import load_model, predict_items
@@ -42,24 +42,24 @@ def evaluate(
 ) -> Metrics:
     """Return COCO's metrics of a model on a split of annotated images.
 
-    The classes of model and data are matched by name. Classes that only the model has are not looked at, so that they take no
-    place among the best `max_detections`: the result is that of a model without them. Classes that only the data has count as
-    never found. Several processes (torch.distributed) share the images and return the same.
+    Classes of model and data are matched by name. Classes that only the model has are ignored and take no place among the best
+    `max_detections`. Classes that only the data has count as missed. Several processes (torch.distributed) share the images and
+    return the same metrics.
 
     Args:
-        model: a system, or what `maskset.load` takes. Its mode (training or not) stays as it is.
-        data: what `maskset.data.open_data` takes, or what it returned.
-        split: which part of the data; of no meaning where `data` is open already, like `images` and `skip_broken`.
-        max_detections: how many objects of an image count, best first. It should not be less than images have objects.
-        images: the folder of the images, where `data` is a JSON file.
-        skip_broken: leave out what `open_data` finds broken, and images that cannot be read.
-        batch_size: most images computed at once; None chooses by their size.
+        model: a system, or anything that `maskset.load` takes. Its training mode is not changed.
+        data: a data set, or anything that `maskset.data.open_data` takes.
+        split: part of the data. It is ignored for a data set that is already open, as are `images` and `skip_broken`.
+        max_detections: number of detections per image that count, best first. Choose at least the number of objects in an image.
+        images: the image folder, where `data` is a JSON file.
+        skip_broken: leave out broken annotations and images that cannot be read.
+        batch_size: largest number of images in a batch; None chooses it by their size.
         device: see `maskset.predict`.
-        progress: whether to show on stderr how far it is, and the mask AP so far (of several processes, that of the first).
+        progress: whether to show progress and the current mask AP (of the first process) on stderr.
 
     Raises:
-        maskset.errors.DataError: the data cannot be read, or no class of the model is in it.
-        ValueError: `max_detections` is less than 1.
+        DataError: the data cannot be read, or has no class of the model.
+        MasksetError: `max_detections` is less than 1.
     """
     if max_detections < 1:
         raise MasksetError(f"max_detections must be at least 1, got {max_detections}.")
@@ -67,18 +67,18 @@ def evaluate(
     dataset = open_data(data, split, images, skip_broken) if isinstance(data, (str, Path)) else data
     share = _share(dataset, model)
     unreadable: dict[int, str] = {}
-    answers = found_in(model, dataset, share, max_detections, batch_size, unreadable)
+    predictions = detections_in(model, dataset, share, max_detections, batch_size, unreadable)
     progress = progress and (not active() or distributed.get_rank() == 0)
-    compared = _compared(dataset, answers, len(share), max_detections, progress)
-    of_model, of_data = ({category.name: None for category in one.categories} for one in (model, dataset))
+    overlaps_of = _compare(dataset, predictions, len(share), max_detections, progress)
+    model_names, data_names = ({category.name: None for category in owner.categories} for owner in (model, dataset))
     return replace(
-        _gathered(dataset, compared, unreadable, max_detections),
-        missing_in_model=tuple(name for name in of_data if name not in of_model),
-        missing_in_data=tuple(name for name in of_model if name not in of_data),
+        _gather_metrics(dataset, overlaps_of, unreadable, max_detections),
+        missing_in_model=tuple(name for name in data_names if name not in model_names),
+        missing_in_data=tuple(name for name in model_names if name not in data_names),
     )
 
 
-def found_in(
+def detections_in(
     model: System,
     dataset: Dataset,
     images: Sequence[int],
@@ -86,28 +86,28 @@ def found_in(
     batch_size: int | None = None,
     unreadable: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, Instances]]:
-    """Return an iterator over images and what the model finds in each, with the classes of the data, matched by name.
+    """Return an iterator over images and a model's detections in them, with the classes of the data, matched by name.
 
     Args:
         model: a system.
-        dataset: whose images they are.
-        images: their positions.
-        limit: how many objects of an image are wanted, best first; none is of a class that the data does not have.
+        dataset: the data set.
+        images: positions of the images.
+        limit: largest number of detections in an image, best first; all are of classes that the data has.
         batch_size: see `evaluate`.
-        unreadable: gets a message for each image that is left out because it cannot be read.
+        unreadable: a message on each image that cannot be read and is left out is added here.
 
     Raises:
-        maskset.errors.DataError: no class of the model is in the data, or an image cannot be read and none is skipped.
+        DataError: no class of the model is in the data, or an image cannot be read and the data set does not skip broken ones.
     """
     labels = class_labels(model.categories, dataset.categories)
     hidden = [channel for channel, label in enumerate(labels) if label < 0]
     read = partial(_read, dataset, {} if unreadable is None else unreadable)
-    answers = predict_items(model, images, read, limit=limit, batch_size=batch_size, ignored_classes=hidden)
-    return ((index, _renamed(one, labels, dataset.categories)) for index, one in answers)
+    predictions = predict_items(model, images, read, limit=limit, batch_size=batch_size, ignored_classes=hidden)
+    return ((index, _relabel(detections, labels, dataset.categories)) for index, detections in predictions)
 
 
 def _read(dataset: Dataset, unreadable: dict[int, str], index: int) -> UInt8[Tensor, "3 h w"] | None:
-    """Return the pixels of an image; None, and a message in `unreadable`, if it is broken and broken ones shall be skipped."""
+    """Return the pixels of an image; None, with a message in `unreadable`, if it is broken and broken images are skipped."""
     try:
         return dataset.image(index)
     except DataError as error:
@@ -120,77 +120,81 @@ def _read(dataset: Dataset, unreadable: dict[int, str], index: int) -> UInt8[Ten
 
 
 def class_labels(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
-    """Return which class of the data each of the model's is, -1 for none.
+    """Return the label in the data of each class of a model, by name; -1 where the data does not have the class.
 
     Raises:
-        maskset.errors.DataError: none of them is one of the data's.
+        DataError: model and data have no class in common.
     """
     if tuple(model) == tuple(data):
         return list(range(len(data)))
-    places = {category.name: label for label, category in enumerate(data)}
-    labels = [places.get(category.name, -1) for category in model]
+    label_of = {category.name: label for label, category in enumerate(data)}
+    labels = [label_of.get(category.name, -1) for category in model]
     if max(labels, default=-1) < 0:
-        raise DataError(f"the model finds {_some(model)}, the data has {_some(data)}: no class has the same name in both.")
+        raise DataError(
+            f"the model detects {_first_names(model)}, the data has {_first_names(data)}: no class has the same name in both."
+        )
     return labels
 
 
-def _some(categories: Sequence[Category]) -> str:
+def _first_names(categories: Sequence[Category]) -> str:
     return ", ".join(category.name for category in categories[:5]) + (", ..." if len(categories) > 5 else "")
 
 
 def _share(dataset: Dataset, model: System) -> list[int]:
-    """Return the images that this process evaluates, those of one size together, so that batches are full."""
-    wanted = model.input
-    sizes = [fitted_size((image.height, image.width), wanted.short_side, wanted.long_side) for image in dataset.images]
+    """Return the images that this process evaluates, sorted by size, so that batches are full."""
+    short, long = model.input.short_side, model.input.long_side
+    sizes = [fitted_size((image.height, image.width), short, long) for image in dataset.images]
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
     return order[distributed.get_rank() :: world_size()] if active() else order
 
 
-def _compared(
-    dataset: Dataset, answers: Iterable[tuple[int, Instances]], total: int, max_detections: int, progress: bool
+def _compare(
+    dataset: Dataset, predictions: Iterable[tuple[int, Instances]], total: int, max_detections: int, progress: bool
 ) -> dict[int, Overlaps]:
-    """Return what was found in each image compared with what is annotated; the masks are not kept.
+    """Return the overlaps of detections and targets in each image; masks are dropped.
 
-    Where progress is shown, it has the mask AP of the images so far, computed each time that they are twice as many: altogether
-    that takes less than what is computed at the end.
+    Progress includes the mask AP of the images so far, computed whenever their number has doubled: in total that takes less time
+    than the metrics at the end.
     """
-    compared: dict[int, Overlaps] = {}
+    overlaps_of: dict[int, Overlaps] = {}
     note, due = "", _FIRST_ESTIMATE
     if progress:
-        answers = track(answers, total, "evaluating", note=lambda: note)
-    for index, found in answers:
-        compared[index] = overlaps(dataset, index, found)
-        if progress and len(compared) == due < total:
-            ap = mask_ap(list(compared.values()), dataset.categories, max_detections)
+        predictions = track(predictions, total, "evaluating", note=lambda: note)
+    for index, detections in predictions:
+        overlaps_of[index] = overlaps(dataset, index, detections)
+        if progress and len(overlaps_of) == due < total:
+            ap = mask_ap(list(overlaps_of.values()), dataset.categories, max_detections)
             note, due = "" if isnan(ap) else f", mask AP ~{ap:.3f} over {due} images", 2 * due
-    return compared
+    return overlaps_of
 
 
-def _renamed(found: Instances, labels: Sequence[int], categories: tuple[Category, ...]) -> Instances:
-    """Return what was found with the data's classes, without what the data has no class for."""
-    renamed = torch.tensor(labels)[found.labels]
-    return replace(found, labels=renamed, categories=categories)[renamed >= 0]
+def _relabel(detections: Instances, labels: Sequence[int], categories: tuple[Category, ...]) -> Instances:
+    """Return detections with the data's labels, without those whose class the data does not have."""
+    new_labels = torch.tensor(labels)[detections.labels]
+    return replace(detections, labels=new_labels, categories=categories)[new_labels >= 0]
 
 
-def _gathered(dataset: Dataset, compared: dict[int, Overlaps], unreadable: dict[int, str], max_detections: int) -> Metrics:
-    """Return the metrics of what this process, or all of them together, found in each image or could not read."""
+def _gather_metrics(
+    dataset: Dataset, overlaps_of: dict[int, Overlaps], unreadable: dict[int, str], max_detections: int
+) -> Metrics:
+    """Return the metrics over the images of all processes."""
     if not active():
-        return _metrics(dataset, compared, unreadable, max_detections)
+        return _metrics(dataset, overlaps_of, unreadable, max_detections)
     first = distributed.get_rank() == 0
     parts: list[Any] = [None] * world_size()
-    distributed.gather_object((compared, unreadable), parts if first else None)
+    distributed.gather_object((overlaps_of, unreadable), parts if first else None)
     answer: list[Any] = [None]
     if first:
-        compared = {index: one for part, _ in parts for index, one in part.items()}
+        overlaps_of = {index: overlap for part, _ in parts for index, overlap in part.items()}
         unreadable = {index: problem for _, part in parts for index, problem in part.items()}
-        answer = [_metrics(dataset, compared, unreadable, max_detections)]
+        answer = [_metrics(dataset, overlaps_of, unreadable, max_detections)]
     distributed.broadcast_object_list(answer)
     return answer[0]
 
 
-def _metrics(dataset: Dataset, compared: dict[int, Overlaps], unreadable: dict[int, str], max_detections: int) -> Metrics:
-    images = sorted(compared)  # the order decides between equal scores
-    metrics = measured([compared[index] for index in images], dataset.categories, max_detections)
+def _metrics(dataset: Dataset, overlaps_of: dict[int, Overlaps], unreadable: dict[int, str], max_detections: int) -> Metrics:
+    images = sorted(overlaps_of)  # the order decides between equal scores
+    metrics = compute_metrics([overlaps_of[index] for index in images], dataset.categories, max_detections)
     unread = [unreadable[index] for index in sorted(unreadable)]
     opened = [problem for problem in dataset.skipped if problem not in unreadable.values()]
     counts = dataset.counts()[images]

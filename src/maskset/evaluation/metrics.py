@@ -1,4 +1,4 @@
-"""What an evaluation measured: printed as COCO's table, written as JSON and CSV."""
+"""Metrics of an evaluation: printed as COCO's table, saved as JSON and CSV."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from maskset.files import atomic_write
 
-# Rows of the printed table: what, over which IoU, of which objects, and the name of the number without mask_ or box_.
+# Rows of the printed table: metric, IoU, area, and the name of the attribute without mask_ or box_.
 _ROWS = (
     ("AP", "0.50:0.95", "all", "ap"),
     ("AP50", "0.50", "all", "ap50"),
@@ -29,11 +29,11 @@ _ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMetrics:
-    """What was measured of one class; NaN where the data has no object of it.
+    """Metrics of one class; NaN where the data has no object of it.
 
     Attributes:
-        name: of the class.
-        objects: how many the data holds.
+        name: name of the class.
+        objects: number of objects in the data.
         mask_ap: average precision of masks over IoU 0.50:0.95; `box_ap` of boxes.
         mask_ap50: the same at IoU 0.50; `box_ap50` of boxes.
     """
@@ -48,24 +48,24 @@ class ClassMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What an evaluation measured; `print` shows COCO's table. A number that nothing could be measured for is NaN.
+    """Metrics of an evaluation; `print` shows COCO's table. A metric without objects to measure is NaN.
 
-    Average precision (`ap`) and average recall (`ar`) are means over the classes and over IoU 0.50:0.95; `ap50` and `ap75`
-    are at that one IoU. Small objects have an area below 32 x 32 pixels, large ones one from 96 x 96 on. `ar_1`, `ar_10` and
-    `ar` count, in each image, the best 1, 10 and `max_detections` results of a class.
+    Average precision (`ap`) and average recall (`ar`) are means over classes and over IoU 0.50:0.95; `ap50` and `ap75` are at
+    IoU 0.50 and 0.75. Small objects have an area below 32 x 32 pixels, large objects at least 96 x 96. `ar_1`, `ar_10` and `ar`
+    are at most 1, 10 and `max_detections` detections per class and image.
 
     Attributes:
-        max_detections: how many results of an image were counted at the most.
-        images: how many were evaluated.
-        skipped: how many annotations and images were left out because they are broken; 0 unless that was asked for.
-        unreadable: how many of these are images whose pixels could not be read; the others were left out as the data was opened.
-        first_skipped: what is wrong with the first of these.
-        objects: how many are annotated in the images, without crowds.
-        images_over_limit: how many images hold more objects than `max_detections`, so that not all can be found.
-        most_objects: how many objects the fullest image holds.
+        max_detections: largest number of detections that count in an image.
+        images: number of evaluated images.
+        skipped: number of broken annotations and images that were left out; 0 without `skip_broken`.
+        unreadable: number of images among these that could not be read; the others were left out when the data was opened.
+        first_skipped: description of the first of these.
+        objects: number of targets in the images, without crowds.
+        images_over_limit: number of images with more than `max_detections` objects, which cannot all be detected.
+        most_objects: largest number of objects in an image.
         per_class: one element per class of the data, in the data's order.
-        missing_in_model: classes of the data that the model does not know; none of their objects counts as found.
-        missing_in_data: classes of the model that the data does not know; their results were left out.
+        missing_in_model: classes of the data that the model does not have; their objects count as missed.
+        missing_in_data: classes of the model that the data does not have; their detections are ignored.
     """
 
     mask_ap: float = nan
@@ -107,32 +107,32 @@ class Metrics:
     def __str__(self) -> str:
         lines = [
             f"{self.images} images, {self.objects} objects, {len(self.per_class)} classes, "
-            f"at most {self.max_detections} results per image",
+            f"at most {self.max_detections} detections per image",
             "",
-            f"{'':10}{'IoU':12}{'objects':10}{'masks':>7}{'boxes':>8}",
+            f"{'':10}{'IoU':12}{'area':10}{'mask':>7}{'box':>8}",
         ]
-        for what, iou, size, name in _ROWS:
+        for metric, iou, area, name in _ROWS:
             mask, box = getattr(self, f"mask_{name}"), getattr(self, f"box_{name}")
-            lines.append(f"{what.format(most=self.max_detections):10}{iou:12}{size:10}{_short(mask):>7}{_short(box):>8}")
+            lines.append(f"{metric.format(most=self.max_detections):10}{iou:12}{area:10}{_short(mask):>7}{_short(box):>8}")
         return "\n".join(lines + [line for note in self.notes() for line in ("", note)])
 
     def notes(self) -> list[str]:
-        """Return what there is to say below the table: what was left out, and what could not be found."""
+        """Return the notes below the table: data that was left out, and objects that could not be detected."""
         notes = []
         if self.skipped:
             notes.append(
-                f"Left out as broken: {self.skipped - self.unreadable} annotations or images of the annotation file, "
+                f"Left out as broken: {self.skipped - self.unreadable} entries of the annotation file and "
                 f"{self.unreadable} images that cannot be read. The first: {self.first_skipped}"
             )
         if self.images_over_limit:
             notes.append(
-                f"{self.images_over_limit} images hold more than {self.max_detections} objects, up to {self.most_objects}, "
-                "and not all can be found: raise --max-detections (in training --train.max-detections)."
+                f"{self.images_over_limit} images have more than {self.max_detections} objects (up to {self.most_objects}), "
+                "not all of which can be detected: raise --max-detections (in training --train.max-detections)."
             )
         if self.missing_in_model:
-            notes.append(f"The model does not know {_listed(self.missing_in_model)} of the data: none of their objects is found.")
+            notes.append(f"The model does not have {_listed(self.missing_in_model)} of the data: their objects count as missed.")
         if self.missing_in_data:
-            notes.append(f"The data does not know {_listed(self.missing_in_data)} of the model: their results are left out.")
+            notes.append(f"The data does not have {_listed(self.missing_in_data)} of the model: their detections are ignored.")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Metrics:
         return _without_nan(asdict(self))
 
     def save(self, folder: str | Path) -> Path:
-        """Write `metrics.json` and `per_class.csv` into a folder, which is made if it is not there, and return the folder."""
+        """Write `metrics.json` and `per_class.csv` into a folder, which is created if necessary, and return the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "metrics.json") as part:
@@ -148,7 +148,7 @@ class Metrics:
         with atomic_write(folder / "per_class.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(ClassMetrics.__dataclass_fields__))
             table.writeheader()
-            table.writerows(_without_nan(asdict(one)) for one in self.per_class)
+            table.writerows(_without_nan(asdict(row)) for row in self.per_class)
         return folder
 
 
@@ -157,14 +157,14 @@ def _short(value: float) -> str:
 
 
 def _listed(names: tuple[str, ...], most: int = 8) -> str:
-    """Return how many classes there are and what the first ones are called."""
+    """Return the number of classes and the first names."""
     shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return f"{len(names)} class{'es' if len(names) > 1 else ''} ({shown})"
 
 
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
+        return {key: _without_nan(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(one) for one in value]
+        return [_without_nan(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value

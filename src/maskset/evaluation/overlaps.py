@@ -1,4 +1,4 @@
-"""What is found in an image compared with what is annotated there: all that average precision needs of it, without the masks."""
+"""Overlaps of the detections and targets of an image: all that average precision needs, without the masks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,72 +15,72 @@ from maskset.instances import Instances, Masks
 
 @dataclass(frozen=True, eq=False)
 class Overlaps:
-    """What is found and what is annotated in one image: some kilobytes, whatever the size of the image.
+    """The detections and targets of one image and their IoUs: a few kilobytes, whatever the size of the image.
 
-    Where there are two of a thing, the first is of masks, the second of boxes.
+    Arrays with an axis of length 2 hold values of masks first, then of boxes.
 
     Attributes:
-        labels: class of each found object, best first.
-        scores: of each found object.
-        areas: of each found object, pixels.
-        object_labels: class of each annotated object, crowds last.
-        object_areas: of each annotated object as the annotators gave it, pixels; 0 for crowds, which are forgiven at any size.
-        crowd: whether it is a crowd.
-        ious: for each class that is found and annotated, the IoU of each found with each annotated object of the class, in the
-            order of `labels` and `object_labels`; with a crowd, the part of the found object that lies in it.
+        labels: classes of the detections, best detection first.
+        scores: scores of the detections.
+        areas: areas of the detections, pixels.
+        target_labels: classes of the targets, crowds last.
+        target_areas: annotated areas of the targets, pixels; 0 for crowds, in which detections are ignored at any size.
+        crowd: whether a target is a crowd.
+        ious: for each class with detections and targets, the IoU of each detection with each target of the class, in the order of
+            `labels` and `target_labels`; with a crowd, the part of the detection that lies in it.
     """
 
     labels: Int64[np.ndarray, "T"]
     scores: Float64[np.ndarray, "T"]
     areas: Float64[np.ndarray, "2 T"]
-    object_labels: Int64[np.ndarray, "G"]
-    object_areas: Float64[np.ndarray, "G"]
+    target_labels: Int64[np.ndarray, "G"]
+    target_areas: Float64[np.ndarray, "G"]
     crowd: Bool[np.ndarray, "G"]
-    ious: dict[int, Float64[np.ndarray, "2 found annotated"]]
+    ious: dict[int, Float64[np.ndarray, "2 detections targets"]]
 
 
-def overlaps(data: Dataset, index: int, found: Instances) -> Overlaps:
-    """Return what was found in an image, given by its position in the data, compared with what is annotated there.
+def overlaps(data: Dataset, index: int, detections: Instances) -> Overlaps:
+    """Return the overlaps of detections with the targets of an image, given by its position in the data.
 
     Raises:
-        ValueError: what was found has no scores.
+        MasksetError: the detections have no scores.
     """
     from pycocotools import mask as coco_mask
 
-    if found.scores is None:
-        raise MasksetError("results need scores, got objects without: are they annotations?")
+    if detections.scores is None:
+        raise MasksetError("detections need scores, got objects without: are they annotations?")
     iou: Any = coco_mask.iou  # its type stub does not know boxes
-    scores = found.scores.double().cpu().numpy()
-    found, objects, crowds = found.to("cpu"), data.objects(index), data.crowds(index)
-    annotated = Masks.cat([objects.masks, crowds.masks])
-    object_labels = np.concatenate([objects.labels.numpy(), crowds.labels.numpy()])
-    object_boxes = np.concatenate([_boxes(objects), _boxes(crowds)])
-    crowd = np.repeat([False, True], [len(objects), len(crowds)])
+    scores = detections.scores.double().cpu().numpy()
+    detections, targets, crowds = detections.to("cpu"), data.targets(index), data.crowds(index)
+    target_masks = Masks.cat([targets.masks, crowds.masks])
+    target_labels = np.concatenate([targets.labels.numpy(), crowds.labels.numpy()])
+    target_boxes = np.concatenate([_boxes(targets), _boxes(crowds)])
+    crowd = np.repeat([False, True], [len(targets), len(crowds)])
     order = np.argsort(-scores, kind="stable")
-    labels, boxes = found.labels.numpy()[order], _boxes(found)[order]
+    labels, boxes = detections.labels.numpy()[order], _boxes(detections)[order]
     ious = {}
-    for label in np.intersect1d(labels, object_labels).tolist():
-        of, on = np.flatnonzero(labels == label), np.flatnonzero(object_labels == label)
-        masks = iou(_written(found.masks, order[of]), _written(annotated, on), crowd[on])
-        ious[label] = np.stack([masks, iou(boxes[of], object_boxes[on], crowd[on])])
+    for label in np.intersect1d(labels, target_labels).tolist():
+        of, on = np.flatnonzero(labels == label), np.flatnonzero(target_labels == label)
+        masks = iou(_as_coco(detections.masks, order[of]), _as_coco(target_masks, on), crowd[on])
+        ious[label] = np.stack([masks, iou(boxes[of], target_boxes[on], crowd[on])])
     return Overlaps(
         labels=labels,
         scores=scores[order],
-        areas=np.stack([found.masks.areas().double().numpy()[order], boxes[:, 2] * boxes[:, 3]]),
-        object_labels=object_labels,
-        object_areas=np.concatenate([data.areas(index).double().numpy(), np.zeros(len(crowds))]),
+        areas=np.stack([detections.masks.areas().double().numpy()[order], boxes[:, 2] * boxes[:, 3]]),
+        target_labels=target_labels,
+        target_areas=np.concatenate([data.areas(index).double().numpy(), np.zeros(len(crowds))]),
         crowd=crowd,
         ious=ious,
     )
 
 
 def _boxes(objects: Instances) -> Float64[np.ndarray, "T 4"]:
-    """Return boxes as COCO has them: left, top, width, height."""
+    """Return boxes in COCO's format: left, top, width, height."""
     boxes = objects.boxes.double().numpy()
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
 
 
-def _written(masks: Masks, chosen: Int64[np.ndarray, "chosen"]) -> list[dict[str, Any]]:
-    """Return some of the masks as pycocotools wants them."""
-    texts = rle.to_strings(masks[torch.from_numpy(chosen)].rle(), masks.size)
+def _as_coco(masks: Masks, indices: Int64[np.ndarray, "n"]) -> list[dict[str, Any]]:
+    """Return some of the masks in the format of pycocotools."""
+    texts = rle.to_strings(masks[torch.from_numpy(indices)].rle(), masks.size)
     return [{"size": masks.size, "counts": text} for text in texts]

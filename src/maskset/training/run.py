@@ -180,7 +180,7 @@ def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
 
 def _check_objects(training: Dataset, data: str | Path) -> None:
     """Raise a DataError where there is nothing to learn from."""
-    if not any(len(training.objects(index)) for index in range(len(training))):
+    if not any(len(training.targets(index)) for index in range(len(training))):
         left_out = f" Left out as broken: {training.skipped[0]}" if training.skipped else ""
         raise DataError(
             f"{data} has no object to learn from: no image of its training part has an annotation that is no crowd. "
@@ -259,7 +259,7 @@ def _initialise(
         # Nothing is shown where nothing reads them.
         numbers = range(len(training))
         images = track(numbers, len(training), "reading masks to learn their code") if progress else numbers
-        model.prepare(training.objects(index) for index in images)
+        model.prepare(training.targets(index) for index in images)
     return lines
 
 
