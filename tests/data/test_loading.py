@@ -163,4 +163,4 @@ def test_too_few_slots_are_warned_of(tmp_path: Path) -> None:
     assert warn_about_slots(data, 5) is None
     warning = warn_about_slots(data, 2)
     assert warning is not None
-    assert warning.startswith("2 of 3 images hold more objects (5 at the most) than the model has slots (2)")
+    assert warning.startswith("2 of 3 images have more objects (up to 5) than the model has slots (2)")
