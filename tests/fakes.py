@@ -72,8 +72,8 @@ class Listed:
 
 class _Fake(System):
     def __init__(self, categories: tuple[Category, ...], **settings) -> None:
-        super().__init__()
-        self.config, self.categories, self.input = None, categories, InputConfig(**PLAIN | settings)
+        nn.Module.__init__(self)  # not System's: there is no config
+        self.categories, self.input, self.num_slots = categories, InputConfig(**PLAIN | settings), 0
         self.frozen = nn.Identity().eval()
         self.batches: list[int] = []  # how many images each batch had
 

@@ -133,7 +133,7 @@ def test_the_annotations_themselves_reach_one_when_enough_results_count():
     assert average_precision(data, results, 40).mask_ap < 0.95  # images hold up to 52 nuclei
     metrics = average_precision(data, results, 100)
     assert metrics.mask_ap == metrics.box_ap == metrics.mask_ar == pytest.approx(1, abs=1e-9)
-    assert (metrics.images, metrics.objects) == (6, 239)
+    assert (metrics.images, metrics.objects) == (6, 203)
     assert math.isnan(metrics.mask_ap_large)
 
 

@@ -35,7 +35,7 @@ def answers(data: Listed, categories=CLASSES) -> list:
     order = torch.tensor([[one.name for one in categories].index(one.name) for one in data.categories])
     return [
         replace(one, labels=order[one.labels], scores=torch.linspace(0.9, 0.6, len(one)), categories=categories)
-        for one in map(data.objects, range(len(data)))
+        for one in map(data.targets, range(len(data)))
     ]
 
 
@@ -182,7 +182,7 @@ def test_while_it_works_progress_has_the_mask_ap_so_far_each_time_the_images_hav
 
 def test_where_nothing_is_annotated_there_is_no_estimate(monkeypatch, capsys):
     listed = data()
-    empty = Listed([one[[]] for one in map(listed.objects, range(len(listed)))])
+    empty = Listed([one[[]] for one in map(listed.targets, range(len(listed)))])
     monkeypatch.setattr("maskset.evaluation.evaluate._FIRST_ESTIMATE", 2)
     seconds = iter(range(0, 3100, 31))
     monkeypatch.setattr("maskset.progress.time.monotonic", lambda: next(seconds))

@@ -24,7 +24,7 @@ METRICS = Metrics(
 
 def test_the_table_shows_mask_and_box_metrics_and_a_dash_for_nan():
     text = str(METRICS)
-    assert "12 images, 345 objects, 2 classes, at most 300 results per image" in text
+    assert "12 images, 345 objects, 2 classes, at most 300 detections per image" in text
     assert "AP        0.50:0.95   all         0.413   0.500" in text
     assert "AR@300    0.50:0.95   all         0.600       -" in text
     assert "AP        0.50:0.95   large           -       -" in text
