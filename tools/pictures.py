@@ -28,8 +28,8 @@ from maskset.recipe import Recipe
 
 OUT = Path(__file__).parents[1] / "docs" / "assets" / "results.webp"
 NUCLEI = ("337b6eed0726", "64eeef16fdc4", "4c465a54e329")  # starts of file names: typical images of three kinds
-SHAPES = (0, 1)  # the first images of the generated split `test`
-THRESHOLD = 0.4  # lowest score of a prediction that is drawn
+SHAPES = (0, 5)  # indices into the generated split `test`
+THRESHOLD = 0.35  # lowest score of a prediction that is drawn
 PANEL, GAP = 360, 8  # pixels
 
 
