@@ -89,7 +89,7 @@ def test_the_json_holds_the_numbers_and_null_for_what_could_not_be_measured(comp
     assert content["scores"][0]["iou_large"] is None
 
 
-def test_a_codec_that_loses_nothing_has_full_marks_even_with_more_than_100_objects():
+def test_an_exact_codec_has_ap_1_with_more_than_100_objects():
     # Discs of 16 pixels in boxes of 16 pixels: cropping and pasting move nothing.
     centres = [(16.0 * column + 8, 16.0 * row + 8, 8) for row in range(11) for column in range(11)]
     scenes = [found([0] * 121, discs(centres, (176, 176)), None, CLASSES)]

@@ -49,19 +49,19 @@ def slow_decay(masks: torch.Tensor, labels: list[int], kernel: str, sigma: float
 def test_matrix_nms_is_the_equation(kernel, sigma, count):
     masks = random_masks(count)
     labels = torch.arange(count) % 3
-    found = matrix_nms(mask_iou(masks), labels, kernel, sigma)
-    torch.testing.assert_close(found, torch.tensor(slow_decay(masks, labels.tolist(), kernel, sigma)), atol=1e-5, rtol=1e-5)
-    assert ((found >= 0) & (found <= 1)).all()
+    result = matrix_nms(mask_iou(masks), labels, kernel, sigma)
+    torch.testing.assert_close(result, torch.tensor(slow_decay(masks, labels.tolist(), kernel, sigma)), atol=1e-5, rtol=1e-5)
+    assert ((result >= 0) & (result <= 1)).all()
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])
-def test_copies_lose_all_that_the_kernel_takes_and_nothing_is_undefined(kernel):
+def test_copies_of_a_mask_have_a_finite_decay(kernel):
     masks = torch.cat([random_masks(2, seed=3)[[0, 0, 0]], random_masks(2, seed=3)[[1, 1]]])
     labels = torch.zeros(5, dtype=torch.int64)
-    found = matrix_nms(mask_iou(masks), labels, kernel)
-    torch.testing.assert_close(found, torch.tensor(slow_decay(masks, [0] * 5, kernel, 2.0)))
-    assert found[0] == 1
-    assert found[1].item() == pytest.approx(math.exp(-2) if kernel == "gaussian" else 0)
+    result = matrix_nms(mask_iou(masks), labels, kernel)
+    torch.testing.assert_close(result, torch.tensor(slow_decay(masks, [0] * 5, kernel, 2.0)))
+    assert result[0] == 1
+    assert result[1].item() == pytest.approx(math.exp(-2) if kernel == "gaussian" else 0)
 
 
 def test_masks_of_other_classes_and_empty_ones_do_no_harm():
@@ -98,5 +98,5 @@ def test_greedy_suppression_is_that_of_a_plain_loop(threshold, seed):
     assert 2 < len(kept) < 25
 
 
-def test_nothing_is_kept_of_nothing():
+def test_greedy_nms_of_no_masks_keeps_none():
     assert greedy_nms(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)).tolist() == []

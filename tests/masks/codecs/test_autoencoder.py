@@ -13,7 +13,7 @@ from maskset.masks.targets import crop
 
 @pytest.fixture(scope="module")
 def masks() -> torch.Tensor:
-    return torch.cat([crop(found.masks, found.boxes, 32) for _, found in shapes(20)])
+    return torch.cat([crop(targets.masks, targets.boxes, 32) for _, targets in shapes(20)])
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,14 @@ def fitted(masks) -> AutoencoderCodec:
     return codec.eval()
 
 
-def test_what_is_drawn_resembles_what_was_written(masks, fitted):
+def test_a_fitted_autoencoder_reconstructs_masks(masks, fitted):
     with torch.no_grad():
         drawn = fitted.decode(fitted.encode(masks.float())) >= 0.5
     overlaps = (drawn & masks).sum((1, 2)) / (drawn | masks).sum((1, 2)).clamp(min=1)
     assert overlaps.mean() > 0.7
 
 
-def test_learning_does_not_depend_on_what_else_is_random_nor_on_batches(masks):
+def test_a_fit_does_not_depend_on_the_global_seed_nor_on_batches(masks):
     states = []
     for seed, parts in ((1, masks), (2, masks.split([10, 0, len(masks) - 10]))):
         torch.manual_seed(seed)
@@ -73,7 +73,7 @@ def test_in_training_a_mask_is_normalised_by_those_beside_it(masks, fitted):
     assert not torch.allclose(alone, together[:1], atol=1e-3)
 
 
-def test_a_code_that_was_not_fitted_or_has_nothing_to_learn_from_says_so():
+def test_an_unfitted_codec_and_a_fit_without_masks_are_refused():
     codec = AutoencoderCodec(32, 16)
     with pytest.raises(ConfigError, match=r"AutoencoderCodec\(32, 16\) has not been fitted"):
         codec.encode(torch.zeros(1, 32, 32))
@@ -110,7 +110,7 @@ def test_sizes_that_cannot_be_halved_four_times_are_refused(size, length):
         AutoencoderCodec(size, length)
 
 
-def test_a_file_of_it_is_read_back(tmp_path, monkeypatch):
+def test_an_autoencoder_file_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(autoencoder, "STEPS", 2)
     path = tmp_path / "code.safetensors"
     written = fit_codec("autoencoder", "shapes", path, size=32, length=8, max_masks=20, progress=False)
@@ -121,18 +121,18 @@ def test_a_file_of_it_is_read_back(tmp_path, monkeypatch):
         fit_codec("autoencoder", "shapes", tmp_path / "x.safetensors", size=30)
 
 
-def test_it_is_a_mask_codec():
+def test_autoencoder_is_a_mask_codec():
     assert isinstance(AutoencoderCodec(), MaskCodec)
 
 
-def test_a_mask_is_reconstructed_the_same_whatever_is_measured_with_it():
+def test_the_reconstruction_of_a_mask_does_not_depend_on_the_other_masks():
     codec = compare._build(compare.CodecSpec("autoencoder", 32, 16))
-    codec.fit(torch.cat([crop(found.masks, found.boxes, 32) for _, found in shapes(4)]), steps=20)
+    codec.fit(torch.cat([crop(targets.masks, targets.boxes, 32) for _, targets in shapes(4)]), steps=20)
     assert not codec.training
-    found = max((found for _, found in shapes(8)), key=len)
-    together = compare.reconstruct(codec, found.masks, found.boxes)
-    assert len(found) > 1
-    assert together[:1] == compare.reconstruct(codec, found.masks[:1], found.boxes[:1])
+    targets = max((targets for _, targets in shapes(8)), key=len)
+    together = compare.reconstruct(codec, targets.masks, targets.boxes)
+    assert len(targets) > 1
+    assert together[:1] == compare.reconstruct(codec, targets.masks[:1], targets.boxes[:1])
 
 
 @pytest.mark.parametrize(("size", "length", "message"), [(16, 8, "size of 32, 48, 64 .*got 16"), (32, 0, "1 to 1024, got 0")])

@@ -37,7 +37,7 @@ CODECS = [PcaCodec(32, 3), LogitPcaCodec(32, 3), SparseCodec(32, 3), Autoencoder
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
-def test_masks_of_another_size_or_with_nan_are_refused_and_leave_the_codec_as_it_was(codec):
+def test_masks_of_another_size_or_with_nan_are_refused_and_leave_the_codec_unfitted(codec):
     with pytest.raises(MaskError, match=r"needs masks of shape \[n, 32, 32\], got \[9, 28, 28\]"):
         codec.fit(torch.zeros(9, 28, 28))
     for value in (torch.nan, torch.inf):

@@ -14,7 +14,7 @@ def test_a_code_is_the_pixels_row_by_row():
     assert codec.encode(masks).tolist() == [list(range(9)), list(range(9, 18))]
 
 
-def test_nothing_is_lost():
+def test_flatten_reconstructs_masks_exactly():
     codec = FlattenCodec(28)
     masks = torch.rand(5, 28, 28, generator=torch.Generator().manual_seed(0)) > 0.5
     assert torch.equal(binarise(codec.decode(codec.encode(masks.float()))), masks)
@@ -26,7 +26,7 @@ def test_no_masks_have_no_codes():
     assert codec.decode(torch.zeros(0, 16)).shape == (0, 4, 4)
 
 
-def test_it_is_a_mask_codec():
+def test_flatten_is_a_mask_codec():
     assert isinstance(FlattenCodec(), MaskCodec)
 
 

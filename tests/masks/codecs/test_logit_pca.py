@@ -39,14 +39,14 @@ def test_the_components_are_those_of_numpys_singular_value_decomposition(masks, 
     assert (fitted.components.gather(1, fitted.components.abs().argmax(1, keepdim=True)) > 0).all()
 
 
-def test_codes_of_the_masks_that_it_was_fitted_to_are_white(masks, fitted):
+def test_codes_of_the_masks_of_the_fit_are_white(masks, fitted):
     torch.manual_seed(0)
     codes = fitted.encode(masks.float(), noisy=True)
     assert codes.mean(0).abs().max() < 0.1
     assert (codes.var(0) - 1).abs().max() < 0.2
 
 
-def test_all_components_lose_nothing(masks):
+def test_all_components_reconstruct_masks_exactly(masks):
     codec = LogitPcaCodec(12, 144)
     codec.fit(masks)
     decoded = codec.decode(codec.encode(masks.float()))
@@ -58,7 +58,7 @@ def test_few_components_keep_most(masks, fitted):
     assert (decoded & masks).sum() / (decoded | masks).sum() > 0.9
 
 
-def test_noise_is_drawn_from_torchs_generator_and_only_where_it_is_asked_for(masks, fitted):
+def test_noise_comes_from_torchs_generator_and_only_with_noisy(masks, fitted):
     some = masks[:5].float()
     assert torch.equal(fitted.encode(some), fitted.encode(some))
     torch.manual_seed(3)
@@ -120,7 +120,7 @@ def test_a_code_that_was_not_fitted_says_so():
 
 @pytest.mark.parametrize("size", [12, 64])  # exact, sketched
 @pytest.mark.parametrize("count", [0, 19])
-def test_fewer_masks_than_components_are_refused_and_leave_the_code_as_it_was(size, count):
+def test_fewer_masks_than_components_are_refused_and_leave_the_codec_unfitted(size, count):
     codec = LogitPcaCodec(size, 20)
     with pytest.raises(ConfigError, match=f"20 numbers cannot be fitted to {count} masks"):
         codec.fit(torch.rand(count, size, size) > 0.5)
@@ -133,7 +133,7 @@ def test_lengths_beyond_the_number_of_pixels_are_refused(length):
         LogitPcaCodec(12, length)
 
 
-def test_a_file_of_it_is_read_back_and_not_taken_for_another_code(tmp_path):
+def test_a_file_is_read_back_and_refused_for_another_length(tmp_path):
     written = fit_codec("logit-pca", "shapes", tmp_path / "code.safetensors", size=14, max_masks=80, length=12, progress=False)
     codec = LogitPcaCodec(14, 12)
     codec_files.load(codec, tmp_path / "code.safetensors")
@@ -142,5 +142,5 @@ def test_a_file_of_it_is_read_back_and_not_taken_for_another_code(tmp_path):
         codec_files.load(LogitPcaCodec(14, 11), tmp_path / "code.safetensors")
 
 
-def test_it_is_a_mask_codec():
+def test_logit_pca_is_a_mask_codec():
     assert isinstance(LogitPcaCodec(), MaskCodec)

@@ -37,7 +37,7 @@ def test_a_code_is_the_mask_times_the_basis_and_back_times_its_transpose(masks, 
     torch.testing.assert_close(fitted.decode(codes), (codes @ fitted.basis.T).view(-1, 12, 12))
 
 
-def test_all_components_lose_nothing(masks):
+def test_all_components_reconstruct_masks_exactly(masks):
     codec = PcaCodec(12, 144)
     codec.fit(masks)
     assert torch.equal(binarise(codec.decode(codec.encode(masks.float()))), masks)
@@ -80,7 +80,7 @@ def test_saved_weights_hold_the_fit(masks, fitted):
 
 @pytest.mark.parametrize("size", [12, 64])  # exact, sketched
 @pytest.mark.parametrize("count", [0, 19])
-def test_fewer_masks_than_components_are_refused_and_leave_the_code_as_it_was(size, count):
+def test_fewer_masks_than_components_are_refused_and_leave_the_codec_unfitted(size, count):
     codec = PcaCodec(size, 20)
     with pytest.raises(ConfigError, match=f"20 numbers cannot be fitted to {count} masks"):
         codec.fit(torch.rand(count, size, size) > 0.5)
@@ -93,5 +93,5 @@ def test_lengths_beyond_the_number_of_pixels_are_refused(length):
         PcaCodec(12, length)
 
 
-def test_it_is_a_mask_codec():
+def test_pca_is_a_mask_codec():
     assert isinstance(PcaCodec(), MaskCodec)

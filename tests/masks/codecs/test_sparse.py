@@ -64,8 +64,8 @@ def test_decoding_is_linear(masks, fitted):
 def test_most_numbers_are_zero_and_most_of_the_mask_comes_back(masks, fitted):
     codes = fitted.encode(masks.float())
     assert (codes != 0).float().mean() < 0.5
-    found = binarise(fitted.decode(codes))
-    assert ((found & masks).sum((1, 2)) / (found | masks).sum((1, 2))).mean() > 0.9
+    result = binarise(fitted.decode(codes))
+    assert ((result & masks).sum((1, 2)) / (result | masks).sum((1, 2))).mean() > 0.9
 
 
 def test_a_larger_beta_makes_sparser_codes(masks, fitted):
@@ -128,7 +128,7 @@ def test_fewer_masks_than_atoms_are_refused(masks):
     codec = SparseCodec(12, 40)
     with pytest.raises(ConfigError, match="40 numbers cannot be fitted to 39 masks"):
         codec.fit(masks[:39])
-    with pytest.raises(ConfigError, match="from 0 masks"):
+    with pytest.raises(ConfigError, match="to 0 masks"):
         codec.fit([])
     assert not codec.fitted
 
@@ -139,5 +139,5 @@ def test_settings_that_are_not_positive_are_refused(settings):
         SparseCodec(*settings)
 
 
-def test_it_is_a_mask_codec():
+def test_sparse_is_a_mask_codec():
     assert isinstance(SparseCodec(), MaskCodec)

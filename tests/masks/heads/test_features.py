@@ -28,7 +28,7 @@ def test_all_levels_meet_at_the_size_asked_for(doublings, stride, blocks):
     assert all(parameter.grad is not None for parameter in head.parameters())
 
 
-def test_it_is_the_sum_of_doubled_levels():
+def test_mask_features_are_the_sum_of_upsampled_levels():
     head = MaskFeatureHead((3, 4), (0, 1), 5, 6)
     fine, coarse = torch.randn(1, 3, 8, 12), torch.randn(1, 4, 4, 6)
 
@@ -55,10 +55,10 @@ def test_convolutions_start_near_zero_and_have_no_bias():
 
 def test_coordinates_reach_from_border_cell_to_border_cell():
     level = torch.full((2, 3, 5, 9), 7.0)
-    found = with_coordinates(level)
-    assert torch.equal(found[:, :3], level)
-    assert torch.equal(found[1, 3], torch.linspace(-1, 1, 9).expand(5, 9))
-    assert torch.equal(found[1, 4], torch.linspace(-1, 1, 5)[:, None].expand(5, 9))
+    result = with_coordinates(level)
+    assert torch.equal(result[:, :3], level)
+    assert torch.equal(result[1, 3], torch.linspace(-1, 1, 9).expand(5, 9))
+    assert torch.equal(result[1, 4], torch.linspace(-1, 1, 5)[:, None].expand(5, 9))
 
 
 def test_a_map_of_one_column_lies_at_the_left():

@@ -71,9 +71,9 @@ def test_one_computation_equals_the_slow_loop_and_so_do_its_gradients(channels, 
     features, padding, weights, centres = inputs(channels, heads, points)
     expected = slow(features, padding, weights, centres, heads, points)
     wanted = torch.autograd.grad(expected.sin().sum(), [features, weights])
-    found = instance_transformer(features, padding, weights, centres, heads, points)
-    gradients = torch.autograd.grad(found.sin().sum(), [features, weights])
-    torch.testing.assert_close(found, expected)
+    result = instance_transformer(features, padding, weights, centres, heads, points)
+    gradients = torch.autograd.grad(result.sin().sum(), [features, weights])
+    torch.testing.assert_close(result, expected)
     for one, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -82,9 +82,9 @@ def test_one_computation_equals_the_slow_loop_and_so_do_its_gradients(channels, 
 def test_the_other_encodings_equal_the_slow_loop(positions):
     features, padding, weights, centres = inputs(8, 4, 4)
     expected = slow(features, padding, weights, centres, 4, 4, positions)
-    found = instance_transformer(features, padding, weights, centres, 4, 4, positions)
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, instance_transformer(features, padding, weights, centres, 4, 4))
+    result = instance_transformer(features, padding, weights, centres, 4, 4, positions)
+    torch.testing.assert_close(result, expected)
+    assert not torch.allclose(result, instance_transformer(features, padding, weights, centres, 4, 4))
 
 
 def test_the_papers_sizes_have_the_papers_numbers_of_parameters():
@@ -107,9 +107,9 @@ def test_the_kernel_equals_the_steps_in_float32_for_many_instances_and_padding_b
         logits = instance_transformer(leaves[0], padding, leaves[1], centres, 4, 4)
         return [logits, *torch.autograd.grad(logits.sin().sum(), leaves)]
 
-    found = run()
+    result = run()
     monkeypatch.setenv(library.NATIVE_ENV, "off")
-    for one, other in zip(found, run(), strict=True):
+    for one, other in zip(result, run(), strict=True):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
 
 
@@ -136,13 +136,13 @@ def test_the_operator_obeys_the_rules_of_torch_library():
     torch.library.opcheck(fused, arguments, test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])
 
 
-def test_centres_of_another_type_are_understood_and_what_they_want_is_learnt():
+def test_float64_centres_are_accepted_and_get_gradients():
     features, padding, weights, _ = inputs(8, 4, 4)
     centres = torch.rand(2, 2).requires_grad_()
     expected = slow(features, padding, weights, centres, 4, 4)
-    found = instance_transformer(features, padding, weights, centres, 4, 4)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(one.sin().sum(), centres)[0] for one in (found, expected)))
+    result = instance_transformer(features, padding, weights, centres, 4, 4)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(one.sin().sum(), centres)[0] for one in (result, expected)))
     with torch.no_grad():
         torch.testing.assert_close(instance_transformer(features, padding, weights, centres, 4, 4), expected.detach())
 
@@ -157,6 +157,6 @@ def test_padding_of_any_shape_gives_what_the_steps_give(monkeypatch):
     features, padding, weights, centres = inputs(8, 4, 4)
     padding = padding.clone()
     padding[2, 1] = True
-    found = instance_transformer(features, padding, weights, centres, 4, 4)
+    result = instance_transformer(features, padding, weights, centres, 4, 4)
     monkeypatch.setenv(library.NATIVE_ENV, "off")
-    torch.testing.assert_close(found, instance_transformer(features, padding, weights, centres, 4, 4))
+    torch.testing.assert_close(result, instance_transformer(features, padding, weights, centres, 4, 4))
