@@ -6,6 +6,7 @@ copies computed whole in all layers, as the released code does, and with the col
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import Way, in_turn, peaks
 from benchmarks.report import Report
-from maskset.layers.twin import Attention, Copies, ReleasedLayer, ReleasedTransformer
+from maskset.layers.twin import Attention, ReleasedLayer, ReleasedTransformer
 
 WIDTH, HEADS, DEPTH = 256, 8, 12
 FULL, DOUBLED = "full, plain", "copies whole"
@@ -70,7 +71,9 @@ def transformers(side: int, depth: int) -> dict[str, tuple[nn.Module, Tensor]]:
         assert isinstance(layer, ReleasedLayer)
         nn.init.constant_(layer.gates, 0.1)  # they start at zero, where every way does nothing
     transformer, x = transformer.to(device), torch.randn(1, WIDTH, side, side, device=device)
-    return {DOUBLED: (Doubled(transformer), x), "columns once": (transformer, x)}
+    doubled = deepcopy(transformer)
+    doubled.fast = False
+    return {DOUBLED: (doubled, x), "columns once": (transformer, x)}
 
 
 def step(module: nn.Module, x: Tensor, plain: bool) -> Way:
@@ -88,31 +91,3 @@ def step(module: nn.Module, x: Tensor, plain: bool) -> Way:
 def backends(plain: bool) -> list[SDPBackend]:
     """Return how PyTorch may compute attention: with the whole matrix, or in any other way."""
     return [SDPBackend.MATH] if plain else [*SDPBackend.__members__.values()][1:]
-
-
-class Doubled(nn.Module):
-    """The released transformer, without using that its copies are alike at first."""
-
-    def __init__(self, transformer: ReleasedTransformer) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, level: Tensor) -> Tensor:
-        """Return a map of the same size."""
-        x = torch.cat([level, level], 3).permute(0, 2, 3, 1).contiguous()
-        for layer in self.transformer.layers:
-            x, _ = layer(x, WholeCopies(level.shape[3]))
-        return x.permute(0, 3, 1, 2).unflatten(3, (2, -1)).mean(3)
-
-
-class WholeCopies(Copies):
-    """Two copies of which all columns are kept."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether all columns of both copies are kept."""
-        return True
-
-    def after_convolutions(self, x: Tensor) -> tuple[Tensor, Copies]:
-        """Return the map as it is."""
-        return x, self

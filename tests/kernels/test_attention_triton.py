@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from maskset.kernels.attention_plain import by_bags, by_samples
+from maskset.kernels.self_check import triton_failure
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform", exc_type=ImportError)
 
@@ -321,3 +322,7 @@ def test_an_image_behind_two_to_the_31_is_found_on_a_gpu():
     grads = [gradient[-1:] for gradient in backward(grad.expand(many, -1, -1).contiguous(), *inputs, *per_query)]
     wanted = expected(by_samples, grad, value, shapes, locations, weights)
     assert_close((last, *grads), wanted, torch.bfloat16)
+
+
+def test_the_kernels_pass_their_check_at_first_use(interpreted, fixed):
+    assert interpreted(triton_failure, torch.device("cpu")) is None

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskset.layers.twin import Attention, Copies, PaperLayer, PaperTransformer, ReleasedTransformer
+from maskset.kernels.twin import Copies
+from maskset.layers.recompute import recompute
+from maskset.layers.twin import Attention, PaperLayer, PaperTransformer, ReleasedTransformer
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +18,8 @@ def exactly():
     torch.set_default_dtype(torch.float32)
 
 
-def awake(transformer: ReleasedTransformer) -> ReleasedTransformer:
-    """Return the transformer with gates that are open."""
+def opened(transformer: ReleasedTransformer) -> ReleasedTransformer:
+    """Return the transformer with random gates, which are closed at the start."""
     for layer in transformer.layers:
         torch.nn.init.normal_(layer.gates)
     return transformer
@@ -60,14 +62,21 @@ def plain_released(transformer: ReleasedTransformer, level: torch.Tensor) -> tor
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 4), (4, 7), (3, 12), (2, 13), (2, 30), (3, 31)])
 @pytest.mark.parametrize("depth", [0, 1, 2, 6])
-def test_the_released_transformer_is_that_of_a_doubled_map(size, depth):
-    transformer, level = awake(ReleasedTransformer(8, 2, depth)), torch.randn(2, 8, *size)
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_released_transformer_is_that_of_a_doubled_map(size, depth, fast):
+    transformer, level = opened(ReleasedTransformer(8, 2, depth)), torch.randn(2, 8, *size)
+    transformer.fast = fast
     torch.testing.assert_close(transformer(level), plain_released(transformer, level), atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("width", [5, 26])
-def test_its_gradients_are_those_of_a_doubled_map(width):
-    transformer, level = awake(ReleasedTransformer(8, 2, 3)), torch.randn(2, 8, 3, width, requires_grad=True)
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_its_gradients_are_those_of_a_doubled_map(width, fast, recomputed):
+    transformer, level = opened(ReleasedTransformer(8, 2, 3)), torch.randn(2, 8, 3, width, requires_grad=True)
+    transformer.fast = fast
+    if recomputed:
+        recompute(transformer)
     inputs = [level, *transformer.parameters()]
     found = torch.autograd.grad(transformer(level).sin().sum(), inputs)
     wanted = torch.autograd.grad(plain_released(transformer, level).sin().sum(), inputs)
@@ -76,7 +85,7 @@ def test_its_gradients_are_those_of_a_doubled_map(width):
 
 
 def test_the_copies_differ_in_two_more_columns_at_each_side_after_every_layer():
-    transformer, level = awake(ReleasedTransformer(8, 2, 3)), torch.randn(1, 8, 4, 20)
+    transformer, level = opened(ReleasedTransformer(8, 2, 3)), torch.randn(1, 8, 4, 20)
     x = torch.cat([level, level], 3).permute(0, 2, 3, 1)
     for i, layer in enumerate(transformer.layers):
         x = x + layer.gates[0] * plain_columns(layer.columns, x) + layer.gates[1] * plain_rows(layer.rows, x)
@@ -89,7 +98,7 @@ def test_the_copies_differ_in_two_more_columns_at_each_side_after_every_layer():
 
 def test_columns_that_are_alike_are_computed_once():
     widths = []
-    transformer = awake(ReleasedTransformer(8, 2, 4))
+    transformer = opened(ReleasedTransformer(8, 2, 4))
     for layer in transformer.layers:
         layer.columns.register_forward_hook(lambda _m, given, _o: widths.append(given[0].shape[2]))
         layer.convolutions[0].register_forward_hook(lambda _m, given, _o: widths.append(given[0].shape[2]))
@@ -182,7 +191,7 @@ def test_every_kind_starts_sanely_and_gives_every_parameter_a_gradient(kind, siz
 
 def test_bfloat16_is_near_float32():
     torch.set_default_dtype(torch.float32)
-    transformer, level = awake(ReleasedTransformer(16, 2, 2)), torch.randn(1, 16, 6, 9)
+    transformer, level = opened(ReleasedTransformer(16, 2, 2)), torch.randn(1, 16, 6, 9)
     with torch.autocast("cpu", torch.bfloat16):
         low = transformer(level)
     assert (low - transformer(level)).abs().mean() < 0.05 * transformer(level).abs().mean()

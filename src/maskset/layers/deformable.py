@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from maskset.errors import AttentionError
 from maskset.kernels import library
 from maskset.kernels.attention_plain import Shapes, by_bags, by_gathering, by_samples
+from maskset.kernels.self_check import triton_failure
 
 ATTENTION_ENV = "MASKSET_ATTENTION"  # environment variable that names the implementation; the default is the fastest available
 PLAIN = {"reference": by_samples, "bag": by_bags, "gather": by_gathering}
 FUSED = {"c": "cpu", "triton": "cuda"}  # and the device type that each supports
+_GPU = torch.device("cuda")
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -71,21 +73,23 @@ def _fastest(value: Tensor) -> str:
     if torch.compiler.is_exporting():
         return "gather"
     for name, device in FUSED.items():
-        if value.device.type == device and _unavailable_reason(name) is None:
+        if value.device.type == device and _unavailable_reason(name, value.device) is None:
             return name
     return "bag" if value.shape[3] >= 8 else "reference"  # for narrow rows, listing the rows costs more than it saves
 
 
-def _unavailable_reason(name: str) -> str | None:
+def _unavailable_reason(name: str, device: torch.device | None = None) -> str | None:
     if name == "c":
         return library.unavailable_reason()
-    return _no_triton_reason() if name == "triton" else None
+    return _no_triton_reason(device) if name == "triton" else None
 
 
-def _no_triton_reason() -> str | None:
+def _no_triton_reason(device: torch.device | None) -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
-    return None if _TRITON else "Triton is not installed: `pip install triton`"
+    if not _TRITON:
+        return "Triton is not installed: `pip install triton`"
+    return triton_failure(device or _GPU)
 
 
 def _check(name: str, value: Tensor) -> None:

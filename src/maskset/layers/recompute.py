@@ -1,5 +1,6 @@
-"""Activation checkpointing (Chen et al., 2016): layers that forget what they computed, and compute it again for the gradient."""
+"""Activation checkpointing (Chen et al., 2016): layers that recompute their activations in the backward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,24 +9,28 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Layer(nn.Module):
-    """A layer of a stack whose inner tensors would fill the memory; batch norms, which must see a batch once, are in none.
+    """A layer that can be checkpointed. It contains no batch norm, which would see a batch twice.
 
     Attributes:
-        recomputes: in training, keep only inputs between forward and backward. Gradients stay the same bit for bit: dropout
-            repeats its draws. `recompute` sets it.
+        recomputes: whether training saves only the inputs for the backward pass. Gradients are equal bit for bit: dropout
+            repeats its random numbers. `recompute` sets it.
     """
 
     recomputes = False
 
     def __call__(self, *inputs: Any) -> Any:
         """Return what `forward` returns."""
+        return self.run(super().__call__, *inputs)
+
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return `function(*inputs)`, which computes this layer, checkpointed where the layer recomputes."""
         if self.recomputes and self.training and torch.is_grad_enabled():
-            return checkpoint(super().__call__, *inputs, use_reentrant=False)
-        return super().__call__(*inputs)
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
 
 
 def recompute(model: nn.Module) -> None:
-    """Let all layers in the model that can do so trade time for memory while it is trained."""
+    """Let every `Layer` of the model recompute its activations in training: less memory for more time."""
     for module in model.modules():
         if isinstance(module, Layer):
             module.recomputes = True
