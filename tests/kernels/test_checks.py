@@ -1,6 +1,11 @@
 """What the Python functions in front of the C library refuse, and what their errors say."""
 
+import ctypes
+import importlib.util
 import re
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +45,28 @@ def test_probabilities_are_not_taken_for_masks(native, monkeypatch):
     monkeypatch.setenv(library.NATIVE_ENV, native)
     with pytest.raises(MasksetError, match=r"masks must be boolean \[T h w\], got torch.float32 .*masks > 0.5"):
         without_shape_checks(rle.encode)(torch.rand(1, 2, 3))
+
+
+def test_the_stamp_is_that_of_the_signatures():
+    """A library with other signatures would be called with wrong arguments. If this fails, write the new stamp in both places."""
+    folder, declarations = Path(library.__file__).with_name("csrc"), []
+    if not folder.exists():
+        pytest.skip("an installed package has no sources")
+    for path in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
+        text = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        declarations += re.findall(r"typedef struct \{[^}]*\}[^;]*;|EXPORT \w[^{;]*\)(?= \{)", text)
+    assert len(declarations) > 20
+    stamp = zlib.crc32(" ".join(" ".join(declarations).split()).encode()) & 0x7FFFFFFF
+    assert f"0x{library.SIGNATURES:08x}" == f"0x{stamp:08x}"
+    assert f"#define SIGNATURES 0x{stamp:08x}\n" in (folder / "maskset.h").read_text()
+
+
+@pytest.mark.parametrize("stamp", [None, 1])
+def test_a_library_built_from_other_sources_is_refused(stamp, monkeypatch):
+    other = SimpleNamespace() if stamp is None else SimpleNamespace(maskset_signatures=lambda: stamp)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: other)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace(origin="library"))
+    assert "built from other sources" in library._load()
 
 
 def without_shape_checks(function):

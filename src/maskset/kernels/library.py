@@ -20,6 +20,7 @@ from torch import Tensor
 from maskset.errors import MasksetError
 
 NATIVE_ENV = "MASKSET_NATIVE"  # environment variable, "on" or "off"; "off" disables the library
+SIGNATURES = 0x352FA617  # of the C functions that this code calls, as in csrc/maskset.h
 _REBUILD = "run `pip install --force-reinstall --no-deps .` in the source folder of maskset"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NUMBERS = (*FLOATS, torch.int64, torch.int32)
@@ -31,9 +32,11 @@ def _load() -> ctypes.CDLL | str:
     if spec is None or spec.origin is None:
         return f"it was not built because there was no C compiler: install one, then {_REBUILD}"
     try:
-        return ctypes.CDLL(spec.origin)
+        loaded = ctypes.CDLL(spec.origin)
     except OSError as error:
         return f"it cannot be loaded ({error})"
+    stamp = getattr(loaded, "maskset_signatures", lambda: None)()
+    return loaded if stamp == SIGNATURES else f"it was built from other sources than this version: {_REBUILD}"
 
 
 _loaded = _load()  # at import: torch.compile cannot trace the loading

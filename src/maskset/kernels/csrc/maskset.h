@@ -9,6 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* A checksum of all signatures and structures, which tests/kernels/test_checks.py computes. */
+#define SIGNATURES 0x352fa617
+
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else

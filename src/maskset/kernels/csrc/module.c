@@ -1,7 +1,12 @@
-/* The empty Python module that the library is, so that every installer builds, places and finds it as an extension. */
+/* An empty Python module: the form in which every installer builds, places and finds the library. */
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
+
+#include "maskset.h"
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, NULL, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&definition); }
+
+/* The loader refuses a library with other signatures than the Python code was written for. */
+EXPORT int32_t maskset_signatures(void) { return SIGNATURES; }
