@@ -2,18 +2,18 @@ import math
 
 import torch
 
-from maskset.layers.refinement import DynamicAttention, RegionAttention, Tower, image_feature, move, reset_stage
+from maskset.layers.refinement import DynamicAttention, RegionAttention, Tower, apply_deltas, image_feature, reset_stage
 
 
 def test_a_correction_moves_the_centre_by_half_sides_and_scales_the_sides():
     boxes = torch.tensor([[[10.0, 20, 30, 60]]])
-    moved = move(boxes, torch.tensor([[[1.0, -1.0, math.log(2), math.log(0.5)]]]))
+    moved = apply_deltas(boxes, torch.tensor([[[1.0, -1.0, math.log(2), math.log(0.5)]]]))
     torch.testing.assert_close(moved, torch.tensor([[[10.0, 10, 50, 30]]]))
-    torch.testing.assert_close(move(boxes, torch.zeros(1, 1, 4)), boxes)
+    torch.testing.assert_close(apply_deltas(boxes, torch.zeros(1, 1, 4)), boxes)
 
 
 def test_a_side_grows_6250_times_at_most():
-    (moved,) = move(torch.tensor([[[0.0, 0, 1, 1]]]), torch.full((1, 1, 4), 100.0))[0]
+    (moved,) = apply_deltas(torch.tensor([[[0.0, 0, 1, 1]]]), torch.full((1, 1, 4), 100.0))[0]
     torch.testing.assert_close(moved[2:] - moved[:2], torch.full((2,), 6250.0))
 
 

@@ -145,8 +145,8 @@ def image_feature(
     return torch.stack(pooled).sum(0)
 
 
-def move(boxes: Float[Tensor, "B N 4"], deltas: Float[Tensor, "B N 4"]) -> Float[Tensor, "B N 4"]:
-    """Return corner boxes corrected by what a head says: R-CNN's update of centre and size, not clipped to the image.
+def apply_deltas(boxes: Float[Tensor, "B N 4"], deltas: Float[Tensor, "B N 4"]) -> Float[Tensor, "B N 4"]:
+    """Return corner boxes corrected by predicted deltas: R-CNN's update of centre and size, not clipped to the image.
 
     The centre moves by half of delta times the box's side; the side is multiplied by exp(delta), at most 6250 times.
     """

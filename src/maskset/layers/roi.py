@@ -25,7 +25,7 @@ def levels_of(boxes: Float[Tensor, "n 4"], count: int = len(STRIDES)) -> Int[Ten
     return level.nan_to_num(0.0).clamp(0, count - 1).long()
 
 
-def readable(levels: Sequence[Float[Tensor, "B C _ _"]], dtype: torch.dtype) -> list[Float[Tensor, "B C _ _"]]:
+def to_roi_dtype(levels: Sequence[Float[Tensor, "B C _ _"]], dtype: torch.dtype) -> list[Float[Tensor, "B C _ _"]]:
     """Return the levels in the type and the order in which torchvision's kernels read them, for many calls one copy."""
     return [level.to(dtype, memory_format=torch.contiguous_format) for level in levels]
 

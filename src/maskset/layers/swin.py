@@ -61,7 +61,7 @@ class SwinTransformer(nn.Module):
         skip = [drop_path * block / max(1, sum(size.depths) - 1) for block in range(sum(size.depths))]
         self.stages = nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
-            self.stages.append(Stage(size.width * 2**stage, depth, heads, skip[:depth], stage > 0, stage >= silent))
+            self.stages.append(SwinStage(size.width * 2**stage, depth, heads, skip[:depth], stage > 0, stage >= silent))
             skip = skip[depth:]
         self.apply(_initialise)
 
@@ -110,7 +110,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(torch.cat(corners, -1)))
 
 
-class Stage(nn.Module):
+class SwinStage(nn.Module):
     """Blocks at one resolution. Windows stay in place in the first, third, ... block, and move in the others.
 
     Args:
@@ -118,15 +118,15 @@ class Stage(nn.Module):
         depth: number of blocks.
         heads: attention heads.
         skip: probability of skipping a residual branch, for each block.
-        merges: whether it merges patches first.
-        gives: whether it gives a map.
+        downsample: whether it merges patches first.
+        returns_map: whether it returns a map.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, skip: list[float], merges: bool, gives: bool) -> None:
+    def __init__(self, width: int, depth: int, heads: int, skip: list[float], downsample: bool, returns_map: bool) -> None:
         super().__init__()
-        self.merge = PatchMerging(width) if merges else None
+        self.merge = PatchMerging(width) if downsample else None
         self.blocks = nn.ModuleList(Block(width, heads, SHIFT * (i % 2), skip[i]) for i in range(depth))
-        self.output_norm = nn.LayerNorm(width) if gives else None
+        self.output_norm = nn.LayerNorm(width) if returns_map else None
 
     def forward(self, x: Float[Tensor, "B _ _ _"]) -> tuple[Float[Tensor, "B h w C"], Float[Tensor, "B h w C"] | None]:
         """Return the features for the next stage, and the same, normalised, for the reader of the maps."""
@@ -154,7 +154,7 @@ class Block(Layer):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = WindowAttention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = Mlp(width)
+        self.mlp = SwinMlp(width)
         self.drop_path = DropPath(skip)
 
     def forward(self, x: Float[Tensor, "B h w C"], mask: Float[Tensor, "n 49 49"]) -> Float[Tensor, "B h w C"]:
@@ -201,7 +201,7 @@ class WindowAttention(nn.Module):
         return self.output(seen.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
+class SwinMlp(nn.Module):
     """Two linear layers with GELU between, four times as wide inside."""
 
     def __init__(self, width: int) -> None:

@@ -23,8 +23,16 @@ from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
-from maskset.layers.refinement import DynamicAttention, RegionAttention, RegionEncoder, Tower, image_feature, move, reset_stage
-from maskset.layers.roi import pyramid_roi_align, readable
+from maskset.layers.refinement import (
+    DynamicAttention,
+    RegionAttention,
+    RegionEncoder,
+    Tower,
+    apply_deltas,
+    image_feature,
+    reset_stage,
+)
+from maskset.layers.roi import pyramid_roi_align, to_roi_dtype
 from maskset.losses import name_by_layer, squared_dice_loss, sum_by_layer
 from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs.fittable import MAX_SIZE
@@ -148,7 +156,7 @@ class Istr(System):
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every stage, class logits [B N K], boxes [B N 4] and mask embeddings [B N D]."""
         check_canvas(images, self.input.divisor)
-        levels = readable(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
+        levels = to_roi_dtype(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
         objects = self._object_features(levels, images)  # [B N C]
         # Width, height, width, height of each image
         pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)
@@ -157,7 +165,7 @@ class Istr(System):
         for stage, class_head in zip(self.stages, self.class_heads, strict=True):
             assert isinstance(stage, Stage)
             objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
-            moved = move(boxes, stage.box_head(objects).to(boxes.dtype))
+            moved = apply_deltas(boxes, stage.box_head(objects).to(boxes.dtype))
             fractions = box_ops.to_centres(moved) / pixels
             logits = class_head(stage.class_tower(objects))
             layers.append(SlotPredictions(logits, stage.mask_head(objects), fractions))

@@ -23,8 +23,8 @@ from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
 from maskset.layers.mlp import copies
 from maskset.layers.pyramid import FeaturePyramid
-from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, image_feature, move, reset_stage
-from maskset.layers.roi import pyramid_roi_align, readable
+from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, apply_deltas, image_feature, reset_stage
+from maskset.layers.roi import pyramid_roi_align, to_roi_dtype
 from maskset.losses import name_by_layer, squared_dice_loss
 from maskset.masks.codecs import files as codec_files
 from maskset.masks.codecs.autoencoder import CONTEXT_CHANNELS, AutoencoderCodec
@@ -156,7 +156,7 @@ class IstrSmt(System):
         Results need codes and context of the last stage only: in evaluation mode the others have none.
         """
         check_canvas(images, self.input.divisor)
-        levels = readable(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
+        levels = to_roi_dtype(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
         paddings = None
         if self.config.masked_pooling:
             paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
@@ -167,7 +167,7 @@ class IstrSmt(System):
         for i, (stage, class_head) in enumerate(zip(self.stages, self.class_heads, strict=True)):
             assert isinstance(stage, Stage)
             objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
-            moved = move(boxes, stage.box_head(objects).to(boxes.dtype))
+            moved = apply_deltas(boxes, stage.box_head(objects).to(boxes.dtype))
             layer = SlotPredictions(class_head(stage.class_tower(objects)), boxes=box_ops.to_centres(moved) / pixels)
             if self.training or i == len(self.stages) - 1:
                 layer.mask_params, layer.mask_context = self._masks(stage, levels, moved)
