@@ -1,4 +1,4 @@
-/* Multi-scale deformable attention, forward and backward; see maskset/layers/kernels/plain.py for what is computed. */
+/* Multi-scale deformable attention, forward and backward. The plain twin is maskset/kernels/attention_plain.py. */
 #include "maskset.h"
 
 /* Read once for all samples. Shapes are height and width of each level; cells of all levels lie one after the other. */

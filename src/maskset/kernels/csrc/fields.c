@@ -1,11 +1,11 @@
-/* Fields of numbers resized, and cut to masks without being stored. Items are fields.
+/* Fields (maps of numbers) resized, and thresholded to masks without storing the resized field. Items are fields.
 
    Every number is computed in float32 and in the order of the plain twins (maskset/masks/paint.py and resize.py): along the rows
    first, then along the columns, each product rounded before it is added. */
 #include "runs.h"
 EXACT
 
-/* What each pixel along an axis sees: near * (the cell low) + far * (the cell high). */
+/* The value of each pixel along an axis: near * (cell low) + far * (cell high). */
 typedef struct {
     const int32_t *low, *high;
     const float *near, *far;

@@ -1,5 +1,5 @@
-/* SOIT's instance-aware transformer: one pass over the cells for each instance, and nothing in between is stored.
-   See maskset/masks/instance_transformer.py for what is computed. */
+/* SOIT's instance-aware transformer: one pass over the cells for each instance, without intermediate results.
+   The plain twin is maskset/masks/heads/instance_transformer.py. */
 #include <string.h>
 
 #include "maskset.h"

@@ -1,7 +1,7 @@
-/* What the C files share. They know nothing of Python or torch: arrays, sizes, and a range of the work.
+/* Definitions that all C files share. The files know nothing about Python or torch, only arrays, sizes and ranges.
 
-   Every function works on the items from `first` up to `end` and writes only what belongs to them, so that the caller may give
-   disjoint ranges to as many threads as it likes; results do not depend on how the work was cut. */
+   Every function processes the items from `first` up to `end` and writes only their results, so that the caller can give disjoint
+   ranges to any number of threads; results do not depend on the ranges. Callers check shapes and ranges before (Python does). */
 #ifndef MASKSET_H
 #define MASKSET_H
 
@@ -24,14 +24,14 @@
 #define INLINE static inline
 #endif
 
-/* Compiled once for each generation of processors; the loader takes the best that the machine has. */
+/* Compiled once for each generation of processors; the loader selects the best for the machine. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(PLAIN)
 #define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FAST
 #endif
 
-/* Where a file says EXACT, a product and the sum it goes into are rounded one after the other, as PyTorch does. */
+/* In a file with EXACT, a product is rounded before it is added, as in PyTorch. */
 #if defined(__clang__)
 #define EXACT _Pragma("clang fp contract(off)")
 #elif defined(__GNUC__)

@@ -1,7 +1,7 @@
-/* Run lengths from pixels, to pixels, seen through a view, measured, and as COCO's text. Items are masks.
+/* Run lengths from pixels, to pixels, through a view, measured, and as COCO's text. Items are masks.
 
-   Whoever has run lengths written gives each mask `starts[i + 1] - starts[i]` places from `starts[i]` on; `needed[i]` says how many
-   it needs. Where that is more than it has, the rest is missing, and the call is to be made again with more room. */
+   Output run lengths of mask i have `starts[i + 1] - starts[i]` places from `starts[i]` on; `needed[i]` receives how many it needs.
+   If it needs more, the rest is missing, and the caller repeats the call with more room. */
 #include "runs.h"
 
 #define BLOCK 64 /* columns that are turned at a time */

@@ -1,14 +1,14 @@
-/* Run lengths as the C files read and write them; see maskset/rle.py for what they are.
+/* Reading and writing run lengths; maskset/rle.py describes them.
 
-   Nobody has to check run lengths before they are read here: a negative one counts as 0, what they say beyond a mask's pixels is
-   not looked at, and pixels that they say nothing about are background. An image has less than 2^31 pixels. */
+   The values of run lengths need no check: a negative one counts as 0, runs beyond the pixels of a mask are ignored, and pixels
+   without a run are background. An image has fewer than 2^31 pixels. */
 #ifndef RUNS_H
 #define RUNS_H
 
 #include "maskset.h"
 #include <string.h>
 
-/* Masks as somebody sees them who flipped, cropped and scaled the image: whole rows and columns move. */
+/* Masks seen through a selection of rows and columns, as flips, crops and nearest scaling of the image give. */
 typedef struct {
     const int32_t *counts;  /* of all masks, one after the other */
     const int64_t *starts;  /* [masks + 1] where the counts of each begin */
@@ -53,7 +53,7 @@ INLINE int next_stretch(Cursor *at, const View *view, int64_t *pixel, int64_t bo
     return 0;
 }
 
-/* Run lengths as they are written: stretches of set pixels come in order. What there is no room for is only counted. */
+/* Writes run lengths from stretches of set pixels in order. Counts that do not fit are counted, not written. */
 typedef struct {
     int32_t *out;
     ptrdiff_t room, needed;

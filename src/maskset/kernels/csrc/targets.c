@@ -1,4 +1,4 @@
-/* What losses look at, drawn from run lengths: masks inside boxes, and masks on coarser grids. */
+/* Training targets drawn from run lengths: masks inside boxes, and masks on coarser grids. */
 #include "runs.h"
 EXACT
 
