@@ -135,7 +135,7 @@ def test_where_broken_images_are_skipped_they_are_counted_and_not_missed():
 
 
 def test_broken_annotations_are_counted_apart_from_unreadable_images(tmp_path):
-    rows = [annotation(1), annotation(2, bbox=[1, 2]), annotation(3, category=99), annotation(4, image=2)]
+    rows = [annotation(1), annotation(2, area="large"), annotation(3, category=99), annotation(4, image=2)]
     folder = write(tmp_path, coco(rows, [image(1), image(2), image(3, height=0)]), "val")
     (folder / "val" / "2.png").write_bytes(b"no picture")
     nothing = found([0], np.ones((1, *SIZE)), [0.5], (Category("cat", 7),))
