@@ -16,8 +16,8 @@ from maskset.comparison.results import Comparison
 from maskset.errors import ConfigError, DataError
 from maskset.instances import Category
 from maskset.recipe import Recipe, TrainConfig
+from maskset.training.dry_run import Cost
 from maskset.training.optimizer import rate_factor
-from maskset.training.trial import Cost
 
 
 def written(folder: Path, name: str, **settings) -> str:
@@ -50,7 +50,7 @@ def quick(monkeypatch, untrained):
 
     monkeypatch.setattr(module, "train", train)
     monkeypatch.setattr(
-        module, "try_out", lambda *_, **__: Cost(seconds=0.5, steps_per_epoch=5, gigabytes=1.25, device="CPU, 1 thread")
+        module, "measure_cost", lambda *_, **__: Cost(seconds=0.5, steps_per_epoch=5, gigabytes=1.25, device="CPU, 1 thread")
     )
     monkeypatch.setattr(module, "draw_figure", lambda *_: None)
     monkeypatch.setattr(module.gc, "collect", lambda: 0)  # half a second
@@ -107,7 +107,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(quick, monkeypatch, tmp_
     with pytest.raises(KeyboardInterrupt, match="the same command continues the comparison in .*out"):
         maskset.compare(models, data(), tmp_path / "out")
     monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "try_out", lambda recipe, *_, **__: Cost(0.5, 5, 2.5, "CPU, 1 thread"))
+    monkeypatch.setattr(module, "measure_cost", lambda recipe, *_, **__: Cost(0.5, 5, 2.5, "CPU, 1 thread"))
     comparison = maskset.compare(models, data(), tmp_path / "out")
     assert quick == [("first", False), ("second", False), ("second", True), ("third", False)]
     assert [one.gigabytes for one in comparison.models] == [1.25, 1.25, 2.5]  # a trial is not repeated
@@ -122,7 +122,7 @@ def test_minutes_become_steps_by_the_trial_and_stay_those(quick, monkeypatch, tm
     mine = written(tmp_path, "mine", steps=7)
     (one,) = maskset.compare([mine], data(), tmp_path / "out", minutes=2).models
     assert config.read(Recipe, tmp_path / "out" / "mine" / "recipe.json").train.steps == one.recipe.train.steps == 240
-    monkeypatch.setattr(module, "try_out", lambda *_, **__: pytest.fail("tried again"))
+    monkeypatch.setattr(module, "measure_cost", lambda *_, **__: pytest.fail("tried again"))
     assert maskset.compare([mine], data(), tmp_path / "out", minutes=2).models == (one,)
     assert "as many steps as 2 minutes hold" in (tmp_path / "out" / "comparison.md").read_text()
 

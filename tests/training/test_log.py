@@ -26,7 +26,7 @@ def lines(tmp_path):
 
 def test_a_step_becomes_a_line_of_the_file_and_one_to_read(tmp_path, sent, capsys):
     with opened(tmp_path, sent) as log:
-        log.trained(20, 1, {"rest": 1e-3, "backbone": 1e-4}, {"loss": 1.5, "class": 1.0, "class/0": 0.5}, batch_size=8)
+        log.log_step(20, 1, {"rest": 1e-3, "backbone": 1e-4}, {"loss": 1.5, "class": 1.0, "class/0": 0.5}, batch_size=8)
     (line,) = lines(tmp_path)
     assert (line["split"], line["epoch"], line["step"], line["loss"], line["class/0"]) == ("train", 1, 20, 1.5, 0.5)
     assert (line["learning_rate"], line["learning_rate/backbone"]) == (1e-3, 1e-4)
@@ -39,7 +39,7 @@ def test_a_step_becomes_a_line_of_the_file_and_one_to_read(tmp_path, sent, capsy
 
 def test_an_evaluation_becomes_a_line_with_every_number_and_null_for_none(tmp_path, sent, capsys):
     with opened(tmp_path, sent) as log:
-        log.evaluated(20, 1, METRICS, 3.0, ", the best so far")
+        log.log_evaluation(20, 1, METRICS, 3.0, ", the best so far")
     (line,) = lines(tmp_path)
     assert (line["split"], line["mask_ap"], line["mask_ap_small"], line["objects"]) == ("val", 0.25, None, 5)
     assert "epoch 2/10  mask AP 0.250  AP50 0.500  box AP 0.375  (3 s), the best so far" in capsys.readouterr().out
@@ -47,14 +47,14 @@ def test_an_evaluation_becomes_a_line_with_every_number_and_null_for_none(tmp_pa
 
 def test_what_is_infinite_is_null_in_the_file(tmp_path, sent):
     with opened(tmp_path, sent) as log:
-        log.trained(1, 0, {"rest": 1.0}, {"loss": 1.0, "grad_norm": float("inf")}, 1)  # as fp16 has it now and then
+        log.log_step(1, 0, {"rest": 1.0}, {"loss": 1.0, "grad_norm": float("inf")}, 1)  # as fp16 has it now and then
     assert lines(tmp_path)[0]["grad_norm"] is None
     assert "train/grad_norm" not in sent[0][0]
 
 
 def test_trackers_get_the_numbers_under_the_name_of_the_split(tmp_path, sent):
     with opened(tmp_path, sent) as log:
-        log.evaluated(20, 1, METRICS, 3.0, "")
+        log.log_evaluation(20, 1, METRICS, 3.0, "")
     ((values, step),) = sent
     assert step == 20
     assert values["val/mask_ap"] == 0.25
@@ -63,26 +63,26 @@ def test_trackers_get_the_numbers_under_the_name_of_the_split(tmp_path, sent):
 
 def test_the_file_is_cut_back_to_where_the_run_stands(tmp_path, sent):
     with opened(tmp_path, sent) as log:
-        log.trained(1, 0, {"rest": 1.0}, {"loss": 1.0}, 1)
+        log.log_step(1, 0, {"rest": 1.0}, {"loss": 1.0}, 1)
         kept = log.bytes
-        log.trained(2, 0, {"rest": 1.0}, {"loss": 2.0}, 1)
+        log.log_step(2, 0, {"rest": 1.0}, {"loss": 2.0}, 1)
     with opened(tmp_path, sent, Progress(step=1, log_bytes=kept)) as log:
         assert log.bytes == kept
-        log.trained(2, 0, {"rest": 1.0}, {"loss": 3.0}, 1)
+        log.log_step(2, 0, {"rest": 1.0}, {"loss": 3.0}, 1)
     assert [line["loss"] for line in lines(tmp_path)] == [1.0, 3.0]
 
 
 def test_a_file_that_somebody_deleted_starts_anew_without_a_gap(tmp_path, sent):
     with opened(tmp_path, sent, Progress(step=1, log_bytes=500)) as log:
-        log.trained(2, 0, {"rest": 1.0}, {"loss": 3.0}, 1)
+        log.log_step(2, 0, {"rest": 1.0}, {"loss": 3.0}, 1)
     assert len(lines(tmp_path)) == 1
 
 
 def test_the_logs_of_other_processes_are_silent(tmp_path, sent, capsys):
     with opened(tmp_path, sent, active=False) as log:
-        log.say("hello")
-        log.trained(1, 0, {"rest": 1.0}, {"loss": 1.0}, 1)
-        log.evaluated(1, 0, METRICS, 1.0, "")
+        log.print("hello")
+        log.log_step(1, 0, {"rest": 1.0}, {"loss": 1.0}, 1)
+        log.log_evaluation(1, 0, METRICS, 1.0, "")
     assert not (tmp_path / "metrics.jsonl").exists()
     assert capsys.readouterr().out == ""
     assert sent == []
@@ -90,7 +90,7 @@ def test_the_logs_of_other_processes_are_silent(tmp_path, sent, capsys):
 
 def test_what_is_said_is_not_taken_for_markup(tmp_path, sent, capsys):
     with opened(tmp_path, sent) as log:
-        log.say("left out: head.weight [4, 8], [bold]x")
+        log.print("left out: head.weight [4, 8], [bold]x")
     assert "[4, 8], [bold]x" in capsys.readouterr().out
 
 
@@ -100,7 +100,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_losses(tmp_path, sent, capsys, mo
     monkeypatch.setenv("COLUMNS", "150")
     with opened(tmp_path, sent) as log:
         log.advance(5)
-        log.trained(5, 0, {"rest": 1.0}, {"loss": 1.25, "class": 1.0}, 1)
+        log.log_step(5, 0, {"rest": 1.0}, {"loss": 1.25, "class": 1.0}, 1)
     said = capsys.readouterr().out
     assert "epoch 1/10" in said
     assert "5/100" in said

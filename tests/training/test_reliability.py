@@ -25,9 +25,9 @@ from maskset.errors import ConfigError, ResourceError
 from maskset.files import lock_folder
 from maskset.recipe import Recipe
 from maskset.training import train as loop
+from maskset.training.dry_run import measure_cost
 from maskset.training.guards import explain_shortages, restore_process_settings
 from maskset.training.train import train
-from maskset.training.trial import try_out
 
 
 def with_workers(count: int, **settings) -> Recipe:
@@ -195,7 +195,7 @@ def test_training_leaves_the_process_as_it_was(tmp_path):
     torch.set_num_threads(3)
     own = Accelerator(cpu=True)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(os.environ)
-    for run in (lambda: train(recipe(epochs=1), data(), tmp_path / "run"), lambda: try_out(recipe(), data())):
+    for run in (lambda: train(recipe(epochs=1), data(), tmp_path / "run"), lambda: measure_cost(recipe(), data())):
         run()
         assert torch.get_num_threads() == 3
         assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(os.environ)) == before

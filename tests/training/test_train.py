@@ -235,7 +235,7 @@ def test_what_is_left_out_as_broken_is_told(tmp_path, capsys):
     train(settings, broken(tmp_path / "data", "train"), tmp_path / "run")
     said = capsys.readouterr().out.splitlines()
     (before,) = (line for line in said if "left out as broken" in line)
-    assert "1 to learn from, 0 to evaluate on. The first: " in before
+    assert "1 to train on, 0 to evaluate on. The first: " in before
     assert "instances_train.json: annotation 9999" in before
     (after,) = (line for line in said if "unreadable" in line)
     assert after.startswith("warning: unreadable, and left out: 1 image. The first: ")
@@ -264,7 +264,7 @@ def test_data_with_nothing_to_learn_from_are_refused_before_anything_is_written(
     file = tmp_path / "data" / "instances_train.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "annotations": change(content["annotations"])}))
-    with pytest.raises(DataError, match="data has no object to learn from"):
+    with pytest.raises(DataError, match="data has nothing to train on"):
         train(recipe(), tmp_path / "data", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

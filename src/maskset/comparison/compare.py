@@ -27,10 +27,10 @@ from maskset.files import LOCK_FILE, atomic_write, lock_folder
 from maskset.inference.predict import load_model
 from maskset.recipe import Recipe
 from maskset.training import state
+from maskset.training.dry_run import measure_cost
 from maskset.training.log import Output
 from maskset.training.optimizer import step_count
 from maskset.training.train import train
-from maskset.training.trial import try_out
 
 _TRIAL = 0.05  # share of the minutes that a trial measures the speed for
 _LOG_EVERY = 10  # optimiser steps between lines of a run's log, at the most: seconds per step are taken from them
@@ -249,7 +249,7 @@ def _advanced(entry: Compared, terms: Terms, dataset: Dataset, out: Path, progre
 
 def _tried(entry: Compared, recipe: Recipe, terms: Terms, progress: bool) -> Compared:
     """Return the entry with what a step costs, and with the schedule brought to the steps that the budget is worth."""
-    cost = try_out(recipe, terms.data, images=terms.images, seconds=_TRIAL * 60 * (terms.minutes or 0), progress=progress)
+    cost = measure_cost(recipe, terms.data, images=terms.images, seconds=_TRIAL * 60 * (terms.minutes or 0), progress=progress)
     if _has_budget(terms):
         steps = round(60 * terms.minutes / cost.seconds) if terms.minutes else (terms.epochs or 0) * cost.steps_per_epoch
         share = min(1.0, steps / step_count(cost.steps_per_epoch, recipe.train))

@@ -41,7 +41,7 @@ class Compared:
         steps: optimiser steps of training.
         seconds_per_step: median of those that the run's log has.
         minutes: that the steps took, without evaluations.
-        gigabytes: greatest memory of tensors in a training step (10^9 bytes), see `maskset.training.trial`.
+        gigabytes: greatest memory of tensors in a training step (10^9 bytes), see `maskset.training.dry_run`.
         device: that it was trained on.
         mask_ap: average precision of masks; `mask_ap50` and `mask_ap75` at one IoU, `mask_ap_small` and so on by size.
         box_ap: average precision of boxes.

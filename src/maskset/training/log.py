@@ -1,4 +1,4 @@
-"""What a run says: a bar on a terminal or plain lines elsewhere, metrics.jsonl always, and trackers where asked for."""
+"""Progress of a run: a bar on a terminal or plain lines elsewhere, metrics.jsonl, and trackers."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ class Output(Console):
 
 
 class Log:
-    """The voice of a run; a context, inside of which the bar is shown.
+    """Prints progress and writes metrics.jsonl. A context manager, inside of which the bar is shown.
 
     Args:
         file: metrics.jsonl, which is cut back to where the run stands.
@@ -84,8 +84,8 @@ class Log:
         """The length of metrics.jsonl."""
         return self._file.tell() if self._file is not None else 0
 
-    def say(self, text: str) -> None:
-        """Print a line or several."""
+    def print(self, text: str) -> None:
+        """Print text."""
         self._console.print(text, markup=False)
 
     def advance(self, step: int) -> None:
@@ -103,8 +103,8 @@ class Log:
             self._bar.start()
             self._time += time.perf_counter() - before
 
-    def trained(self, step: int, epoch: int, rates: Mapping[str, float], values: Mapping[str, float], batch_size: int) -> None:
-        """Write down a training step: the learning rates and the loss's parts, with the time since the last one."""
+    def log_step(self, step: int, epoch: int, rates: Mapping[str, float], values: Mapping[str, float], batch_size: int) -> None:
+        """Log a training step: learning rates, terms of the loss, and the time since the last one."""
         seconds = (time.perf_counter() - self._time) / max(1, step - self._step)
         self._time, self._step = time.perf_counter(), step
         learning_rates = {("learning_rate" if name == "rest" else f"learning_rate/{name}"): rate for name, rate in rates.items()}
@@ -114,15 +114,15 @@ class Log:
         if self._bar.disable:
             left = seconds * (self._last_step - step)
             place = f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._last_step}"
-            self.say(f"{place}  {shown}  lr {rates.get('rest', 0):.3g}  {seconds:.2f} s/step  {_clock(left)} left")
+            self.print(f"{place}  {shown}  lr {rates.get('rest', 0):.3g}  {seconds:.2f} s/step  {_clock(left)} left")
         else:
             self._bar.update(self._task, description=f"epoch {epoch + 1}/{self._epochs}", losses=shown)
 
-    def evaluated(self, step: int, epoch: int, metrics: Metrics, seconds: float, note: str) -> None:
-        """Write down an evaluation."""
+    def log_evaluation(self, step: int, epoch: int, metrics: Metrics, seconds: float, note: str) -> None:
+        """Log an evaluation."""
         numbers = {name: value for name, value in metrics.to_dict().items() if isinstance(value, (int, float)) or value is None}
         self._write("val", epoch, step, {**numbers, "seconds": seconds})
-        self.say(
+        self.print(
             f"epoch {epoch + 1}/{self._epochs}  mask AP {metrics.mask_ap:.3f}  AP50 {metrics.mask_ap50:.3f}  "
             f"box AP {metrics.box_ap:.3f}  ({seconds:.0f} s){note}"
         )

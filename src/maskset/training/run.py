@@ -1,4 +1,4 @@
-"""A run before its first step: everything checked, built and loaded, in the order that makes mistakes known early."""
+"""Set-up of a training run. Cheap checks come first, so that mistakes show early."""
 
 import os
 from collections.abc import Iterator
@@ -39,13 +39,13 @@ from maskset.training.transfer import transfer
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of; only `progress`, and what `trained` and `step` hold, change.
+    """The parts of a run. Only `progress`, and what `trained` and `step` hold, change.
 
     Attributes:
         folder: where everything is written.
         recipe: with the class count of the data.
-        training: what is learnt from.
-        judging: what is evaluated on.
+        train_data: split that the model is trained on.
+        val_data: split that it is evaluated on.
         accelerator: devices, processes, precision.
         trained: model, optimiser, averaged weights.
         step: the module to call, on its device and wrapped for several processes.
@@ -56,8 +56,8 @@ class Run:
 
     folder: Path
     recipe: Recipe
-    training: Dataset
-    judging: Dataset
+    train_data: Dataset
+    val_data: Dataset
     accelerator: Accelerator
     trained: Trained
     step: nn.Module
@@ -66,7 +66,7 @@ class Run:
     progress: Progress
 
     @property
-    def kept(self) -> System:
+    def eval_model(self) -> System:
         """The model to evaluate and to save: the averaged one where there is one."""
         return self.trained.model if self.trained.averaged is None else self.trained.averaged
 
@@ -88,18 +88,18 @@ class Run:
     @property
     def skipped(self) -> list[str]:
         """What this process has left out as broken so far, one message each."""
-        return list(dict.fromkeys([*self.training.skipped, *self.judging.skipped]))
+        return list(dict.fromkeys([*self.train_data.skipped, *self.val_data.skipped]))
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Return this process's batches of an epoch that are still to do."""
         accelerator, divisor, seed = self.accelerator, self.trained.model.input.divisor, self.recipe.train.seed
         place = accelerator.process_index, accelerator.num_processes
         done = self.batches_done
-        return training_batches(self.training, self.recipe.data, self.batch_size, divisor, seed, epoch, *place, start=done)
+        return training_batches(self.train_data, self.recipe.data, self.batch_size, divisor, seed, epoch, *place, start=done)
 
     def image_names(self, place: int) -> list[str]:
         """Return the files of the images of this process in batch `place` of the step that comes next."""
-        data, processes = self.training.images, self.accelerator.num_processes
+        data, processes = self.train_data.images, self.accelerator.num_processes
         wide = np.array([image.width >= image.height for image in data]) if self.recipe.data.group_by_aspect else None
         order = batch_order(len(data), self.batch_size * processes, self.recipe.train.seed, self.progress.epoch, wide)
         mine = order[self.batches_done + place].reshape(processes, -1)[self.accelerator.process_index]
@@ -110,8 +110,8 @@ class Run:
         self.progress.log_bytes = log.bytes
         with log.paused():
             if self.accelerator.is_main_process:
-                state.save_state(self.folder, self.trained, self.progress, _facts(self.training))
-                save(self.kept, self.recipe, self.folder / state.LAST)
+                state.save_state(self.folder, self.trained, self.progress, _facts(self.train_data))
+                save(self.eval_model, self.recipe, self.folder / state.LAST)
             self.accelerator.wait_for_everyone()
 
 
@@ -128,9 +128,9 @@ def open_run(
     state.check_folder(folder, resume)
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
     check_trackers(recipe.train.trackers)
-    training, judging = (open_data(data, split, images, recipe.data.skip_broken) for split in ("train", "val"))
-    _check_objects(training, data)
-    recipe = replace(recipe, model=replace(recipe.model, num_classes=len(training.categories)))
+    train_data, val_data = (open_data(data, split, images, recipe.data.skip_broken) for split in ("train", "val"))
+    _check_objects(train_data, data)
+    recipe = replace(recipe, model=replace(recipe.model, num_classes=len(train_data.categories)))
     if resume:
         state.check_recipe(folder, recipe)
     config, accelerator = recipe.train, _open_accelerator(recipe.train, folder)
@@ -140,20 +140,20 @@ def open_run(
     if accelerator.device.type == "cpu":
         _leave_a_core_to_the_loader()
     seed_everything(config.seed, 0, 0)
-    model = build(recipe.model, training.categories)
+    model = build(recipe.model, train_data.categories)
     if not resume:
-        lines += _initialise(model, recipe, training, init, accelerator, progress)
+        lines += _initialise(model, recipe, train_data, init, accelerator, progress)
     if config.checkpoint_activations:
         recompute(model)
     step = accelerator.prepare(Step(model))  # moves the model to its device, which the optimiser must see
     optimizer = accelerator.prepare(build_optimizer(model, config))
     averaged = averaged_copy(model) if config.ema_decay else None
     trained = Trained(model, optimizer, averaged, accelerator.scaler)
-    where = state.load_state(folder, trained, _facts(training)) if resume else Progress()
+    where = state.load_state(folder, trained, _facts(train_data)) if resume else Progress()
 
-    batches = steps_per_epoch(len(training), batch_size, accelerator.num_processes)
+    batches = steps_per_epoch(len(train_data), batch_size, accelerator.num_processes)
     steps = -(-batches // config.accumulate)
-    run = Run(folder, recipe, training, judging, accelerator, trained, step, batch_size, steps, where)
+    run = Run(folder, recipe, train_data, val_data, accelerator, trained, step, batch_size, steps, where)
     return run, [*lines, *_summary(run, data, resume)]
 
 
@@ -172,7 +172,7 @@ def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
             yield log
             unread = [problem for problem in dict.fromkeys(gather_object(run.skipped)) if problem not in known]
             if unread:
-                log.say(f"warning: unreadable, and left out: {counted(len(unread), 'image')}. The first: {unread[0]}")
+                log.print(f"warning: unreadable, and left out: {counted(len(unread), 'image')}. The first: {unread[0]}")
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -183,7 +183,7 @@ def _check_objects(training: Dataset, data: str | Path) -> None:
     if not any(len(training.targets(index)) for index in range(len(training))):
         left_out = f" Left out as broken: {training.skipped[0]}" if training.skipped else ""
         raise DataError(
-            f"{data} has no object to learn from: no image of its training part has an annotation that is no crowd. "
+            f"{data} has nothing to train on: no training image has an annotation other than crowds. "
             f"Annotate some, or give other data.{left_out}"
         )
 
@@ -258,7 +258,7 @@ def _initialise(
     if any(belongs(name, model.FITTED_PARTS) for name in fresh):  # a code is taken whole or learnt anew
         # Nothing is shown where nothing reads them.
         numbers = range(len(training))
-        images = track(numbers, len(training), "reading masks to learn their code") if progress else numbers
+        images = track(numbers, len(training), "fitting the mask code") if progress else numbers
         model.prepare(training.targets(index) for index in images)
     return lines
 
@@ -273,7 +273,7 @@ def _create_folder(run: Run, resume: bool) -> None:
     if run.accelerator.is_main_process:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            state.save_state(run.folder, run.trained, run.progress, _facts(run.training))
+            state.save_state(run.folder, run.trained, run.progress, _facts(run.train_data))
         with atomic_write(run.folder / state.RECIPE) as part:
             settings.write(run.recipe, part)
     run.accelerator.wait_for_everyone()
@@ -282,24 +282,24 @@ def _create_folder(run: Run, resume: bool) -> None:
 def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
     model, config, processes = run.trained.model, run.recipe.train, run.accelerator.num_processes
     total = sum(parameter.numel() for parameter in model.parameters())
-    learnt = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = str(run.accelerator.device) + (f" x {processes} processes" if processes > 1 else "") + f", {config.precision}"
     lines = [
-        f"model: {run.recipe.model.system}, {total / 1e6:.1f} M parameters ({learnt / 1e6:.1f} M trained), on {device}",
-        f"data: {counted(len(run.training), 'image')} to learn from, {len(run.judging)} to evaluate on, "
+        f"model: {run.recipe.model.system}, {total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trainable), on {device}",
+        f"data: {counted(len(run.train_data), 'image')} to train on, {len(run.val_data)} to evaluate on, "
         f"{counted(len(model.categories), 'class')}",
         f"{_length(run)}; {learning_rate_advice(config)}",
         f"run: {run.folder}" + (f", resumed after {counted(run.progress.step, 'step')}" if resume else ""),
     ]
     if run.skipped:
         lines.append(
-            f"warning: left out as broken, images and annotations: {len(run.training.skipped)} to learn from, "
-            f"{len(run.judging.skipped)} to evaluate on. The first: {run.skipped[0]}"
+            f"warning: left out as broken, images and annotations: {len(run.train_data.skipped)} to train on, "
+            f"{len(run.val_data.skipped)} to evaluate on. The first: {run.skipped[0]}"
         )
-    warning = warn_about_slots(run.training, model.num_slots)
+    warning = warn_about_slots(run.train_data, model.num_slots)
     lines += [f"warning: {warning}"] if warning else []
     if str(data).endswith(".json"):
-        lines.append(f"warning: {data} has no splits, so the model is evaluated on the images that it learns from.")
+        lines.append(f"warning: {data} has no splits, so the model is evaluated on the images that it is trained on.")
     return lines
 
 

@@ -19,14 +19,14 @@ from maskset.evaluation.metrics import Metrics
 from maskset.files import lock_folder
 from maskset.recipe import Recipe
 from maskset.training import state
-from maskset.training.diverged import diverged
+from maskset.training.divergence import save_diverged_batch
 from maskset.training.ema import average
 from maskset.training.guards import explain_shortages, restore_process_settings
 from maskset.training.interruption import Interruption
 from maskset.training.log import Log, counted
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_log, open_run
-from maskset.training.samples import draw_samples
+from maskset.training.sample_images import draw_samples
 from maskset.training.state import seed_everything
 from maskset.training.step import NotFinite, Step, mean, update
 
@@ -74,12 +74,12 @@ def train(
         with interruption.at_once("stopped before the first step: nothing was written."):
             run, lines = open_run(recipe, data, out, init, resume, images, progress)
         with open_log(run, resume, progress) as log:
-            log.say("\n".join(lines))
+            log.print("\n".join(lines))
             metrics = _train(run, log, interruption)
         if metrics is not None:
             return metrics
         with interruption.at_once("stopped: the run is complete, and its evaluation can be repeated with --resume."):
-            return evaluate(run.kept, run.judging, max_detections=run.recipe.train.max_detections, progress=progress)
+            return evaluate(run.eval_model, run.val_data, max_detections=run.recipe.train.max_detections, progress=progress)
 
 
 def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
@@ -88,7 +88,7 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
     metrics = None
     for epoch in range(progress.epoch, run.epochs):
         if config.patience and progress.stale >= config.patience:
-            log.say(f"stopped early: {counted(progress.stale, 'evaluation')} without a better mask AP")
+            log.print(f"stopped early: {counted(progress.stale, 'evaluation')} without a better mask AP")
             break
         trained.model.train()
         left = run.last_step - progress.step  # of a last epoch that is none in full
@@ -99,13 +99,13 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
                 terms, norm = update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
             except NotFinite as problem:
                 names, process = run.image_names(problem.place), run.accelerator.process_index
-                raise diverged(run.folder, progress.step, rates, problem, names, process) from None
+                raise save_diverged_batch(run.folder, progress.step, rates, problem, names, process) from None
             progress.step += 1
             if trained.averaged is not None:
                 average(trained.averaged, trained.model, config.ema_decay, progress.step)
             log.advance(progress.step)
             if progress.step % config.log_every == 0:
-                log.trained(progress.step, epoch, rates, mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size)
+                log.log_step(progress.step, epoch, rates, mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size)
             stop = _any_process(run.accelerator, interruption.requested)
             if stop or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
                 run.write(log)
@@ -115,7 +115,7 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
             run.write(log)
             alone = run.accelerator.num_processes == 1  # else the others would wait for the one that stops
             with interruption.at_once(_stopped(run)) if alone else nullcontext(), log.paused():
-                metrics = _judge(run, epoch, log)
+                metrics = _evaluate(run, epoch, log)
         progress.epoch = epoch + 1
         run.write(log)
     return metrics
@@ -133,17 +133,17 @@ def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
         yield group
 
 
-def _judge(run: Run, epoch: int, log: Log) -> Metrics:
+def _evaluate(run: Run, epoch: int, log: Log) -> Metrics:
     """Evaluate, keep the weights if they are the best so far, draw what they find, and return the metrics."""
     start, progress = time.perf_counter(), run.progress
-    metrics = evaluate(run.kept, run.judging, max_detections=run.recipe.train.max_detections, progress=log.prints)
+    metrics = evaluate(run.eval_model, run.val_data, max_detections=run.recipe.train.max_detections, progress=log.prints)
     better = metrics.mask_ap > (-1 if progress.best is None else progress.best)  # False for NaN: nothing to find
     if better and run.accelerator.is_main_process:
-        save(run.kept, run.recipe, run.folder / state.BEST)
+        save(run.eval_model, run.recipe, run.folder / state.BEST)
     progress.best, progress.stale = (metrics.mask_ap, 0) if better else (progress.best, progress.stale + 1)
     if run.accelerator.is_main_process:
-        draw_samples(run.kept, run.judging, run.folder / "samples" / f"epoch_{epoch + 1:03}.jpg")
-    log.evaluated(progress.step, epoch, metrics, time.perf_counter() - start, ", the best so far" if better else "")
+        draw_samples(run.eval_model, run.val_data, run.folder / "samples" / f"epoch_{epoch + 1:03}.jpg")
+    log.log_evaluation(progress.step, epoch, metrics, time.perf_counter() - start, ", the best so far" if better else "")
     return metrics
 
 

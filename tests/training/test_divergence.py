@@ -7,7 +7,7 @@ import torch
 from tiny import shapes
 
 from maskset.structures import ImageBatch
-from maskset.training.diverged import diverged
+from maskset.training.divergence import save_diverged_batch
 from maskset.training.step import NotFinite
 
 
@@ -15,7 +15,7 @@ from maskset.training.step import NotFinite
 def test_every_process_keeps_its_batch_in_a_folder_of_its_own(tmp_path, process, name):
     pixels, objects = shapes(1)[0]
     problem = NotFinite("loss is nan.", {"loss": torch.tensor(torch.nan)}, (ImageBatch.from_images([pixels]), [objects]), 0)
-    error = diverged(tmp_path, 7, {"rest": 1e-3}, problem, ["a.png"], process)
+    error = save_diverged_batch(tmp_path, 7, {"rest": 1e-3}, problem, ["a.png"], process)
     assert "diverged in step 7: loss is nan." in str(error)
     assert [folder.name for folder in tmp_path.iterdir()] == [name]
     assert json.loads((tmp_path / name / "batch.json").read_text())["terms"] == {"loss": "nan"}

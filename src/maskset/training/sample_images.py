@@ -1,4 +1,4 @@
-"""Pictures of what the model finds, drawn after each evaluation: what is annotated above, what is found below."""
+"""Sample images drawn after each evaluation: annotations above, predictions below."""
 
 from pathlib import Path
 
@@ -27,8 +27,8 @@ def draw_samples(model: System, dataset: Dataset, path: Path) -> None:
             if not dataset.skip_broken:
                 raise
             continue
-        found = predict(model, pixels, threshold=_THRESHOLD)
-        columns.append([_shrunk(objects.draw(pixels)) for objects in (annotated, found)])
+        predictions = predict(model, pixels, threshold=_THRESHOLD)
+        columns.append([_shrunk(objects.draw(pixels)) for objects in (annotated, predictions)])
     if not columns:
         return
     sheet = Image.new("RGB", (sum(above.width for above, _ in columns), 2 * _HEIGHT))

@@ -7,7 +7,7 @@ from PIL import Image
 
 from maskset.errors import DataError
 from maskset.instances import Category
-from maskset.training.samples import draw_samples
+from maskset.training.sample_images import draw_samples
 
 CATEGORIES = (Category("disc", 1),)
 

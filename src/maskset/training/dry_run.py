@@ -1,4 +1,4 @@
-"""What a step of a recipe costs, found by doing the first ones of a run of which nothing is kept."""
+"""The cost of a training step, measured on the first steps of a run that is thrown away."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ class Cost:
 
 @restore_process_settings()
 @explain_shortages()
-def try_out(
+def measure_cost(
     recipe: Recipe, data: str | Path, *, images: str | Path | None = None, seconds: float = 0.0, progress: bool = True
 ) -> Cost:
     """Return what a step of a recipe costs on the data, on this machine.
@@ -69,10 +69,10 @@ def try_out(
     run.trained.model.train()
     batches = _endless(run)
     for _ in range(_WARM_UP):
-        _do(run, next(batches))
+        _run_step(run, next(batches))
     start, steps = time.perf_counter(), 0
     while steps < _TIMED or time.perf_counter() - start < seconds:
-        _do(run, next(batches))
+        _run_step(run, next(batches))
         steps += 1
     mean = (time.perf_counter() - start) / steps
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
@@ -88,8 +88,8 @@ def _endless(run: Run) -> Iterator[list[Batch]]:
         progress.step = progress.epoch * run.steps
 
 
-def _do(run: Run, batches: Sequence[Batch]) -> None:
-    """Do a step as training does it."""
+def _run_step(run: Run, batches: Sequence[Batch]) -> None:
+    """Run one optimiser step as training does."""
     config, progress, trained = run.recipe.train, run.progress, run.trained
     seed_everything(config.seed, progress.step, 0)
     set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
@@ -106,7 +106,7 @@ def _peak(run: Run, steps: Sequence[Sequence[Batch]]) -> int:
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         for batches in steps:
-            _do(run, batches)
+            _run_step(run, batches)
         return torch.accelerator.max_memory_allocated(device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler tells on stderr that it starts and stops
     trained.optimizer.zero_grad()
@@ -114,7 +114,7 @@ def _peak(run: Run, steps: Sequence[Sequence[Batch]]) -> int:
     moments = [value for state in trained.optimizer.state.values() for value in state.values()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for batches in steps:
-            _do(run, batches)
+            _run_step(run, batches)
     return sum(tensor.nbytes for tensor in lasting + moments) + _most_allocated(profiler)
 
 

@@ -1,4 +1,4 @@
-"""When a loss is not finite: what is said, and what is kept for a look."""
+"""What is saved and reported when the loss is not finite."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from maskset.training.state import LAST
 from maskset.training.step import NotFinite
 
 
-def diverged(
+def save_diverged_batch(
     folder: Path, step: int, rates: Mapping[str, float], problem: NotFinite, names: Sequence[str], process: int
 ) -> TrainingDiverged:
     """Write the batch into diverged/ of the run's folder (process 3: diverged_3/), and return the error to raise.
@@ -28,8 +28,8 @@ def diverged(
     """
     images, objects = problem.batch
     tensors = {"pixels": images.pixels, "sizes": images.sizes}
-    for i, found in enumerate(objects):
-        tensors |= {f"boxes/{i}": found.boxes, f"labels/{i}": found.labels}
+    for i, targets in enumerate(objects):
+        tensors |= {f"boxes/{i}": targets.boxes, f"labels/{i}": targets.labels}
     values = {name: float(term) for name, term in problem.terms.items()}
     facts = {
         "why": problem.why,
@@ -37,17 +37,17 @@ def diverged(
         "learning_rates": dict(rates),
         "terms": {name: value if math.isfinite(value) else str(value) for name, value in values.items()},
         "images": list(names),
-        "annotations": [found.to_coco(i) for i, found in enumerate(objects)],
+        "annotations": [targets.to_coco(i) for i, targets in enumerate(objects)],
     }
-    kept = folder / (f"diverged_{process}" if process else "diverged")
-    kept.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, kept / "batch.safetensors", {})
-    (kept / "batch.json").write_text(json.dumps(facts, indent=2) + "\n")
+    out = folder / (f"diverged_{process}" if process else "diverged")
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, out / "batch.safetensors", {})
+    (out / "batch.json").write_text(json.dumps(facts, indent=2) + "\n")
     shown = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     start = f", which may start from this one's last checkpoint with --init {folder}" if (folder / LAST).is_file() else ""
     return TrainingDiverged(
-        f"training diverged in step {step}: {problem.why} Learning rates: {shown}. Images: {listed}. The batch is in {kept}. "
+        f"training diverged in step {step}: {problem.why} Learning rates: {shown}. Images: {listed}. The batch is in {out}. "
         "Try a lower --train.learning-rate, a longer --train.warmup-steps, a smaller --train.clip-norm, or another "
         f"--train.precision than fp16, in a new run{start}."
     )
