@@ -83,7 +83,7 @@ def check_between(settings: Any, part: str, name: str, least: float, most: float
 
 def subclasses(cls: type) -> list[type]:
     """Return all classes that inherit from a class, directly or not, in the order of their definition."""
-    return [found for child in cls.__subclasses__() for found in (child, *subclasses(child))]
+    return [subclass for child in cls.__subclasses__() for subclass in (child, *subclasses(child))]
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -151,8 +151,8 @@ def _nearest_recipe(config: Any) -> Any:
 def _select_classes(state: Mapping[str, Tensor], channels: list[int]) -> dict[str, Tensor]:
     """Return our state dict with only the given class channels; the proposals' one channel that counts is the first."""
     rows = {"class_head": channels, "proposal_class_head": list(range(len(channels)))}
-    kept = {name: rows.get(name.split(".")[0].removesuffix("s")) for name in state}
-    return {name: value if (index := kept[name]) is None else value[index] for name, value in state.items()}
+    rows_of = {name: rows.get(name.split(".")[0].removesuffix("s")) for name in state}
+    return {name: value if (index := rows_of[name]) is None else value[index] for name, value in state.items()}
 
 
 def _fingerprint(source: Path) -> str:

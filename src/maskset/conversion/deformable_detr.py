@@ -63,26 +63,26 @@ def start(config: SystemConfig, state: Mapping[str, Tensor], last_wins: bool = F
         raise ConversionError(
             f"{config.system} cannot start from a Deformable DETR: its ResNet has strides elsewhere, which shapes do not tell."
         )
-    given = rename(state, RULES, last_wins)
-    position, content = need(given, "query", 2).chunk(2, dim=1)
-    del given["query"]
-    given |= {"query_position": position, "query_content": content}
-    classes = len(need(given, "class_head.bias", 1))
+    tensors = rename(state, RULES, last_wins)
+    position, content = need(tensors, "query", 2).chunk(2, dim=1)
+    del tensors["query"]
+    tensors |= {"query_position": position, "query_content": content}
+    classes = len(need(tensors, "class_head.bias", 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build(dataclasses.replace(config, num_classes=classes), used_categories(classes))
     own = model.state_dict()  # shares its memory with the model's
-    source = {name: _source(name) for name in own if _source(name) in given}
-    unlike = {_layer(name) for name in source if given[source[name]].shape != own[name].shape}
+    source = {name: _source(name) for name in own if _source(name) in tensors}
+    unlike = {_layer(name) for name in source if tensors[source[name]].shape != own[name].shape}
     taken = [name for name in source if _layer(name) not in unlike]  # a bias is worth nothing without its weight
     if not taken:
         raise ConversionError(
             f"nothing of the Deformable DETR fits {config.system} with backbone {backbone.name if backbone else None}."
         )
     for name in taken:
-        own[name].copy_(given[source[name]])
+        own[name].copy_(tensors[source[name]])
     used = {source[name] for name in taken}
-    left = [name for name in given if name not in used] + [name for name in state if name.startswith("bbox_head.reg_branches.")]
+    left = [name for name in tensors if name not in used] + [name for name in state if name.startswith("bbox_head.reg_branches.")]
     return Start(model, taken, [name for name in own if name not in taken], left)
 
 

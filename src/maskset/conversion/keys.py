@@ -38,13 +38,13 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], last_wins: bool =
     origin: dict[str, str] = {}
     unknown, different = [], []
     for name, value in state.items():
-        fitting = ((found, replacement) for pattern, replacement in compiled if (found := pattern.fullmatch(name)))
-        found, replacement = next(fitting, (None, None))
-        if found is None:
+        fitting = ((matched, replacement) for pattern, replacement in compiled if (matched := pattern.fullmatch(name)))
+        matched, replacement = next(fitting, (None, None))
+        if matched is None:
             unknown.append(name)
-        if found is None or replacement is None:
+        if matched is None or replacement is None:
             continue
-        target = found.expand(replacement)
+        target = matched.expand(replacement)
         if target in renamed and not torch.equal(renamed[target], value):
             different.append(f"{origin[target]} and {name}")
         renamed[target], origin[target] = value, name
@@ -76,7 +76,7 @@ def proposal_class_head(state: Mapping[str, Tensor], decoder_layers: int) -> dic
 
 def count(state: Mapping[str, Tensor], pattern: str) -> int:
     """Return how many different numbers the group of a pattern matches among the names: the number of layers, say."""
-    return len({found.group(1) for name in state if (found := re.match(pattern, name))})
+    return len({matched.group(1) for name in state if (matched := re.match(pattern, name))})
 
 
 def resnet_name(state: Mapping[str, Tensor]) -> str:

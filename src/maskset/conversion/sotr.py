@@ -28,12 +28,12 @@ _RULES: list[Rule] = [
 
 def rules(depth: int) -> list[Rule]:
     """Return the rules for a transformer of `depth` layers, each of which the official code has as two blocks."""
-    found = list(_RULES)
+    result = list(_RULES)
     for layer in range(depth):
         attention, convolutions = rf"{_BLOCKS}\.{2 * layer}", rf"{_BLOCKS}\.{2 * layer + 1}"
         ours = f"transformer.layers.{layer}"
         for i, part in enumerate(("columns", "rows")):
-            found += [
+            result += [
                 (rf"{attention}\.{i}\.fn\.g", f"{ours}.gate.{i}"),
                 (rf"{attention}\.{i}\.fn\.fn\.to_q\.weight", f"{ours}.{part}.query.weight"),
                 (rf"{attention}\.{i}\.fn\.fn\.to_kv\.weight", f"{ours}.{part}.key_value.weight"),
@@ -42,7 +42,7 @@ def rules(depth: int) -> list[Rule]:
                 (rf"{convolutions}\.{i}\.fn\.0\.(weight|bias)", rf"{ours}.convolutions.{i}.first.\1"),
                 (rf"{convolutions}\.{i}\.fn\.2\.(weight|bias)", rf"{ours}.convolutions.{i}.second.\1"),
             ]
-    return found
+    return result
 
 
 def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SotrConfig, dict[str, Tensor]]:

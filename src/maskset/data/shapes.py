@@ -161,19 +161,19 @@ class Scene:
     def __init__(self, random: np.random.RandomState, size: tuple[int, int]) -> None:
         self._size, self._side, self._look = size, float(min(size)), _seed(random)
         self.shapes: list[Shape] = []
-        visible, taken = [], np.zeros(size, dtype=bool)
-        wanted = random.randint(1, 6)
-        for _ in range(4 * wanted):
-            if len(self.shapes) == wanted:
+        visible, occupied = [], np.zeros(size, dtype=bool)
+        number = random.randint(1, 6)
+        for _ in range(4 * number):
+            if len(self.shapes) == number:
                 break
             shape = self._draw_shape(random)
             inside = shape.distance < 0
-            seen = inside & ~taken[shape.window]
-            if seen.sum() > max(0.4 * inside.sum(), 0.006 * self._side**2):
+            exposed = inside & ~occupied[shape.window]
+            if exposed.sum() > max(0.4 * inside.sum(), 0.006 * self._side**2):
                 self.shapes.append(shape)
                 visible.append(np.zeros(size, dtype=bool))
-                visible[-1][shape.window] = seen
-                taken[shape.window] |= inside
+                visible[-1][shape.window] = exposed
+                occupied[shape.window] |= inside
         self.visible: Bool[np.ndarray, "T h w"] = np.array(visible, dtype=bool).reshape(-1, *size)
 
     def painted(self) -> UInt8[np.ndarray, "3 h w"]:

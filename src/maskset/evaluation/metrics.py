@@ -158,8 +158,8 @@ def _short(value: float) -> str:
 
 def _listed(names: tuple[str, ...], most: int = 8) -> str:
     """Return the number of classes and the first names."""
-    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({shown})"
+    text = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({text})"
 
 
 def _without_nan(value: Any) -> Any:

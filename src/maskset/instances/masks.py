@@ -111,7 +111,7 @@ class Masks(TensorRecord):
             return NotImplemented
         if self.size != other.size or len(self) != len(other):
             return False
-        ours, theirs = (rle.select(one.rle(), one.size, None, None) for one in (self, other))  # without runs of no pixels
+        ours, theirs = (rle.select(masks.rle(), masks.size, None, None) for masks in (self, other))  # without runs of no pixels
         return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
 
     __hash__ = None  # type: ignore[assignment]

@@ -34,8 +34,8 @@ def save_predictions(
     stems: set[str] = set()
     with lock_folder(folder):
         _remove_earlier(folder)
-        for name, wanted in (("drawings", drawings), ("labels", labels)):
-            if wanted and first is not None:
+        for name, enabled in (("drawings", drawings), ("labels", labels)):
+            if enabled and first is not None:
                 (folder / name).mkdir(exist_ok=True)
         for file, instances in chain([] if first is None else [first], predictions):
             stem = _unused(file.stem, stems)

@@ -211,22 +211,22 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
     norms = {path for path, module in modules.items() if isinstance(module, (FrozenBatchNorm, GroupNorm))}
     fresh = {key for key in own if isinstance(modules[key.rpartition(".")[0]], GroupNorm)}
     fresh |= {key for key in own if ("output_norm" in key or ".offset." in key) and key not in state}
-    wanted = {key: value for key, value in own.items() if key not in fresh}
+    expected = {key: value for key, value in own.items() if key not in fresh}
 
-    wrong = [f"{key} is missing" for key in wanted if key not in state]
+    wrong = [f"{key} is missing" for key in expected if key not in state]
     for key, value in state.items():
-        if key in wanted and value.shape != wanted[key].shape:
-            wrong.append(f"{key} is {list(value.shape)} instead of {list(wanted[key].shape)}")
+        if key in expected and value.shape != expected[key].shape:
+            wrong.append(f"{key} is {list(value.shape)} instead of {list(expected[key].shape)}")
         # The classifier is not needed, but anything else that is left over is of a larger network.
         if key not in own and key.partition(".")[0] in modules and key.rpartition(".")[0] not in norms:
             wrong.append(f"{key} has no place")
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {'; '.join(wrong[:3])}{more}.")
-    backbone.body.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    backbone.body.load_state_dict({key: state[key] for key in expected}, strict=False)
     kinds = {"sampling offsets" if ".offset." in key else "norms" for key in fresh}
     rest = f"; the {len(fresh)} others belong to {' and '.join(sorted(kinds))}, which start anew" if fresh else ""
-    return f"backbone {backbone.name}: took {len(wanted)} of {len(own)} tensors from {source}{rest}."
+    return f"backbone {backbone.name}: took {len(expected)} of {len(own)} tensors from {source}{rest}."
 
 
 def _activation(norm: nn.BatchNorm2d) -> nn.Module:

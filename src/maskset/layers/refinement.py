@@ -86,10 +86,10 @@ class RegionEncoder(Layer):
 
     def forward(self, objects: Float[Tensor, "B N C"], regions: Float[Tensor, "B*N C s s"]) -> Float[Tensor, "B N C"]:
         """Return new features of the objects, given those of their regions."""
-        seen = self.self_attention(objects, objects, objects, need_weights=False)[0]
-        objects = self.self_norm(objects + self.dropout(seen))
-        seen = self.region_attention(objects.flatten(0, 1), regions).view_as(objects)
-        objects = self.region_norm(objects + self.dropout(seen))
+        attended = self.self_attention(objects, objects, objects, need_weights=False)[0]
+        objects = self.self_norm(objects + self.dropout(attended))
+        attended = self.region_attention(objects.flatten(0, 1), regions).view_as(objects)
+        objects = self.region_norm(objects + self.dropout(attended))
         return self.norm(objects + self.dropout(self.down(self.dropout(F.elu(self.up(objects))))))
 
 

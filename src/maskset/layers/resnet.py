@@ -42,12 +42,12 @@ def deform(backbone: Backbone, stages: int = 3) -> None:
 def _bottlenecks(backbone: Backbone, without: str) -> list[tuple[str, Any]]:
     from timm.models.resnet import Bottleneck  # slow to import
 
-    found = [(path, block) for path, block in backbone.body.named_modules() if isinstance(block, Bottleneck)]
-    if not found:
+    blocks = [(path, block) for path, block in backbone.body.named_modules() if isinstance(block, Bottleneck)]
+    if not blocks:
         raise ConfigError(
             f"the backbone {backbone.name!r} has no bottlenecks: use a ResNet-50 or deeper, or model.backbone.{without}."
         )
-    return found
+    return blocks
 
 
 class DeformableConvolution(nn.Module):

@@ -197,8 +197,8 @@ class WindowAttention(nn.Module):
         bias = self.bias_table[self.index].permute(2, 0, 1)[None]  # [1, heads, 49, 49]
         if mask is not None:
             bias = (bias + mask[:, None]).repeat(len(windows) // len(mask), 1, 1, 1)
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        return self.output(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        return self.output(attended.transpose(1, 2).flatten(2))
 
 
 class SwinMlp(nn.Module):
@@ -229,8 +229,8 @@ class DropPath(nn.Module):
         """Return the branch, or zero for an image whose branch is dropped."""
         if not self.training or not self.skip:
             return branch
-        kept = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= self.skip
-        return branch * kept / (1 - self.skip)
+        keep = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= self.skip
+        return branch * keep / (1 - self.skip)
 
 
 def split_windows(x: Float[Tensor, "B h w C"]) -> Float[Tensor, "b 49 C"]:

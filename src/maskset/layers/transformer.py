@@ -92,8 +92,8 @@ class EncoderLayer(Layer):
 
     def forward(self, cells: Float[Tensor, "B S C"], memory: Memory, reference: Tensor) -> Float[Tensor, "B S C"]:
         """Return new features of every cell; `memory` gives positions, padding and shapes."""
-        seen = self.attention(cells + memory.positions, reference, cells, memory.shapes, memory.padding)
-        return self.feed_forward(self.norm(cells + self.dropout(seen)))
+        attended = self.attention(cells + memory.positions, reference, cells, memory.shapes, memory.padding)
+        return self.feed_forward(self.norm(cells + self.dropout(attended)))
 
 
 class Encoder(nn.Module):
@@ -140,11 +140,11 @@ class DecoderLayer(Layer):
             memory: what the encoder returned.
         """
         query = content + position
-        seen = self.self_attention(query, query, content, need_weights=False)[0]
-        content = self.self_norm(content + self.dropout(seen))
+        attended = self.self_attention(query, query, content, need_weights=False)[0]
+        content = self.self_norm(content + self.dropout(attended))
         references = memory.references(reference)
-        seen = self.cross_attention(content + position, references, memory.cells, memory.shapes, memory.padding)
-        content = self.cross_norm(content + self.dropout(seen))
+        attended = self.cross_attention(content + position, references, memory.cells, memory.shapes, memory.padding)
+        content = self.cross_norm(content + self.dropout(attended))
         return self.feed_forward(content)
 
 
@@ -203,8 +203,8 @@ class Proposals(nn.Module):
         logits = class_head(features)
         boxes = box_head(features).float() + anchors
         best = logits[..., 0].topk(min(count, logits.shape[1]), dim=1).indices
-        chosen = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-        return SlotPredictions(logits, None, boxes.sigmoid()), chosen
+        proposals = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        return SlotPredictions(logits, None, boxes.sigmoid()), proposals
 
     def anchored(self, memory: Memory) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"], Bool[Tensor, "B S"]]:
         """Return features for the heads, the anchor of each cell (cx cy w h, before the sigmoid), and which cells may propose.

@@ -210,9 +210,9 @@ def _windows(
         end = end.masked_fill(end <= first, 0)
     windows, lengths = [], [cells, *map(len, steps[:-1])]
     for positions, length in zip(reversed(steps), reversed(lengths), strict=True):  # and back
-        seen = end > first
-        first, end = first * seen, end * seen
-        start, stop = positions[first].long() * seen, (positions[end - 1].long() + 2).clamp(max=length) * seen
+        nonempty = end > first
+        first, end = first * nonempty, end * nonempty
+        start, stop = positions[first].long() * nonempty, (positions[end - 1].long() + 2).clamp(max=length) * nonempty
         windows.append(torch.stack([start, stop, first, end], 1))
         first, end = start, stop
     return torch.stack(windows[::-1], 1)
