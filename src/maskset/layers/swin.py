@@ -255,7 +255,7 @@ def shift_mask(height: int, width: int, device: torch.device) -> Float[Tensor, "
     Args:
         height: of the map before it is padded to whole windows, cells.
         width: likewise.
-        device: where the mask shall be.
+        device: of the mask.
     """
     regions = []
     for cells in (height + -height % WINDOW, width + -width % WINDOW):
