@@ -1,4 +1,4 @@
-"""The command line: what it answers, and how mistakes end."""
+"""The command line: its help, its results, and how errors are reported."""
 
 import os
 import re
@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
+import torch
+from PIL import Image
 
 from maskset import cli
+from maskset.commands import FIRST_SETTINGS
+from maskset.errors import MasksetError
 
 
 def answer(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -20,7 +25,7 @@ def answer(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def refusal(capsys, *arguments: str) -> str:
-    """Return the one line that a mistake ends with."""
+    """Return the one line with which a user's mistake is reported."""
     code, output, error = answer(capsys, *arguments)
     assert code == 2
     assert output == ""
@@ -29,16 +34,37 @@ def refusal(capsys, *arguments: str) -> str:
     return error.removeprefix("maskset: error: ").strip()
 
 
-def test_without_a_command_there_is_a_short_help(capsys):
+def replace_command(monkeypatch, name: str, call) -> None:
+    monkeypatch.setitem(cli.COMMANDS, name, replace(cli.COMMANDS[name], call=call))
+
+
+def in_a_shell(script: str, **options) -> subprocess.CompletedProcess:
+    """Run a bash script in which $MASKSET is the command."""
+    environment = os.environ | {"MASKSET": f"{sys.executable} -m maskset"}
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=120, **options)
+
+
+def test_without_a_command_there_is_a_help_of_under_25_lines_in_groups(capsys):
     code, output, _ = answer(capsys)
     assert code == 0
+    assert output.count("\n") < 25
+    assert re.findall(r"^(\w.*)\n  ", output, flags=re.MULTILINE) == list(cli.GROUPS)
     for name in cli.COMMANDS:
         assert f"\n  {name} " in output
     assert answer(capsys, "--help")[1] == output
 
 
 def test_the_help_is_there_without_torch():
-    program = "import sys; from maskset.cli import main; main(['--help']); main(['--version']); sys.exit('torch' in sys.modules)"
+    program = """
+import sys
+from maskset.cli import main
+for arguments in (["--help"], ["--version"], ["train", "--help"], ["predict", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+sys.exit("torch" in sys.modules)
+"""
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -63,7 +89,9 @@ def test_a_mistyped_second_word_is_answered_with_the_nearest(capsys):
     assert "is several commands: " in refusal(capsys, "codecs", "--skip-broken")
 
 
-@pytest.mark.parametrize("arguments", [["train", "--train.epoch", "3"], ["train", "solq-tiny", "--train.epoch=3", "--out", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["train", "solq-tiny", "--train.epoch", "3"], ["train", "solq-tiny", "--train.epoch=3", "--out", "x"]]
+)
 def test_a_mistyped_setting_is_answered_with_the_nearest(capsys, arguments):
     assert "there is no flag --train.epoch; did you mean --train.epochs?" in refusal(capsys, *arguments)
 
@@ -74,15 +102,28 @@ def test_a_flag_is_not_guessed_from_its_first_letters(capsys):
 
 def test_what_is_missing_is_named(capsys):
     assert "--out" in refusal(capsys, "train", "solq-tiny", "--data", "shapes")
-    assert "RECIPE" in refusal(capsys, "train", "--data", "shapes", "--out", "x")
+    assert "the recipe comes first" in refusal(capsys, "train", "--data", "shapes", "--out", "x")
 
 
 def test_the_settings_of_the_named_recipe_are_the_defaults_of_the_flags(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["train", "solq-tiny", "--help"])
+        cli.main(["train", "solq-tiny", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--model.hidden-dim VALUE width C" in text
     assert "(default: resnet10t)" in text
+    with pytest.raises(SystemExit):
+        cli.main(["train", "solq-tiny", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--model.hidden-dim" not in text
+    assert "--train.epochs VALUE passes over the training images (default: 7)" in text
+
+
+def test_the_settings_in_the_help_without_a_recipe_are_those_of_recipes():
+    from maskset import flags, recipes
+
+    helps = {setting.name: setting.help for setting in flags.listed(recipes.get("solq-r50"))}
+    assert len(FIRST_SETTINGS) == 10
+    assert {name: helps[name] for name in FIRST_SETTINGS} == FIRST_SETTINGS
 
 
 def test_flags_change_the_recipe_that_is_trained(monkeypatch, tmp_path):
@@ -105,7 +146,7 @@ def test_a_recipe_that_does_not_come_first_is_refused_and_no_other_is_trained(ca
 
     monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("the default recipe would be trained"))
     message = refusal(capsys, "train", "--data", "shapes", "--out", str(tmp_path / "run"), "solq-tiny")
-    assert "the recipe comes first: maskset train solq-tiny" in message
+    assert "the recipe comes first: maskset train RECIPE" in message
 
 
 def test_commands_of_two_words_are_explained_by_their_first(capsys):
@@ -159,7 +200,7 @@ def test_a_file_that_is_no_checkpoint_is_named(capsys, tmp_path):
 
 def test_a_device_that_is_not_there_is_named(capsys, untrained):
     message = refusal(capsys, "evaluate", str(untrained), "--data", "shapes", "--device", "quantum:1")
-    assert "argument --device: quantum:1 cannot be used" in message
+    assert "argument --device: device 'quantum:1' cannot be used" in message
 
 
 def test_a_code_with_nothing_to_learn_is_not_fitted(capsys, tmp_path):
@@ -167,16 +208,67 @@ def test_a_code_with_nothing_to_learn_is_not_fitted(capsys, tmp_path):
     assert "codecs fit, codecs compare" in refusal(capsys, "codecs")
 
 
-def test_debug_shows_where_an_error_comes_from(tmp_path):
-    with pytest.raises(ValueError, match="there is no recipe, recipe.json or run folder 'nothing'"):
-        cli.main(["show", "nothing", "--debug"])
+def test_debug_shows_where_an_error_comes_from(capsys):
+    code, _, error = answer(capsys, "show", "nothing", "--debug")
+    assert code == 2
+    assert error.startswith("Traceback")
+    assert "there is no recipe, recipe.json or run folder 'nothing'" in error
+
+
+@pytest.mark.parametrize("error", [ValueError("too many values to unpack"), KeyError("x"), RuntimeError("shapes differ")])
+def test_any_other_error_is_a_bug_with_a_traceback_and_a_place_to_report_it(capsys, monkeypatch, error):
+    def fails(_):
+        raise error
+
+    replace_command(monkeypatch, "recipes", fails)
+    code, _, text = answer(capsys, "recipes")
+    assert code == 1
+    assert text.startswith("Traceback")
+    assert text.splitlines()[-1].endswith("https://github.com/maskset/maskset/issues")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_names_a_setting_to_lower(capsys, monkeypatch, error):
+    def fails(_):
+        raise error
+
+    replace_command(monkeypatch, "train", fails)
+    message = refusal(capsys, "train", "solq-tiny", "--data", "shapes", "--out", "run")
+    assert message.startswith("out of memory. Lower --train.batch-size")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_an_environment_variable_that_is_not_a_number_is_named(capsys, monkeypatch, tmp_path, name):
+    monkeypatch.setenv(name, "abc")
+    message = refusal(capsys, "train", "solq-tiny", "--data", "shapes", "--out", str(tmp_path / "run"))
+    assert message.startswith(f"the environment variable {name} must be a whole number, got 'abc'")
+
+
+@pytest.mark.parametrize("flag", ["--limit", "--max-detections"])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "9" * 30])
+def test_a_count_that_is_not_possible_is_refused_before_the_work(capsys, flag, value):
+    command = ["predict", "m", "x.png"] if flag == "--limit" else ["evaluate", "m", "--data", "shapes"]
+    assert "must be a whole number, at least 1 and below 2^31" in refusal(capsys, *command, f"{flag}={value}")
+
+
+def test_settings_nested_too_deep_are_refused(capsys, tmp_path):
+    (tmp_path / "recipe.json").write_text("[" * 100_000)
+    assert "recipe.json cannot be read as JSON settings" in refusal(capsys, "show", str(tmp_path / "recipe.json"))
+
+
+def test_what_follows_two_hyphens_is_not_a_flag(capsys):
+    _, options = cli.parse(["predict", "m", "--", "--help.png", "--debug"])
+    assert options.sources == ["--help.png", "--debug"]
 
 
 def test_an_error_of_several_lines_becomes_one(capsys, monkeypatch):
     def fails(_):
-        raise ValueError("first\n  second")
+        raise MasksetError("first\n  second")
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command(cli.COMMANDS["recipes"].flags, fails))
+    replace_command(monkeypatch, "recipes", fails)
     assert refusal(capsys, "recipes") == "first second"
 
 
@@ -184,7 +276,7 @@ def test_an_error_of_the_file_system_names_the_file(capsys, monkeypatch):
     def fails(_):
         open("/nowhere/at/all")  # noqa: SIM115
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command(cli.COMMANDS["recipes"].flags, fails))
+    replace_command(monkeypatch, "recipes", fails)
     assert refusal(capsys, "recipes") == "No such file or directory: /nowhere/at/all"
 
 
@@ -192,7 +284,7 @@ def test_an_interruption_is_one_line_and_130(capsys, monkeypatch):
     def stops(_):
         raise KeyboardInterrupt("Continue with --resume.")
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command(cli.COMMANDS["recipes"].flags, stops))
+    replace_command(monkeypatch, "recipes", stops)
     assert answer(capsys, "recipes") == (130, "", "maskset: interrupted. Continue with --resume.\n")
 
 
@@ -217,9 +309,53 @@ class Stops(ModuleType):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    command = f"{sys.executable} -m maskset --help | bash -c 'exec 0<&-; sleep 1'; echo ${{PIPESTATUS[0]}}"
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    run = in_a_shell("$MASKSET --help | bash -c 'exec 0<&-; sleep 1'; echo ${PIPESTATUS[0]}")
     assert (run.stdout, run.stderr) == ("0\n", "")
+
+
+def test_a_command_goes_on_when_the_reader_of_its_output_went_away(tmp_path):
+    program = (
+        "import sys, time; from dataclasses import replace; from maskset import cli\n"
+        "def call(_):\n"
+        "    for i in range(20): print('x' * 10_000, flush=True); time.sleep(0.01)\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
+        "cli.COMMANDS['recipes'] = replace(cli.COMMANDS['recipes'], call=call); sys.exit(cli.main(['recipes']))"
+    )
+    (tmp_path / "program.py").write_text(program)
+    run = in_a_shell(f"{sys.executable} {tmp_path}/program.py | head -c 10; echo ${{PIPESTATUS[0]}}")
+    assert (run.stdout, run.stderr) == ("xxxxxxxxxx0\n", "")
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 2, "maskset: error: No space left on device: standard output\n"),
+        ("2>/dev/full", 0, ""),
+    ],
+)
+def test_closed_and_full_streams(redirection, code, message):
+    run = in_a_shell(f"$MASKSET --version {redirection}")
+    assert (run.returncode, run.stderr) == (code, message)
+
+
+def test_sigterm_ends_a_prediction_with_one_line_and_143(tmp_path, untrained):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(500):
+        Image.new("RGB", (64, 64)).save(pictures / f"{index}.png")
+    command = [sys.executable, "-m", "maskset", "predict", str(untrained), str(pictures), "--out", str(tmp_path / "out")]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/drawings/*.jpg")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.terminate()
+    _, error = run.communicate(timeout=60)
+    assert (run.returncode, error) == (143, "maskset: terminated.\n")
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert not list(tmp_path.glob("out/**/.*"))
 
 
 def test_recipes_are_listed_with_what_they_are_for(capsys):
@@ -255,10 +391,8 @@ def test_a_model_is_shown_with_its_classes_and_license(capsys, untrained):
 
 
 def test_pictures_are_predicted_into_a_folder(capsys, tmp_path, untrained):
-    from PIL import Image
-
     Image.new("RGB", (90, 60), "white").save(tmp_path / "empty.png")
-    out = tmp_path / "found"
+    out = tmp_path / "predictions"
     code, output, _ = answer(capsys, "predict", str(untrained), str(tmp_path), "--out", str(out), "--save", "drawings", "labels")
     assert code == 0
     assert sorted(str(file.relative_to(out)) for file in out.rglob("*.*")) == [
@@ -270,11 +404,9 @@ def test_pictures_are_predicted_into_a_folder(capsys, tmp_path, untrained):
 
 
 def test_one_unreadable_picture_is_left_out_on_request_and_the_others_are_written(capsys, tmp_path, untrained):
-    from PIL import Image
-
     Image.new("RGB", (90, 60), "white").save(tmp_path / "empty.png")
     (tmp_path / "broken.png").write_text("no picture")
-    out = tmp_path / "found"
+    out = tmp_path / "predictions"
     command = ["predict", str(untrained), str(tmp_path), "--out", str(out)]
     code, _, error = answer(capsys, *command)
     assert code == 2
@@ -282,7 +414,7 @@ def test_one_unreadable_picture_is_left_out_on_request_and_the_others_are_writte
     assert not (out / "results.json").exists()
     code, _, error = answer(capsys, *command, "--skip-broken")
     assert (code, (out / "results.json").exists()) == (0, True)
-    assert "1 of 2 pictures" in error
+    assert "1 of 2 images" in error
     assert "broken.png" in error
 
 

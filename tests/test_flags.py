@@ -63,7 +63,7 @@ def test_none_is_a_value_only_where_the_setting_may_be_none():
     assert parsed("--kind", "none").kind == "none"
 
 
-def test_the_help_holds_each_comment_and_the_value_at_hand():
+def test_the_help_has_the_description_and_the_value_of_each_setting():
     parser = ArgumentParser()
     flags.add(parser, Outer(inner=Inner(rate=0.25)))
     text = " ".join(parser.format_help().split())

@@ -1,92 +1,128 @@
-"""The command line: finds the command that is meant, and says in one line what is wrong. The commands are in `commands`."""
+"""The command line: finds the command, runs it, and reports errors. The commands themselves are in `commands`.
+
+Exit codes: 0 success, 1 a bug in maskset, 2 invalid input, 130 interrupted by Ctrl-C, 143 terminated by SIGTERM.
+"""
 
 import argparse
 import difflib
+import io
 import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from maskset import __version__
-from maskset.commands import COMMANDS, Command
+from maskset.commands import COMMANDS, GROUPS, Command
 from maskset.errors import MasksetError
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+BUG, INVALID, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes
+ISSUES = "https://github.com/maskset/maskset/issues"
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed", re.IGNORECASE)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 bad input, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    try:
-        _run([argument for argument in given if argument != "--debug"])
-        sys.stdout.flush()
-    except KeyboardInterrupt as interrupt:  # training says how to go on
-        print(f"maskset: interrupted. {interrupt}".rstrip(), file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        print(f"maskset: error: {_in_one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in _before_separator(arguments)
+    if debug:
+        arguments.remove("--debug")
+    with _standard_streams(), _termination():
+        try:
+            try:
+                _run(arguments)
+            finally:
+                sys.stdout.flush()
+        except KeyboardInterrupt as interrupt:  # training says how to resume
+            terminated = isinstance(interrupt, Terminated)
+            print(f"maskset: {'terminated' if terminated else 'interrupted'}. {interrupt}".rstrip(), file=sys.stderr)
+            return TERMINATED if terminated else INTERRUPTED
+        except Exception as error:
+            message = _user_message(error, arguments)
+            if debug or message is None:
+                traceback.print_exc()
+            if message is None:
+                print(f"maskset: this is a bug. Please report it, with the lines above: {ISSUES}", file=sys.stderr)
+                return BUG
+            print(f"maskset: error: {message}", file=sys.stderr)
+            return INVALID
     return 0
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
-    """Return the command that the arguments name, and what they give it.
+    """Return the command that the arguments name, and its options.
 
     Raises:
-        ValueError: there is no such command or flag, something is missing, or a value is not allowed.
+        MasksetError: the command or a flag does not exist, something is missing, or a value is not allowed.
     """
-    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
-    name, rest = " ".join(arguments[:words]), arguments[words:]
-    if _group(name):
+    name = _command_name(arguments)
+    rest = arguments[len(name.split()) :]
+    if _subcommands(name):
         if rest and not rest[0].startswith("-"):
-            near = _nearest(rest[0], [command.split()[1] for command in _group(name)])
+            near = _nearest(rest[0], [command.split()[1] for command in _subcommands(name)])
             raise MasksetError(f"there is no command {name} {rest[0]}{near} (`maskset {name} --help` lists them).")
-        raise MasksetError(f"{name} is several commands: {', '.join(_group(name))} (`maskset {name} --help` explains them).")
+        raise MasksetError(
+            f"{name} is several commands: {', '.join(_subcommands(name))} (`maskset {name} --help` explains them)."
+        )
     if name not in COMMANDS:
         known = [*COMMANDS, *(command.split()[0] for command in COMMANDS)]
         raise MasksetError(f"there is no command {name}{_nearest(name, known)} (`maskset --help` lists them).")
     command = COMMANDS[name]
     parser = _Parser(prog=f"maskset {name}", description=command.help, allow_abbrev=False)
-    command.flags(parser, rest)
+    command.add_flags(parser, rest)
     return command, parser.parse(rest)
 
 
 def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
-    elif _group(arguments[0]) and arguments[1:] in (["-h"], ["--help"]):
-        print(_overview(_group(arguments[0])))
+    elif _subcommands(arguments[0]) and arguments[1:] in (["-h"], ["--help"]):
+        print("\n".join(_listing(_subcommands(arguments[0]))))
     elif arguments[0] == "--version":
         print(f"maskset {__version__}")
     else:
-        command, given = parse(arguments)
-        command.call(given)
+        command, options = parse(arguments)
+        command.call(options)
 
 
-def _group(name: str) -> list[str]:
-    """Return the commands of two words that begin with this one."""
-    return [known for known in COMMANDS if known.startswith(f"{name} ")]
+def _command_name(arguments: Sequence[str]) -> str:
+    """Return the first two words where they name a command, else the first one."""
+    return " ".join(arguments[: 2 if " ".join(arguments[:2]) in COMMANDS else 1])
+
+
+def _subcommands(name: str) -> list[str]:
+    """Return the commands of two words that begin with `name`."""
+    return [command for command in COMMANDS if command.startswith(f"{name} ")]
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ValueErrors, and which names the flag that was meant."""
+    """An argparse parser that raises MasksetError and suggests the nearest flag."""
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Return the values of the flags. An unknown flag is told before a missing one: it may be the same, mistyped."""
+        """Return the options. Unknown flags are reported before missing ones, since the one may be the other, mistyped."""
         known = self._option_string_actions
-        for argument in arguments:
+        for argument in _before_separator(arguments):
             flag = argument.split("=")[0]
-            if flag.startswith("--") and flag != "--" and flag not in known:
+            if flag.startswith("--") and flag not in known:
                 self.error(f"there is no flag {flag}{_nearest(flag, known)}")
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        raise MasksetError(f"{message} (`{self.prog} --help` lists what it takes).")
+        raise MasksetError(f"{message} (`{self.prog} --help` lists the flags).")
+
+
+def _before_separator(arguments: Sequence[str]) -> Sequence[str]:
+    """Return the arguments before `--`, behind which nothing is a flag."""
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
 
 def _nearest(name: str, known: Sequence[str] | dict) -> str:
@@ -94,24 +130,92 @@ def _nearest(name: str, known: Sequence[str] | dict) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _in_one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+def _user_message(error: Exception, arguments: Sequence[str]) -> str | None:
+    """Return one line about an error that the user can correct; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
+        command = COMMANDS.get(_command_name(arguments))
+        return f"out of memory. {command.memory_advice if command else ''}".rstrip()
+    if isinstance(error, MasksetError):
+        return text
+    if isinstance(error, OSError):
+        if error.strerror and error.filename:
+            return f"{error.strerror}: {error.filename}"
+        return error.strerror or text or type(error).__name__
+    return None
 
 
-def _overview(names: Sequence[str] = ()) -> str:
-    names = names or list(COMMANDS)
-    width = max(map(len, names)) + 2
-    lines = [f"  {name:{width}}{COMMANDS[name].help.splitlines()[0]}" for name in names]
-    return "\n".join(
-        [
-            "usage: maskset COMMAND ... [--debug]",
-            "",
-            "End-to-end instance segmentation with transformers: an image in, a set of masks out.",
-            "",
-            *lines,
-            "",
-            "`maskset COMMAND --help` explains one; --debug shows where an error came from. New here? `maskset demo`.",
-        ]
-    )
+def _listing(names: Sequence[str]) -> list[str]:
+    width = max(map(len, COMMANDS)) + 2
+    return [f"  {name:{width}}{COMMANDS[name].help.splitlines()[0]}" for name in names]
+
+
+def _overview() -> str:
+    lines = ["usage: maskset COMMAND ... [--debug]", "", "End-to-end instance segmentation with transformers."]
+    for group in GROUPS:
+        lines += ["", group, *_listing([name for name, command in COMMANDS.items() if command.group == group])]
+    return "\n".join([*lines, "", "`maskset COMMAND --help` lists a command's options. New here? Try `maskset demo`."])
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Raise Terminated on SIGTERM inside the context, so that files are closed and temporary ones removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def receive(number: int, _: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a child process ends at once
+        os.kill(os.getpid(), number)
+
+    previous = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _standard_streams() -> Iterator[None]:
+    """Replace the standard streams inside the context by ones that survive a reader that goes away, such as `head`.
+
+    A command then continues without output, so that its work is not lost. Streams that are closed or were replaced already
+    (by a test, by a notebook) are not touched, except that a closed one discards what is written.
+    """
+    streams = sys.stdout, sys.stderr
+    sys.stdout = _robust(sys.stdout, sys.__stdout__, "standard output")
+    sys.stderr = _robust(sys.stderr, sys.__stderr__, "")
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def _robust(stream, original, name: str):
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if stream is not original:
+        return stream
+    stream.flush()
+    raw = io.BufferedWriter(_RobustFile(stream.fileno(), name))
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering or not name)
+
+
+class _RobustFile(io.FileIO):
+    """A standard stream that discards everything after its first failed write."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._name = name  # empty: errors are not reported, because there is nowhere to report them to
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if self._name and not isinstance(error, BrokenPipeError):
+                raise OSError(error.errno, error.strerror, self._name) from None
+            return len(data)

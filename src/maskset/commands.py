@@ -1,11 +1,11 @@
-"""The commands, one per public function: what each takes, and its call. Parses, calls, prints; there is no logic here.
+"""The commands: each declares its flags, calls one public function and prints the result.
 
-Nothing slow is imported before a command needs it, so that help and mistakes are answered at once.
+Slow imports happen inside the commands, so that help and mistakes are answered at once.
 """
 
 import json
 import os
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,224 +17,281 @@ from maskset.files import check_file, check_folder, check_new
 
 
 def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the run and the pictures (default: demo)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the model and the images (default: demo)")
 
 
-def _demo(given: Namespace) -> None:
-    """Train a small model on generated images, measure it on others and draw what it finds: 9 minutes on a CPU."""
+def _demo(options: Namespace) -> None:
+    """Train a small model on generated images and draw its predictions (9 minutes on a CPU)."""
     from maskset.demo import demo
 
-    demo(given.out)
+    demo(options.out)
 
 
 @contextmanager
 def _before_training() -> Iterator[None]:
-    """Let Ctrl-C say that nothing was written, as training itself does before its first step."""
+    """Add to Ctrl-C that nothing was written, as training itself does before its first step."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped before the first step: nothing was written.") from None
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)("stopped before the first step: nothing was written.") from None
+
+
+# The settings that `maskset train --help` shows, with their help: without a recipe, so that nothing slow is imported.
+FIRST_SETTINGS = {
+    "train.epochs": "passes over the training images",
+    "train.batch_size": "images in one optimiser step, over all processes and accumulated parts",
+    "train.accumulate": "parts that a step's batch is split in, to save memory",
+    "train.learning_rate": "of everything but the backbone and the sampling offsets",
+    "train.precision": "of the network; losses and matching are always fp32",
+    "train.ema_decay": "decay of the averaged weights that are evaluated and saved; 0 keeps none",
+    "train.evaluate_every": "epochs between evaluations; 0 evaluates only at the end",
+    "train.seed": "of initialisation, dropout, order and augmentation",
+    "data.augmentation": "detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: jitter; none: as it is",
+    "data.workers": "processes that read images; the result does not depend on it",
+}
 
 
 @_before_training()
 def _train_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    from maskset import flags, recipes
-
-    first = arguments[0] if arguments and not arguments[0].startswith("-") else "solq-r50"  # without one: whose flags help shows
-    settings = recipes.get(first)
-    parser.set_defaults(settings=settings, settings_of=first)
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     parser.usage = "%(prog)s RECIPE --data DATA [--images FOLDER] --out RUN [--init MODEL] [--resume] [--SETTING VALUE ...]"
-    parser.add_argument("recipe", metavar="RECIPE", help="comes first: a name that `maskset recipes` lists, or a recipe.json")
+    parser.add_argument("recipe", metavar="RECIPE", help="a name that `maskset recipes` lists, or a recipe.json; comes first")
     _add_data(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder that the run makes")
-    parser.add_argument("--init", metavar="MODEL", help="start from these weights, whatever their classes and queries")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
-    flags.add(parser, settings)
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--init", metavar="MODEL", help="model to start from, with any classes and number of queries")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--help-all", action="help", help="show all settings of RECIPE as flags" if name else SUPPRESS)
+    parser.epilog = f"All settings: maskset train {name or 'RECIPE'} --help-all, or maskset show {name or 'RECIPE'}"
+    if name is not None:
+        from maskset import flags, recipes
+
+        settings = recipes.get(name)
+        parser.set_defaults(settings=settings)
+        flags.add(parser, settings, shown=None if "--help-all" in arguments else FIRST_SETTINGS)
+    elif any(flag in arguments for flag in ("-h", "--help", "--help-all")):
+        group = parser.add_argument_group("settings (ten of many)")
+        for setting, help in FIRST_SETTINGS.items():
+            group.add_argument(f"--{setting.replace('_', '-')}", metavar="VALUE", help=help)
+    else:
+        parser.error("the recipe comes first: maskset train RECIPE --data DATA --out RUN; `maskset recipes` lists them")
 
 
-def _train(given: Namespace) -> None:
-    """Train a recipe on annotated images. Every setting of the recipe is a flag."""
+def _train(options: Namespace) -> None:
+    """Train a recipe on annotated images."""
     with _before_training():
         from maskset import flags
         from maskset.training.train import train
 
-    if given.recipe != given.settings_of:  # else another recipe's settings would be trained under its name
-        raise MasksetError(f"the recipe comes first: maskset train {given.recipe} --data ... --out ...")
-    recipe = flags.changed(given.settings, vars(given))
-    metrics = train(recipe, given.data, given.out, init=given.init, resume=given.resume, images=given.images)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    _check_environment()
+    recipe = flags.changed(options.settings, vars(options))
+    metrics = train(recipe, options.data, options.out, init=options.init, resume=options.resume, images=options.images)
+    if os.environ.get("RANK", "0") == "0":  # only the first of several processes prints
         print(metrics)
+
+
+def _check_environment() -> None:
+    """Check the variables that accelerate and torchrun set.
+
+    Raises:
+        ConfigError: one is not a whole number.
+    """
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if value and not value.removeprefix("-").isdecimal():
+            raise ConfigError(f"the environment variable {name} must be a whole number, got {value!r}: unset or correct it.")
 
 
 def _evaluate_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     _add_model(parser)
     _add_data(parser)
-    parser.add_argument("--split", default="val", help="part of the data (default: val)")
+    parser.add_argument("--split", default="val", help="split of the data (default: val)")
     _add_max_detections(parser)
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
     _add_device(parser)
     parser.add_argument("--out", type=_new_folder, metavar="FOLDER", help="write metrics.json and per_class.csv here")
 
 
-def _evaluate(given: Namespace) -> None:
-    """Print the average precision of a model on annotated images, as COCO defines it."""
+def _evaluate(options: Namespace) -> None:
+    """Print the average precision of a model on annotated images, as defined by COCO."""
     from maskset.evaluation.evaluate import evaluate
 
     metrics = evaluate(
-        given.model,
-        given.data,
-        split=given.split,
-        max_detections=given.max_detections,
-        images=given.images,
-        skip_broken=given.skip_broken,
-        device=given.device,
+        options.model,
+        options.data,
+        split=options.split,
+        max_detections=options.max_detections,
+        images=options.images,
+        skip_broken=options.skip_broken,
+        device=options.device,
     )
     print(metrics)
-    if given.out:
-        print(f"\nwritten to {metrics.save(given.out)}")
+    if options.out:
+        print(f"\nwritten to {metrics.save(options.out)}")
 
 
 def _predict_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     _add_model(parser)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help='image files, folders, or patterns such as "photos/*.jpg"')
-    parser.add_argument("--out", type=_new_folder, default="found", metavar="FOLDER", help="where to write (default: found)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score of an object (default: 0.5)")
-    parser.add_argument("--limit", type=int, default=100, metavar="N", help="objects per image at the most (default: 100)")
+    parser.add_argument(
+        "--out", type=_new_folder, default="predictions", metavar="FOLDER", help="output folder (default: predictions)"
+    )
+    parser.add_argument("--threshold", type=float, default=0.5, help="minimum score of an object (default: 0.5)")
+    parser.add_argument(
+        "--limit", type=_count, default=100, metavar="N", help="maximum number of objects per image (default: 100)"
+    )
     parser.add_argument(
         "--save",
         nargs="*",
         choices=("drawings", "labels"),
         default=["drawings"],
-        help="what to write beside results.json: drawings of the objects, label images (default: drawings)",
+        help="output beside results.json: drawings of the objects, label images (default: drawings)",
     )
-    parser.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be read instead of stopping")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out unreadable files instead of stopping")
     _add_device(parser)
 
 
-def _predict(given: Namespace) -> None:
-    """Find the objects in images; write them as COCO results, drawn pictures and label images."""
+def _predict(options: Namespace) -> None:
+    """Detect objects in images; write COCO results, drawings and label images."""
     from maskset.inference.predict import predict_files
     from maskset.instances.saving import save_predictions
 
-    skip = given.skip_broken
-    found = predict_files(
-        given.model, given.sources, threshold=given.threshold, limit=given.limit, device=given.device, skip_broken=skip
+    predictions = predict_files(
+        options.model,
+        options.sources,
+        threshold=options.threshold,
+        limit=options.limit,
+        device=options.device,
+        skip_broken=options.skip_broken,
     )
-    save_predictions(found, given.out, drawings="drawings" in given.save, labels="labels" in given.save)
-    print("written: " + ", ".join(str(given.out / name) for name in ["results.json", *given.save]))
+    save_predictions(predictions, options.out, drawings="drawings" in options.save, labels="labels" in options.save)
+    print("written: " + ", ".join(str(options.out / name) for name in ["results.json", *options.save]))
 
 
 def _compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    several = "recipes (names or recipe.json files), which are trained, and models, which are only measured"
-    parser.add_argument("models", nargs="+", metavar="RECIPE|MODEL", help=several)
+    help = "recipes to train (names or recipe.json files) and trained models to evaluate"
+    parser.add_argument("models", nargs="+", metavar="RECIPE|MODEL", help=help)
     _add_data(parser)
-    parser.add_argument("--out", type=_new_folder, required=True, metavar="FOLDER", help="of the comparison, which goes on there")
+    parser.add_argument(
+        "--out",
+        type=_new_folder,
+        required=True,
+        metavar="FOLDER",
+        help="output folder; an interrupted comparison in it is resumed",
+    )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=int, metavar="N", help="of training for each recipe (default: the recipe's own)")
-    budget.add_argument("--minutes", type=float, metavar="M", help="of training for each recipe, instead of epochs")
-    parser.add_argument("--split", default="val", help="part of the data that is measured (default: val)")
+    budget.add_argument("--epochs", type=_count, metavar="N", help="epochs to train each recipe (default: the recipe's own)")
+    budget.add_argument("--minutes", type=float, metavar="M", help="minutes to train each recipe, instead of epochs")
+    parser.add_argument("--split", default="val", help="split to evaluate on (default: val)")
     _add_max_detections(parser)
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
 
 
-def _compare(given: Namespace) -> None:
-    """Train recipes with the same budget, measure them and other models, and put them into one table and one figure."""
+def _compare(options: Namespace) -> None:
+    """Train recipes with the same budget, and evaluate them and other models in one table."""
     with _before_training():
         from maskset.comparison.compare import compare
 
+    _check_environment()
     comparison = compare(
-        given.models,
-        given.data,
-        given.out,
-        epochs=given.epochs,
-        minutes=given.minutes,
-        images=given.images,
-        split=given.split,
-        max_detections=given.max_detections,
-        skip_broken=given.skip_broken,
+        options.models,
+        options.data,
+        options.out,
+        epochs=options.epochs,
+        minutes=options.minutes,
+        images=options.images,
+        split=options.split,
+        max_detections=options.max_detections,
+        skip_broken=options.skip_broken,
     )
-    print(f"\n{comparison}\n\nwritten to {given.out}")
+    print(f"\n{comparison}\n\nwritten to {options.out}")
     if comparison.failed:
         names = ", ".join(one.name for one in comparison.failed)
-        raise MasksetError(f"failed: {names} (why is said above). The others are done; the same command tries again.")
+        raise MasksetError(f"failed: {names} (see above). The others are done; run the same command to try again.")
 
 
 def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("kind", metavar="KIND", help="pca, sparse, logit-pca or autoencoder; the others need no fitting")
-    parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or the word shapes")
+    parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or shapes: (generated images)")
     parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--size", type=int, help="side of the box-local mask, pixels (default: 28, for autoencoder 112)")
-    parser.add_argument("--length", type=int, help="numbers per mask (default: 60, for sparse and autoencoder 256)")
+    parser.add_argument("--size", type=_count, help="side of the box-local mask, pixels (default: 28, for autoencoder 112)")
+    parser.add_argument("--length", type=_count, help="numbers per mask (default: 60, for sparse and autoencoder 256)")
     parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: 0.3 * size / 28)")
-    parser.add_argument("--steps", type=int, metavar="N", help="autoencoder: batches of 64 masks (default: 3000, hours on a CPU)")
+    parser.add_argument(
+        "--steps", type=_count, metavar="N", help="autoencoder: batches of 64 masks (default: 3000, hours on a CPU)"
+    )
     _add_masks(parser, "train")
 
 
-def _codecs_fit(given: Namespace) -> None:
+def _codecs_fit(options: Namespace) -> None:
     """Fit a mask codec to the masks of a data set."""
     from maskset.codec_tools.fit import fit_codec
 
     codec = fit_codec(
-        given.kind,
-        given.data,
-        given.out,
-        size=given.size,
-        length=given.length,
-        beta=given.beta,
-        steps=given.steps,
-        split=given.split,
-        max_masks=given.max_masks,
-        skip_broken=given.skip_broken,
+        options.kind,
+        options.data,
+        options.out,
+        size=options.size,
+        length=options.length,
+        beta=options.beta,
+        steps=options.steps,
+        split=options.split,
+        max_masks=options.max_masks,
+        skip_broken=options.skip_broken,
     )
-    print(f"written to {given.out}: {given.kind}, {codec.length} numbers for a mask of {codec.size} x {codec.size} pixels")
+    print(f"written to {options.out}: {options.kind}, {codec.length} numbers for a mask of {codec.size} x {codec.size} pixels")
 
 
 def _codecs_compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("data", nargs="+", metavar="DATA", help="data folders, COCO JSON files, or the word shapes")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="data folders, COCO JSON files, or shapes: (generated images)")
     parser.add_argument("--fit-split", default="train", metavar="SPLIT", help="part of the data to fit to (default: train)")
     parser.add_argument("--out", type=_new_json, metavar="FILE", help="write the table as JSON here")
     _add_masks(parser, "val")
 
 
-def _codecs_compare(given: Namespace) -> None:
+def _codecs_compare(options: Namespace) -> None:
     """Print how well each mask codec reconstructs real masks: an upper bound for networks that use it."""
     from maskset.codec_tools.compare import compare_codecs
 
     comparison = compare_codecs(
-        given.data, split=given.split, fit_split=given.fit_split, max_masks=given.max_masks, skip_broken=given.skip_broken
+        options.data, split=options.split, fit_split=options.fit_split, max_masks=options.max_masks, skip_broken=options.skip_broken
     )
     print(comparison)
-    if given.out:
-        print(f"\nwritten to {comparison.save(given.out)}")
+    if options.out:
+        print(f"\nwritten to {comparison.save(options.out)}")
 
 
 def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("system", metavar="SYSTEM", help="system of the checkpoint: solq, soit, isda, istr, istr-smt or sotr")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
     parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--coco80", action="store_true", help="keep the 80 classes of COCO only, not all 91 channels")
+    parser.add_argument("--coco80", action="store_true", help="keep COCO's 80 classes of the 91 channels")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="text file with one class name per line")
-    parser.add_argument("--last-wins", action="store_true", help="where copies of a tensor differ, take the last")
-    parser.add_argument("--from", dest="start", choices=["deformable-detr"], help="FILE is mmdetection's: take from it what fits")
-    parser.add_argument("--license", default="unknown", help="of the weights; recorded in the file (default: unknown)")
+    parser.add_argument("--last-wins", action="store_true", help="use the last copy of a tensor where copies differ")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        choices=["deformable-detr"],
+        help="mmdetection's model in FILE, from which fitting weights are taken",
+    )
+    parser.add_argument("--license", default="unknown", help="license of the weights, recorded in the file (default: unknown)")
 
 
-def _convert(given: Namespace) -> None:
-    """Turn an official checkpoint into one of maskset's."""
+def _convert(options: Namespace) -> None:
+    """Convert an official checkpoint to maskset's format."""
     from maskset.conversion import convert_file, start_file
 
-    settings = {"classes": given.classes, "last_wins": given.last_wins, "license": given.license}
-    if given.start and given.coco80:
+    settings = {"classes": options.classes, "last_wins": options.last_wins, "license": options.license}
+    if options.start and options.coco80:
         raise MasksetError("--coco80 does not go with --from: mmdetection's Deformable DETR has 80 classes.")
-    if given.start:
-        print(start_file(given.system, given.source, given.out, **settings))
+    if options.start:
+        print(start_file(options.system, options.source, options.out, **settings))
     else:
-        print(convert_file(given.system, given.source, given.out, coco80=given.coco80, **settings))
-    print(f"written to {given.out}")
+        print(convert_file(options.system, options.source, options.out, coco80=options.coco80, **settings))
+    print(f"written to {options.out}")
 
 
-def _recipes(given: Namespace) -> None:
-    """List the recipes, with what each is for."""
+def _recipes(options: Namespace) -> None:
+    """List the recipes."""
     from maskset.recipes import RECIPES
 
     width = max(map(len, RECIPES)) + 2
@@ -243,25 +300,25 @@ def _recipes(given: Namespace) -> None:
 
 
 def _show_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("what", metavar="RECIPE|MODEL", help="a recipe's name, a recipe.json, a checkpoint or a run folder")
-    parser.add_argument("--json", action="store_true", help="print a recipe.json, to change and to give to `maskset train`")
+    parser.add_argument("what", metavar="RECIPE|MODEL", help="name of a recipe, recipe.json, checkpoint or run folder")
+    parser.add_argument("--json", action="store_true", help="print a recipe.json to edit and train")
 
 
-def _show(given: Namespace) -> None:
-    """Print every setting of a recipe, or of a model with its classes, its source and its license."""
+def _show(options: Namespace) -> None:
+    """Print the settings of a recipe or a model, and a model's classes, source and license."""
     from maskset import checkpoint, config, flags, recipes
 
-    if checkpoint.is_model(given.what) and not recipes.known(given.what):
-        metadata = checkpoint.read_metadata(checkpoint.find(given.what))
+    if checkpoint.is_model(options.what) and not recipes.known(options.what):
+        metadata = checkpoint.read_metadata(checkpoint.find(options.what))
         recipe, names = metadata.recipe, ", ".join(category.name for category in metadata.categories)
         about = f"classes: {names}\nsource: {metadata.source or 'trained here'}\nlicense: {metadata.license}\n\n"
     else:
-        recipe, about = recipes.get(given.what), ""
-    print(json.dumps(config.to_dict(recipe), indent=2) if given.json else about + flags.table(recipe))
+        recipe, about = recipes.get(options.what), ""
+    print(json.dumps(config.to_dict(recipe), indent=2) if options.json else about + flags.table(recipe))
 
 
-def _info(given: Namespace) -> None:
-    """Print versions, devices and which fast paths work on this machine, for bug reports."""
+def _info(options: Namespace) -> None:
+    """Print versions, devices and the fast paths that work on this machine."""
     from maskset.info import info
 
     print(info())
@@ -272,22 +329,24 @@ def _add_model(parser: ArgumentParser) -> None:
 
 
 def _add_data(parser: ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="a data folder, a COCO JSON file (with --images), or the word shapes")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a JSON file are")
+    parser.add_argument(
+        "--data", required=True, help="a data folder, a COCO JSON file (with --images), or shapes (generated images)"
+    )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="folder of the images of a JSON file")
 
 
 def _add_max_detections(parser: ArgumentParser) -> None:
-    help = "objects per image that count (default: 100)"
-    parser.add_argument("--max-detections", type=int, default=100, metavar="N", help=help)
+    help = "maximum number of objects per image (default: 100)"
+    parser.add_argument("--max-detections", type=_count, default=100, metavar="N", help=help)
 
 
 def _add_device(parser: ArgumentParser) -> None:
-    help = "where to compute, such as cuda:1 (default: a GPU if there is one)"
+    help = "device to compute on, such as cuda:1 (default: a GPU if there is one)"
     parser.add_argument("--device", type=_usable_device, metavar="DEVICE", help=help)
 
 
 def _writable(check: Callable[[Path], None]) -> Callable[[str], Path]:
-    """Return the type of an argument: a path where `check` finds that something can be written, told before the work."""
+    """Return an argument type: a path that `check` accepts, so that a mistake is reported before the work."""
 
     def path(name: str) -> Path:
         try:
@@ -304,44 +363,60 @@ _new_json = _writable(partial(check_new, ending=".json"))
 
 
 def _usable_device(name: str) -> str:
-    import torch
+    from maskset.tensors import check_device
 
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}") from None
+        check_device(name)
+    except ConfigError as error:
+        raise ArgumentTypeError(str(error)) from None
     return name
+
+
+def _count(text: str) -> int:
+    """Return a number of things: whole, at least 1, and not too large for tensors."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise ArgumentTypeError(f"must be a whole number, at least 1 and below 2^31, got {text}")
+    return int(text)
 
 
 def _add_masks(parser: ArgumentParser, split: str) -> None:
     parser.add_argument("--split", default=split, help=f"part of the data (default: {split})")
-    parser.add_argument("--max-masks", type=int, default=20_000, metavar="N", help="number of masks to fit to (default: 20000)")
+    parser.add_argument("--max-masks", type=_count, default=20_000, metavar="N", help="number of masks to fit to (default: 20000)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken annotations instead of stopping")
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command takes, and what it does; its help is the docstring of that."""
+    """A command: its flags, its function, whose docstring is its help, and its place in `maskset --help`."""
 
-    flags: Callable[[ArgumentParser, Sequence[str]], None]
+    group: str
+    add_flags: Callable[[ArgumentParser, Sequence[str]], None]
     call: Callable[[Namespace], None]
+    memory_advice: str = "Close other programs, or use smaller inputs."
 
     @property
     def help(self) -> str:
-        """What `--help` says of it."""
+        """The help of the command."""
         return self.call.__doc__ or ""
 
 
+def _no_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    pass
+
+
+GROUPS = USE, TRAIN, MEASURE, DATA = "Use a model", "Train", "Measure", "Data and masks"
+_LESS = "Lower --limit, use smaller images, or choose another --device."
+_LESS_TRAINING = "Lower --train.batch-size, raise --train.accumulate, or set --train.checkpoint-activations true."
 COMMANDS = {
-    "demo": Command(_demo_flags, _demo),
-    "train": Command(_train_flags, _train),
-    "evaluate": Command(_evaluate_flags, _evaluate),
-    "predict": Command(_predict_flags, _predict),
-    "compare": Command(_compare_flags, _compare),
-    "codecs fit": Command(_codecs_fit_flags, _codecs_fit),
-    "codecs compare": Command(_codecs_compare_flags, _codecs_compare),
-    "convert": Command(_convert_flags, _convert),
-    "recipes": Command(lambda parser, arguments: None, _recipes),
-    "show": Command(_show_flags, _show),
-    "info": Command(lambda parser, arguments: None, _info),
+    "predict": Command(USE, _predict_flags, _predict, _LESS),
+    "show": Command(USE, _show_flags, _show),
+    "convert": Command(USE, _convert_flags, _convert),
+    "info": Command(USE, _no_flags, _info),
+    "demo": Command(TRAIN, _demo_flags, _demo),
+    "recipes": Command(TRAIN, _no_flags, _recipes),
+    "train": Command(TRAIN, _train_flags, _train, _LESS_TRAINING),
+    "evaluate": Command(MEASURE, _evaluate_flags, _evaluate, _LESS.replace("limit", "max-detections")),
+    "compare": Command(MEASURE, _compare_flags, _compare, "Lower train.batch_size in the recipes, or raise train.accumulate."),
+    "codecs fit": Command(DATA, _codecs_fit_flags, _codecs_fit, "Lower --max-masks or --size."),
+    "codecs compare": Command(DATA, _codecs_compare_flags, _codecs_compare, "Lower --max-masks."),
 }

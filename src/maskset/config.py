@@ -120,7 +120,7 @@ def read(cls: type[Settings], path: Path) -> Settings:
     """
     try:
         values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON settings: {error}") from None
     return from_dict(cls, values, str(path))
 
