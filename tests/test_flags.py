@@ -6,22 +6,22 @@ from typing import Literal
 import pytest
 
 from maskset import flags
-from maskset.config import config
+from maskset.config import config, setting
 from maskset.errors import ConfigError
 
 
 @config
 class Inner:
-    rate: float = 0.1  # how fast, 1/s
-    sides: tuple[int, ...] = (3, 4)  # pixels
+    rate: float = setting(0.1, "how fast, 1/s")
+    sides: tuple[int, ...] = setting((3, 4), "pixels")
 
 
 @config
 class Outer:
     inner: Inner = Inner()
-    kind: Literal["fast", "none"] = "fast"  # which way
-    frozen: bool = True  # do not move
-    file: str | None = None  # where from
+    kind: Literal["fast", "none"] = setting("fast", "which way")
+    frozen: bool = setting(True, "do not move")
+    file: str | None = setting(None, "where from")
 
     def __post_init__(self) -> None:
         if self.inner.rate <= 0:

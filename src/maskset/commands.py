@@ -40,14 +40,14 @@ def _before_training() -> Iterator[None]:
 FIRST_SETTINGS = {
     "train.epochs": "passes over the training images",
     "train.batch_size": "images in one optimiser step, over all processes and accumulated parts",
-    "train.accumulate": "parts that a step's batch is split in, to save memory",
-    "train.learning_rate": "of everything but the backbone and the sampling offsets",
-    "train.precision": "of the network; losses and matching are always fp32",
-    "train.ema_decay": "decay of the averaged weights that are evaluated and saved; 0 keeps none",
+    "train.accumulate": "parts into which a batch is split, to save memory",
+    "train.learning_rate": "learning rate of everything but the backbone and the sampling offsets",
+    "train.precision": "precision of the network; losses and matching are always in fp32",
+    "train.ema_decay": "decay of the weight average that is evaluated and saved; 0 disables it",
     "train.evaluate_every": "epochs between evaluations; 0 evaluates only at the end",
-    "train.seed": "of initialisation, dropout, order and augmentation",
-    "data.augmentation": "detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: jitter; none: as it is",
-    "data.workers": "processes that read images; the result does not depend on it",
+    "train.seed": "random seed of initialisation, dropout, order and augmentation",
+    "data.augmentation": "detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: scale jitter; none",
+    "data.workers": "processes that read images; results do not depend on it",
 }
 
 
@@ -330,7 +330,7 @@ def _add_model(parser: ArgumentParser) -> None:
 
 def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--data", required=True, help="a data folder, a COCO JSON file (with --images), or shapes (generated images)"
+        "--data", required=True, help="a data folder, a COCO JSON file (with --images), or shapes: (generated images)"
     )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="folder of the images of a JSON file")
 

@@ -5,13 +5,19 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from maskset.errors import ConfigError
 
 Settings = TypeVar("Settings")
+Value = TypeVar("Value")
+
+
+def setting(default: Value, help: str) -> Value:
+    """Return a field of a settings class. The help is shown by `maskset train --help-all` and `maskset show`."""
+    return field(default=default, metadata={"description": help})  # type: ignore[return-value]  # to type checkers a plain default
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -1,7 +1,5 @@
 """Settings as command-line flags: `--train.epochs 3`, with the recipe's values as defaults."""
 
-import inspect
-import re
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -43,13 +41,13 @@ class Setting:
 
 def listed(settings: Any, prefix: str = "") -> Iterator[Setting]:
     """Yield every setting in the order of the fields, nested ones in place."""
-    hints, helps = get_type_hints(type(settings)), _comments(type(settings))
+    hints = get_type_hints(type(settings))
     for field in fields(settings):
         name, value = prefix + field.name, getattr(settings, field.name)
         if is_dataclass(value):
             yield from listed(value, f"{name}.")
         else:
-            yield Setting(name, value, helps.get(field.name, ""), type(None) in get_args(hints[field.name]))
+            yield Setting(name, value, field.metadata.get("description", ""), type(None) in get_args(hints[field.name]))
 
 
 def add(parser: ArgumentParser, settings: Any, shown: Container[str] | None = None) -> None:
@@ -104,12 +102,3 @@ def table(settings: Any) -> str:
         min(32, max(map(len, column))) for column in ([row.flag for row in rows], [row.text for row in rows])
     )
     return "\n".join(f"{row.flag:{flag_width}}  {row.text:{value_width}}  {row.help}" for row in rows)
-
-
-def _comments(cls: type) -> dict[str, str]:
-    """Return the comment at the end of each field's line; nothing where there is no source code."""
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return {}
-    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, flags=re.MULTILINE))

@@ -10,6 +10,7 @@ from maskset.config import (
     Probability,
     check_bounds,
     config,
+    setting,
 )
 from maskset.errors import ConfigError
 from maskset.systems import SystemConfig
@@ -21,17 +22,21 @@ Augmentation = Literal["detr", "mmdet", "flip", "lsj", "none"]
 class DataConfig:
     """How annotated images become training batches."""
 
-    augmentation: Augmentation = "detr"  # detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: jitter; none: as it is
-    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # detr, mmdet, flip: one is drawn for each image, pixels
-    long_side: int = 1333  # detr, mmdet, flip: the longer side is at most this, pixels
-    crop_short_sides: tuple[int, ...] = (400, 500, 600)  # detr, mmdet: half of the images get one of these, then a crop, pixels
-    crop_range: tuple[int, int] = (384, 600)  # detr, mmdet: least and greatest side of that crop, pixels
-    crop_share: Probability = 0.0  # detr, mmdet: above 0, each side of that crop is this share of the image's instead
-    jitter_size: int = 1024  # lsj: side of the square canvas, pixels
-    jitter_scale: tuple[float, float] = (0.1, 2.0)  # lsj: least and greatest scale relative to the canvas
-    group_by_aspect: bool = True  # batches hold only wide or only tall images, which saves padding
-    workers: NonNegativeInt = 2  # processes that read images; the result does not depend on it
-    skip_broken: bool = False  # leave out (and count) broken images and annotations instead of stopping
+    augmentation: Augmentation = setting(
+        "detr", "detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: scale jitter; none"
+    )
+    short_sides: tuple[int, ...] = setting(tuple(range(480, 801, 32)), "detr, mmdet, flip: shorter sides to draw from, pixels")
+    long_side: int = setting(1333, "detr, mmdet, flip: maximum longer side, pixels")
+    crop_short_sides: tuple[int, ...] = setting(
+        (400, 500, 600), "detr, mmdet: shorter sides before a crop (half of the images), pixels"
+    )
+    crop_range: tuple[int, int] = setting((384, 600), "detr, mmdet: minimum and maximum side of the crop, pixels")
+    crop_share: Probability = setting(0.0, "detr, mmdet: above 0, sides of the crop relative to the image instead")
+    jitter_size: int = setting(1024, "lsj: side of the square canvas, pixels")
+    jitter_scale: tuple[float, float] = setting((0.1, 2.0), "lsj: minimum and maximum scale relative to the canvas")
+    group_by_aspect: bool = setting(True, "group wide and tall images into separate batches, to save padding")
+    workers: NonNegativeInt = setting(2, "processes that read images; results do not depend on it")
+    skip_broken: bool = setting(False, "leave out (and count) broken images and annotations instead of stopping")
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
@@ -51,33 +56,39 @@ class DataConfig:
 class TrainConfig:
     """How the weights are optimised. The defaults are SOLQ's official schedule."""
 
-    epochs: PositiveInt = 50  # passes over the training images
-    steps: int | None = None  # optimiser steps in all, to which the schedule of the epochs is shrunk or stretched; none: epochs
-    batch_size: PositiveInt = 32  # images in one optimiser step, over all processes and accumulated parts
-    accumulate: PositiveInt = 1  # parts that a step's batch is split in, to save memory
-    learning_rate: float = 2e-4  # of everything but the backbone and the sampling offsets
-    backbone_learning_rate: NonNegativeFloat = 2e-5  # of the backbone
-    offset_learning_rate: NonNegativeFloat = 2e-5  # of sampling offsets and reference points
-    reference_batch_size: PositiveInt = 32  # the batch size that the learning rates were chosen for
-    scale_learning_rate: bool = False  # multiply the learning rates by batch_size / reference_batch_size
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # adamw: AdamW; sgd: with momentum, and no decay of norms
-    momentum: Fraction = 0.9  # sgd: share of the last step that is done again
-    weight_decay: NonNegativeFloat = 1e-4  # share of a weight that is taken away in a step, times the learning rate
-    schedule: Literal["step", "cosine"] = "step"  # step: divided at drop_epochs; cosine: to zero at the end
-    drop_epochs: tuple[int, ...] = (40,)  # step: epochs after which the learning rates are multiplied by drop_factor
-    drop_factor: NonNegativeFloat = 0.1  # step: the factor
-    warmup_steps: NonNegativeInt = 0  # optimiser steps over which the learning rates rise linearly from zero
-    clip_norm: NonNegativeFloat = 0.1  # greatest norm of the gradient; 0 leaves it alone
-    ema_decay: Fraction = 0.0  # decay of the averaged weights that are evaluated and saved; 0 keeps none
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; losses and matching are always fp32
-    checkpoint_activations: bool = False  # save memory: the transformer's layers compute all but their inputs twice
-    seed: NonNegativeInt = 42  # of initialisation, dropout, order and augmentation
-    evaluate_every: NonNegativeInt = 1  # epochs between evaluations; 0 evaluates only at the end
-    checkpoint_every: NonNegativeInt = 0  # optimiser steps between checkpoints; 0 writes one at the end of each epoch only
-    log_every: PositiveInt = 10  # optimiser steps between lines of metrics.jsonl
-    patience: NonNegativeInt = 0  # stop after so many evaluations without a better mask AP; 0 never stops
-    max_detections: PositiveInt = 100  # objects per image that an evaluation keeps
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where to send the metrics as well
+    epochs: PositiveInt = setting(50, "passes over the training images")
+    steps: int | None = setting(None, "total optimiser steps, to which the schedule is scaled; none: as many as epochs take")
+    batch_size: PositiveInt = setting(32, "images in one optimiser step, over all processes and accumulated parts")
+    accumulate: PositiveInt = setting(1, "parts into which a batch is split, to save memory")
+    learning_rate: float = setting(2e-4, "learning rate of everything but the backbone and the sampling offsets")
+    backbone_learning_rate: NonNegativeFloat = setting(2e-5, "learning rate of the backbone")
+    offset_learning_rate: NonNegativeFloat = setting(2e-5, "learning rate of sampling offsets and reference points")
+    reference_batch_size: PositiveInt = setting(32, "batch size for which the learning rates are tuned")
+    scale_learning_rate: bool = setting(False, "multiply the learning rates by batch_size / reference_batch_size")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "adamw: AdamW; sgd: with momentum, and no decay of norms")
+    momentum: Fraction = setting(0.9, "sgd: momentum")
+    weight_decay: NonNegativeFloat = setting(1e-4, "weight decay, relative to the learning rate")
+    schedule: Literal["step", "cosine"] = setting(
+        "step", "step: multiplied by drop_factor at drop_epochs; cosine: to zero at the end"
+    )
+    drop_epochs: tuple[int, ...] = setting((40,), "step: epochs after which the learning rates are multiplied by drop_factor")
+    drop_factor: NonNegativeFloat = setting(0.1, "step: factor of the learning rates at drop_epochs")
+    warmup_steps: NonNegativeInt = setting(0, "optimiser steps over which the learning rates rise linearly from zero")
+    clip_norm: NonNegativeFloat = setting(0.1, "maximum norm of the gradient; 0 disables clipping")
+    ema_decay: Fraction = setting(0.0, "decay of the weight average that is evaluated and saved; 0 disables it")
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "precision of the network; losses and matching are always in fp32"
+    )
+    checkpoint_activations: bool = setting(False, "recompute the transformer's layers in the backward pass, to save memory")
+    seed: NonNegativeInt = setting(42, "random seed of initialisation, dropout, order and augmentation")
+    evaluate_every: NonNegativeInt = setting(1, "epochs between evaluations; 0 evaluates only at the end")
+    checkpoint_every: NonNegativeInt = setting(
+        0, "optimiser steps between checkpoints; 0 writes one at the end of each epoch only"
+    )
+    log_every: PositiveInt = setting(10, "optimiser steps between lines of metrics.jsonl")
+    patience: NonNegativeInt = setting(0, "evaluations without a better mask AP before training stops; 0 disables it")
+    max_detections: PositiveInt = setting(100, "maximum number of objects per image in evaluations")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting((), "experiment trackers that get the metrics too")
 
     def __post_init__(self) -> None:
         check_bounds(self, "train")

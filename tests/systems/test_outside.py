@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import maskset
 from maskset.checkpoint import read_metadata
-from maskset.config import config, from_dict, to_dict
+from maskset.config import config, from_dict, setting, to_dict
 from maskset.errors import CheckpointError, ConfigError
 from maskset.instances import Instances, Masks
 from maskset.recipe import DataConfig, Recipe, TrainConfig
@@ -30,8 +30,8 @@ class CellsConfig(SystemConfig):
 
     system: Literal["cells"] = "cells"
     input: InputConfig = InputConfig(short_side=48, long_side=96, divisor=16)
-    width: int = 16  # channels
-    grid: int = 4  # cells along each side
+    width: int = setting(16, "channels")
+    grid: int = setting(4, "cells along each side")
 
     def build(self, categories) -> "Cells":
         return Cells(self, categories)

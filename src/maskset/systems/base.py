@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from maskset.config import Bounds, PositiveInt, check_bounds, config, subclasses
+from maskset.config import Bounds, PositiveInt, check_bounds, config, setting, subclasses
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
 from maskset.layers.backbone import Backbone, build_backbone, check_start
@@ -18,12 +18,12 @@ from maskset.structures import ImageBatch, ModelOutput
 class InputConfig:
     """How an image becomes a model's input. Saved with the weights, since they were trained on it."""
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of each channel, where white is 1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of each channel, where white is 1
-    channel_order: Literal["rgb", "bgr"] = "rgb"  # which colour the first channel holds
-    divisor: PositiveInt = 1  # the canvas is padded to a multiple of this, pixels
-    short_side: PositiveInt = 800  # images are resized to this at inference, pixels ...
-    long_side: PositiveInt = 1333  # ... unless the longer side would exceed this, pixels
+    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "of each channel, where white is 1")
+    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "of each channel, where white is 1")
+    channel_order: Literal["rgb", "bgr"] = setting("rgb", "which colour the first channel holds")
+    divisor: PositiveInt = setting(1, "the canvas is padded to a multiple of this, pixels")
+    short_side: PositiveInt = setting(800, "images are resized to this at inference, pixels ...")
+    long_side: PositiveInt = setting(1333, "... unless the longer side would exceed this, pixels")
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.input")
@@ -35,14 +35,18 @@ class InputConfig:
 class BackboneConfig:
     """Which backbone a system reads its features from, and what of it is trained."""
 
-    name: str = "resnet50.tv_in1k"  # a timm model, or swin_tiny, swin_small, swin_base, swin_large
-    norm: Literal["frozen", "group"] = "frozen"  # ResNets: frozen batch norm, or group norm for training from scratch
-    frozen_stages: int = 2  # ResNets: number of stages that are not trained, counting from the stem
-    pretrained: bool = True  # training starts from ImageNet weights
-    weights: str | None = None  # a file with those weights, such as detectron2's R-50.pkl; None downloads them from timm's hub
-    drop_path: float = 0.2  # Swin: greatest probability of skipping a block
-    stride_in_first: bool = False  # ResNets: stride in the first convolution of a block, as MSRA's weights have it
-    deformable_stages: Annotated[int, Bounds(0, 4)] = 0  # ResNets: number of last stages whose 3x3 convolutions are deformable
+    name: str = setting("resnet50.tv_in1k", "a timm model, or swin_tiny, swin_small, swin_base, swin_large")
+    norm: Literal["frozen", "group"] = setting("frozen", "ResNets: frozen batch norm, or group norm for training from scratch")
+    frozen_stages: int = setting(2, "ResNets: number of stages that are not trained, counting from the stem")
+    pretrained: bool = setting(True, "training starts from ImageNet weights")
+    weights: str | None = setting(
+        None, "a file with those weights, such as detectron2's R-50.pkl; None downloads them from timm's hub"
+    )
+    drop_path: float = setting(0.2, "Swin: greatest probability of skipping a block")
+    stride_in_first: bool = setting(False, "ResNets: stride in the first convolution of a block, as MSRA's weights have it")
+    deformable_stages: Annotated[int, Bounds(0, 4)] = setting(
+        0, "ResNets: number of last stages whose 3x3 convolutions are deformable"
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.backbone")
@@ -73,9 +77,9 @@ class SystemConfig(ABC):
     """
 
     system: str  # name of the system that these settings belong to
-    num_classes: PositiveInt = 80  # class channels; training sets it from the data
-    input: InputConfig = InputConfig()  # how images become the network's input
-    backbone: BackboneConfig | None = None  # the network that features are read from; None: the system has its own
+    num_classes: PositiveInt = setting(80, "class channels; training sets it from the data")
+    input: InputConfig = setting(InputConfig(), "how images become the network's input")
+    backbone: BackboneConfig | None = setting(None, "the network that features are read from; None: the system has its own")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from maskset import distributed
-from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config
+from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, setting
 from maskset.detection import best_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
@@ -42,25 +42,29 @@ class IsdaConfig(SystemConfig):
     """Settings of ISDA; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["isda"] = "isda"  # which system these settings are of
-    num_classes: int = 80  # class channels; training sets it from the data
-    input: InputConfig = InputConfig(divisor=_CANVAS)  # how images become the network's input
-    backbone: BackboneConfig = BackboneConfig()  # the network that features are read from
-    hidden_dim: PositiveInt = 256  # width C of neck and transformer
-    num_heads: PositiveInt = 8  # attention heads
-    num_levels: int = 4  # feature levels of the transformer, strides 8, 16, 32, 64
-    num_points: PositiveInt = 4  # sampling points of an attention head in a level
-    feedforward_dim: PositiveInt = 1024  # hidden width of the transformer's MLPs
-    dropout: Fraction = 0.1  # in the transformer
-    encoder_layers: PositiveInt = 6  # deformable encoder layers
-    decoder_layers: PositiveInt = 6  # decoder layers
-    num_queries: PositiveInt = 300  # N, the greatest number of objects that are told apart
-    mask_hidden_dim: PositiveInt = 128  # width inside the mask feature head
-    mask_dim: int = 256  # D, width of the mask features and length of a kernel, its two numbers of position included
-    mask_stride: int = 4  # ablation on mask resolution: pixels per cell of the mask features; 2, 4 or 8
-    feature_coordinates: bool = True  # ablation on positional information, MP: x and y enter the mask features at stride 32
-    kernel_position: bool = True  # ablation on positional information, KP: a kernel ends with its query's reference point
-    mask_weight: NonNegativeFloat = 3.0  # weight of the dice loss, and of the soft IoU in the matching
-    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
+    num_classes: int = setting(80, "class channels; training sets it from the data")
+    input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the network that features are read from")
+    hidden_dim: PositiveInt = setting(256, "width C of neck and transformer")
+    num_heads: PositiveInt = setting(8, "attention heads")
+    num_levels: int = setting(4, "feature levels of the transformer, strides 8, 16, 32, 64")
+    num_points: PositiveInt = setting(4, "sampling points of an attention head in a level")
+    feedforward_dim: PositiveInt = setting(1024, "hidden width of the transformer's MLPs")
+    dropout: Fraction = setting(0.1, "in the transformer")
+    encoder_layers: PositiveInt = setting(6, "deformable encoder layers")
+    decoder_layers: PositiveInt = setting(6, "decoder layers")
+    num_queries: PositiveInt = setting(300, "N, the greatest number of objects that are told apart")
+    mask_hidden_dim: PositiveInt = setting(128, "width inside the mask feature head")
+    mask_dim: int = setting(256, "D, width of the mask features and length of a kernel, its two numbers of position included")
+    mask_stride: int = setting(4, "ablation on mask resolution: pixels per cell of the mask features; 2, 4 or 8")
+    feature_coordinates: bool = setting(
+        True, "ablation on positional information, MP: x and y enter the mask features at stride 32"
+    )
+    kernel_position: bool = setting(
+        True, "ablation on positional information, KP: a kernel ends with its query's reference point"
+    )
+    mask_weight: NonNegativeFloat = setting(3.0, "weight of the dice loss, and of the soft IoU in the matching")
+    class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
 
     def __post_init__(self) -> None:
         super().__post_init__()

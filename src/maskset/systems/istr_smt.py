@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config
+from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config, setting
 from maskset.detection import best_detections_inside, class_and_corner_terms
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
@@ -46,30 +46,38 @@ class IstrSmtConfig(SystemConfig):
     """Settings of ISTR-SMT; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["istr-smt"] = "istr-smt"  # which system these settings are of
-    num_classes: int = 80  # class channels; training sets it from the data
-    input: InputConfig = InputConfig(divisor=_CANVAS)  # how images become the network's input
-    backbone: BackboneConfig = BackboneConfig(frozen_stages=0)  # the network that features are read from
-    hidden_dim: PositiveInt = 256  # width C of pyramid and object features
-    masked_pooling: bool = False  # the image feature leaves out padding; officially it does not, and depends on the batch
-    num_queries: PositiveInt = 300  # N, the greatest number of objects that are told apart
-    stages: PositiveInt = 6  # how often boxes are refined
-    averaged_stages: int = 4  # results have the mean class logits of this many last stages
-    num_heads: PositiveInt = 8  # attention heads
-    roi_size: PositiveInt = 7  # side of the grid on which a box's features are read for class and box, cells
-    dynamic_dim: PositiveInt = 64  # dynamic attention: width between its two layers
-    feedforward_dim: PositiveInt = 2048  # hidden width of the encoders' MLPs
-    dropout: Fraction = 0.0  # in the encoders
-    codec: Literal["autoencoder", "dct", "logit-pca"] = "autoencoder"  # how a mask becomes D numbers (README: SMT, DCT, PCA)
-    mask_size: int = 112  # side S of the box-local mask, pixels; features for it are read on a quarter of it, cells
-    code_length: PositiveInt = 256  # D numbers for a mask
-    codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it; not read where --init has one
-    autoencoder_steps: PositiveInt = 3000  # how many batches of 64 masks the autoencoder is learnt from, where it must be
-    target_noise: bool = True  # logit-pca: the softness of the targets' pixels is drawn at every call; else fixed
-    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
-    l1_weight: NonNegativeFloat = 5.0  # weight of the L1 box loss, and in the matching
-    giou_weight: NonNegativeFloat = 2.0  # weight of the generalised IoU loss, and in the matching
-    code_weight: NonNegativeFloat = 1.0  # weight of the loss of the codes, and of their cosine in the matching
-    dice_weight: NonNegativeFloat = 5.0  # weight of the dice loss of the masks
+    num_classes: int = setting(80, "class channels; training sets it from the data")
+    input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
+    backbone: BackboneConfig = setting(BackboneConfig(frozen_stages=0), "the network that features are read from")
+    hidden_dim: PositiveInt = setting(256, "width C of pyramid and object features")
+    masked_pooling: bool = setting(
+        False, "the image feature leaves out padding; officially it does not, and depends on the batch"
+    )
+    num_queries: PositiveInt = setting(300, "N, the greatest number of objects that are told apart")
+    stages: PositiveInt = setting(6, "how often boxes are refined")
+    averaged_stages: int = setting(4, "results have the mean class logits of this many last stages")
+    num_heads: PositiveInt = setting(8, "attention heads")
+    roi_size: PositiveInt = setting(7, "side of the grid on which a box's features are read for class and box, cells")
+    dynamic_dim: PositiveInt = setting(64, "dynamic attention: width between its two layers")
+    feedforward_dim: PositiveInt = setting(2048, "hidden width of the encoders' MLPs")
+    dropout: Fraction = setting(0.0, "in the encoders")
+    codec: Literal["autoencoder", "dct", "logit-pca"] = setting(
+        "autoencoder", "how a mask becomes D numbers (README: SMT, DCT, PCA)"
+    )
+    mask_size: int = setting(112, "side S of the box-local mask, pixels; features for it are read on a quarter of it, cells")
+    code_length: PositiveInt = setting(256, "D numbers for a mask")
+    codec_weights: str | None = setting(
+        None, "a code that `maskset codecs fit` learnt; None learns it; not read where --init has one"
+    )
+    autoencoder_steps: PositiveInt = setting(
+        3000, "how many batches of 64 masks the autoencoder is learnt from, where it must be"
+    )
+    target_noise: bool = setting(True, "logit-pca: the softness of the targets' pixels is drawn at every call; else fixed")
+    class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
+    l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
+    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")
+    code_weight: NonNegativeFloat = setting(1.0, "weight of the loss of the codes, and of their cosine in the matching")
+    dice_weight: NonNegativeFloat = setting(5.0, "weight of the dice loss of the masks")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,7 @@ from maskset.config import (
     PositiveInt,
     check_between,
     config,
+    setting,
 )
 from maskset.detection import best_detections, class_and_box_terms
 from maskset.instances import Category, Instances, Masks
@@ -49,29 +50,29 @@ class SoitConfig(SystemConfig):
     """Settings of SOIT; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["soit"] = "soit"  # which system these settings are of
-    num_classes: int = 80  # class channels; training sets it from the data
-    input: InputConfig = InputConfig()  # how images become the network's input
-    backbone: BackboneConfig = BackboneConfig()  # the network that features are read from
-    hidden_dim: PositiveInt = 256  # width C of the transformer
-    num_heads: PositiveInt = 8  # attention heads
-    num_levels: PositiveInt = 4  # feature levels, strides 8, 16, 32, 64
-    num_points: PositiveInt = 4  # sampling points of an attention head in a level
-    feedforward_dim: PositiveInt = 1024  # hidden width of the transformer's MLPs
-    dropout: Fraction = 0.1  # in the transformer
-    encoder_layers: PositiveInt = 6  # deformable encoder layers
-    decoder_layers: PositiveInt = 6  # decoder layers
-    num_queries: PositiveInt = 300  # N, the greatest number of objects that are told apart
-    mask_encoder_layers: NonNegativeInt = 1  # Table 3b: layers of one head on the finest level, before the mask features
-    mask_channels: PositiveInt = 8  # Table 3a: C of the instance-aware transformer
-    mask_heads: PositiveInt = 4  # Table 2: M of the instance-aware transformer
-    mask_points: PositiveInt = 4  # K, sampling points of each of its heads
-    mask_positions: Literal["relative", "absolute", "none"] = "relative"  # Table 4: how a pixel knows where it is
-    mask_loss_layers: int = 6  # Table 5: how many of the last decoder layers have mask losses
-    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
-    l1_weight: NonNegativeFloat = 5.0  # weight of the L1 box loss, and in the matching
-    giou_weight: NonNegativeFloat = 2.0  # weight of the generalised IoU loss, and in the matching
-    dice_weight: NonNegativeFloat = 8.0  # weight of the masks' dice loss
-    bce_weight: NonNegativeFloat = 2.0  # weight of the masks' binary cross-entropy
+    num_classes: int = setting(80, "class channels; training sets it from the data")
+    input: InputConfig = setting(InputConfig(), "how images become the network's input")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the network that features are read from")
+    hidden_dim: PositiveInt = setting(256, "width C of the transformer")
+    num_heads: PositiveInt = setting(8, "attention heads")
+    num_levels: PositiveInt = setting(4, "feature levels, strides 8, 16, 32, 64")
+    num_points: PositiveInt = setting(4, "sampling points of an attention head in a level")
+    feedforward_dim: PositiveInt = setting(1024, "hidden width of the transformer's MLPs")
+    dropout: Fraction = setting(0.1, "in the transformer")
+    encoder_layers: PositiveInt = setting(6, "deformable encoder layers")
+    decoder_layers: PositiveInt = setting(6, "decoder layers")
+    num_queries: PositiveInt = setting(300, "N, the greatest number of objects that are told apart")
+    mask_encoder_layers: NonNegativeInt = setting(1, "Table 3b: layers of one head on the finest level, before the mask features")
+    mask_channels: PositiveInt = setting(8, "Table 3a: C of the instance-aware transformer")
+    mask_heads: PositiveInt = setting(4, "Table 2: M of the instance-aware transformer")
+    mask_points: PositiveInt = setting(4, "K, sampling points of each of its heads")
+    mask_positions: Literal["relative", "absolute", "none"] = setting("relative", "Table 4: how a pixel knows where it is")
+    mask_loss_layers: int = setting(6, "Table 5: how many of the last decoder layers have mask losses")
+    class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
+    l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
+    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")
+    dice_weight: NonNegativeFloat = setting(8.0, "weight of the masks' dice loss")
+    bce_weight: NonNegativeFloat = setting(2.0, "weight of the masks' binary cross-entropy")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config
+from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config, setting
 from maskset.detection import best_detections, class_and_box_terms
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
@@ -40,30 +40,32 @@ class SolqConfig(SystemConfig):
     """Settings of SOLQ; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["solq"] = "solq"  # which system these settings are of
-    num_classes: int = 80  # class channels; training sets it from the data
-    input: InputConfig = InputConfig()  # how images become the network's input
-    backbone: BackboneConfig = BackboneConfig()  # the network that features are read from
-    hidden_dim: PositiveInt = 384  # width C of the transformer (the paper does not say; the official code has 384)
-    num_heads: PositiveInt = 8  # attention heads
-    num_levels: PositiveInt = 4  # feature levels, strides 8, 16, 32, 64
-    num_points: PositiveInt = 4  # sampling points of an attention head in a level
-    feedforward_dim: PositiveInt = 1024  # hidden width of the transformer's MLPs
-    dropout: Fraction = 0.1  # in the transformer
-    encoder_layers: PositiveInt = 6  # deformable encoder layers
-    decoder_layers: PositiveInt = 6  # decoder layers
-    num_queries: PositiveInt = 300  # N, the greatest number of objects that are told apart
-    box_refinement: bool = True  # each layer corrects the box of the layer before, with heads of its own
-    two_stage: bool = False  # queries start from the encoder's best proposals
-    codec: Literal["dct", "pca", "sparse", "flatten"] = "dct"  # Table 3a: how a mask becomes D numbers
-    mask_size: int = 128  # Table 3d: N of the paper, side S of the box-local mask, pixels
-    code_length: int = 256  # Table 3e: n_k of the paper, D numbers for a mask
-    codec_weights: str | None = None  # a code that `maskset codecs fit` learnt; None learns it; not read where --init has one
-    mask_hidden_dim: PositiveInt = 1024  # hidden width of the mask head
-    mask_loss_layers: int = 6  # Table 3c: how many of the last decoder layers have the vector loss
-    mask_weight: NonNegativeFloat = 3.0  # Table 3b: weight of the vector loss
-    class_weight: NonNegativeFloat = 2.0  # weight of the focal loss, and in the matching
-    l1_weight: NonNegativeFloat = 5.0  # weight of the L1 box loss, and in the matching
-    giou_weight: NonNegativeFloat = 2.0  # weight of the generalised IoU loss, and in the matching
+    num_classes: int = setting(80, "class channels; training sets it from the data")
+    input: InputConfig = setting(InputConfig(), "how images become the network's input")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the network that features are read from")
+    hidden_dim: PositiveInt = setting(384, "width C of the transformer (the paper does not say; the official code has 384)")
+    num_heads: PositiveInt = setting(8, "attention heads")
+    num_levels: PositiveInt = setting(4, "feature levels, strides 8, 16, 32, 64")
+    num_points: PositiveInt = setting(4, "sampling points of an attention head in a level")
+    feedforward_dim: PositiveInt = setting(1024, "hidden width of the transformer's MLPs")
+    dropout: Fraction = setting(0.1, "in the transformer")
+    encoder_layers: PositiveInt = setting(6, "deformable encoder layers")
+    decoder_layers: PositiveInt = setting(6, "decoder layers")
+    num_queries: PositiveInt = setting(300, "N, the greatest number of objects that are told apart")
+    box_refinement: bool = setting(True, "each layer corrects the box of the layer before, with heads of its own")
+    two_stage: bool = setting(False, "queries start from the encoder's best proposals")
+    codec: Literal["dct", "pca", "sparse", "flatten"] = setting("dct", "Table 3a: how a mask becomes D numbers")
+    mask_size: int = setting(128, "Table 3d: N of the paper, side S of the box-local mask, pixels")
+    code_length: int = setting(256, "Table 3e: n_k of the paper, D numbers for a mask")
+    codec_weights: str | None = setting(
+        None, "a code that `maskset codecs fit` learnt; None learns it; not read where --init has one"
+    )
+    mask_hidden_dim: PositiveInt = setting(1024, "hidden width of the mask head")
+    mask_loss_layers: int = setting(6, "Table 3c: how many of the last decoder layers have the vector loss")
+    mask_weight: NonNegativeFloat = setting(3.0, "Table 3b: weight of the vector loss")
+    class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
+    l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
+    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")
 
     def __post_init__(self) -> None:
         super().__post_init__()

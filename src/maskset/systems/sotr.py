@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from maskset import distributed
-from maskset.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, config
+from maskset.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, config, setting
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
 from maskset.layers.pyramid import FeaturePyramid
@@ -55,26 +55,40 @@ class SotrConfig(SystemConfig):
     """Settings of SOTR; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["sotr"] = "sotr"  # which system these settings are of
-    num_classes: int = 80  # class channels; training sets it from the data
-    input: InputConfig = _INPUT  # how images become the network's input
-    backbone: BackboneConfig = BackboneConfig(stride_in_first=True, drop_path=0.0)  # the network that features are read from
-    hidden_dim: PositiveInt = 256  # width C of pyramid and transformer
-    num_heads: PositiveInt = 8  # attention heads
-    transformer: Literal["released", "pure-twin", "hybrid-twin", "full"] = "released"  # as in the code, or table 2 of the paper
-    depth: NonNegativeInt = 12  # layers of the transformer (table 3)
-    substituted: Literal["none", "p5", "p4+p5"] = "p5"  # what of the mask features' levels the transformer makes (table 4)
-    grids: tuple[int, ...] = (40, 36, 24, 16, 12)  # cells along each side of the five grids
-    scale_from: tuple[int, ...] = (1, 48, 96, 192, 384)  # root of the box area from which an object is on each grid, pixels ...
-    scale_to: tuple[int, ...] = (96, 192, 384, 768, 2048)  # ... and up to which, pixels
-    centre_share: Probability = 0.2  # of the box's sides: the region around the centre of mass whose cells are the object's
-    mask_hidden_dim: PositiveInt = 128  # width inside the multi-level upsampling
-    mask_dim: PositiveInt = 256  # D, width of the mask features and length of a kernel
-    mask_weight: NonNegativeFloat = 3.0  # weight of the dice loss
-    class_weight: NonNegativeFloat = 1.0  # weight of the focal loss
-    score_threshold: Probability = 0.1  # probability that a class must exceed for its mask to be drawn
-    nms: Literal["gaussian", "linear", "greedy"] = "gaussian"  # Matrix NMS with this decay, or greedy suppression of masks
-    nms_candidates: PositiveInt = 500  # best masks that are compared with each other, and so the most results of an image
-    kept_threshold: Probability = 0.05  # least score after Matrix NMS
+    num_classes: int = setting(80, "class channels; training sets it from the data")
+    input: InputConfig = setting(_INPUT, "how images become the network's input")
+    backbone: BackboneConfig = setting(
+        BackboneConfig(stride_in_first=True, drop_path=0.0), "the network that features are read from"
+    )
+    hidden_dim: PositiveInt = setting(256, "width C of pyramid and transformer")
+    num_heads: PositiveInt = setting(8, "attention heads")
+    transformer: Literal["released", "pure-twin", "hybrid-twin", "full"] = setting(
+        "released", "as in the code, or table 2 of the paper"
+    )
+    depth: NonNegativeInt = setting(12, "layers of the transformer (table 3)")
+    substituted: Literal["none", "p5", "p4+p5"] = setting(
+        "p5", "what of the mask features' levels the transformer makes (table 4)"
+    )
+    grids: tuple[int, ...] = setting((40, 36, 24, 16, 12), "cells along each side of the five grids")
+    scale_from: tuple[int, ...] = setting(
+        (1, 48, 96, 192, 384), "root of the box area from which an object is on each grid, pixels ..."
+    )
+    scale_to: tuple[int, ...] = setting((96, 192, 384, 768, 2048), "... and up to which, pixels")
+    centre_share: Probability = setting(
+        0.2, "of the box's sides: the region around the centre of mass whose cells are the object's"
+    )
+    mask_hidden_dim: PositiveInt = setting(128, "width inside the multi-level upsampling")
+    mask_dim: PositiveInt = setting(256, "D, width of the mask features and length of a kernel")
+    mask_weight: NonNegativeFloat = setting(3.0, "weight of the dice loss")
+    class_weight: NonNegativeFloat = setting(1.0, "weight of the focal loss")
+    score_threshold: Probability = setting(0.1, "probability that a class must exceed for its mask to be drawn")
+    nms: Literal["gaussian", "linear", "greedy"] = setting(
+        "gaussian", "Matrix NMS with this decay, or greedy suppression of masks"
+    )
+    nms_candidates: PositiveInt = setting(
+        500, "best masks that are compared with each other, and so the most results of an image"
+    )
+    kept_threshold: Probability = setting(0.05, "least score after Matrix NMS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
