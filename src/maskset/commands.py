@@ -253,7 +253,11 @@ def _codecs_compare(options: Namespace) -> None:
     from maskset.codec_tools.compare import compare_codecs
 
     comparison = compare_codecs(
-        options.data, split=options.split, fit_split=options.fit_split, max_masks=options.max_masks, skip_broken=options.skip_broken
+        options.data,
+        split=options.split,
+        fit_split=options.fit_split,
+        max_masks=options.max_masks,
+        skip_broken=options.skip_broken,
     )
     print(comparison)
     if options.out:
@@ -381,7 +385,9 @@ def _count(text: str) -> int:
 
 def _add_masks(parser: ArgumentParser, split: str) -> None:
     parser.add_argument("--split", default=split, help=f"part of the data (default: {split})")
-    parser.add_argument("--max-masks", type=_count, default=20_000, metavar="N", help="number of masks to fit to (default: 20000)")
+    parser.add_argument(
+        "--max-masks", type=_count, default=20_000, metavar="N", help="number of masks to fit to (default: 20000)"
+    )
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken annotations instead of stopping")
 
 
