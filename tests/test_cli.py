@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from maskset import cli
+from maskset.arguments import FIRST_SETTINGS
 from maskset.errors import MasksetError
-from maskset.first_settings import FIRST_SETTINGS
 
 
 def answer(capsys, *arguments: str) -> tuple[int, str, str]:

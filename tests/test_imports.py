@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": GROUND
     | {"systems.base", "data", "checkpoint", "inference", "evaluation", "recipe", "recipes", "training", "comparison"},
     "flags": {"config", "errors"},
-    "first_settings": set(),
+    "arguments": {"errors", "files", "tensors"},
     "info": {"kernels", "layers"},
     "demo": GROUND | {"recipe", "recipes", "data", "checkpoint", "inference", "evaluation", "training"},
 }

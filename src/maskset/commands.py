@@ -5,16 +5,14 @@ Slow imports happen inside the commands, so that help and mistakes are answered 
 
 import json
 import os
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+from maskset.arguments import FIRST_SETTINGS, count, new_file, new_folder, new_json, usable_device
 from maskset.errors import ConfigError, MasksetError
-from maskset.files import check_file, check_folder, check_new
-from maskset.first_settings import FIRST_SETTINGS
 
 
 def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -94,7 +92,7 @@ def _evaluate_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     _add_max_detections(parser)
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
     _add_device(parser)
-    parser.add_argument("--out", type=_new_folder, metavar="FOLDER", help="write metrics.json and per_class.csv here")
+    parser.add_argument("--out", type=new_folder, metavar="FOLDER", help="write metrics.json and per_class.csv here")
 
 
 def _evaluate(options: Namespace) -> None:
@@ -119,11 +117,11 @@ def _predict_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     _add_model(parser)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help='image files, folders, or patterns such as "photos/*.jpg"')
     parser.add_argument(
-        "--out", type=_new_folder, default="predictions", metavar="FOLDER", help="output folder (default: predictions)"
+        "--out", type=new_folder, default="predictions", metavar="FOLDER", help="output folder (default: predictions)"
     )
     parser.add_argument("--threshold", type=float, default=0.5, help="minimum score of an object (default: 0.5)")
     parser.add_argument(
-        "--limit", type=_count, default=100, metavar="N", help="maximum number of objects per image (default: 100)"
+        "--limit", type=count, default=100, metavar="N", help="maximum number of objects per image (default: 100)"
     )
     parser.add_argument(
         "--save",
@@ -159,13 +157,13 @@ def _compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     _add_data(parser)
     parser.add_argument(
         "--out",
-        type=_new_folder,
+        type=new_folder,
         required=True,
         metavar="FOLDER",
         help="output folder; an interrupted comparison in it is resumed",
     )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=_count, metavar="N", help="epochs to train each recipe (default: the recipe's own)")
+    budget.add_argument("--epochs", type=count, metavar="N", help="epochs to train each recipe (default: the recipe's own)")
     budget.add_argument("--minutes", type=float, metavar="M", help="minutes to train each recipe, instead of epochs")
     parser.add_argument("--split", default="val", help="split to evaluate on (default: val)")
     _add_max_detections(parser)
@@ -198,12 +196,12 @@ def _compare(options: Namespace) -> None:
 def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("kind", metavar="KIND", help="pca, sparse, logit-pca or autoencoder; the others need no fitting")
     parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or shapes: (generated images)")
-    parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--size", type=_count, help="side of the box-local mask, pixels (default: 28, for autoencoder 112)")
-    parser.add_argument("--length", type=_count, help="numbers per mask (default: 60, for sparse and autoencoder 256)")
+    parser.add_argument("out", type=new_file, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--size", type=count, help="side of the box-local mask, pixels (default: 28, for autoencoder 112)")
+    parser.add_argument("--length", type=count, help="numbers per mask (default: 60, for sparse and autoencoder 256)")
     parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: 0.3 * size / 28)")
     parser.add_argument(
-        "--steps", type=_count, metavar="N", help="autoencoder: batches of 64 masks (default: 3000, hours on a CPU)"
+        "--steps", type=count, metavar="N", help="autoencoder: batches of 64 masks (default: 3000, hours on a CPU)"
     )
     _add_masks(parser, "train")
 
@@ -230,7 +228,7 @@ def _codecs_fit(options: Namespace) -> None:
 def _codecs_compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("data", nargs="+", metavar="DATA", help="data folders, COCO JSON files, or shapes: (generated images)")
     parser.add_argument("--fit-split", default="train", metavar="SPLIT", help="part of the data to fit to (default: train)")
-    parser.add_argument("--out", type=_new_json, metavar="FILE", help="write the table as JSON here")
+    parser.add_argument("--out", type=new_json, metavar="FILE", help="write the table as JSON here")
     _add_masks(parser, "val")
 
 
@@ -253,7 +251,7 @@ def _codecs_compare(options: Namespace) -> None:
 def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("system", metavar="SYSTEM", help="system of the checkpoint: solq, soit, isda, istr, istr-smt or sotr")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
-    parser.add_argument("out", type=_new_file, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("out", type=new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep COCO's 80 classes of the 91 channels")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="text file with one class name per line")
     parser.add_argument("--last-wins", action="store_true", help="use the last copy of a tensor where copies differ")
@@ -327,53 +325,17 @@ def _add_data(parser: ArgumentParser) -> None:
 
 def _add_max_detections(parser: ArgumentParser) -> None:
     help = "maximum number of objects per image (default: 100)"
-    parser.add_argument("--max-detections", type=_count, default=100, metavar="N", help=help)
+    parser.add_argument("--max-detections", type=count, default=100, metavar="N", help=help)
 
 
 def _add_device(parser: ArgumentParser) -> None:
     help = "device to compute on, such as cuda:1 (default: a GPU if there is one)"
-    parser.add_argument("--device", type=_usable_device, metavar="DEVICE", help=help)
-
-
-def _writable(check: Callable[[Path], None]) -> Callable[[str], Path]:
-    """Return an argument type: a path that `check` accepts, so that a mistake is reported before the work."""
-
-    def path(name: str) -> Path:
-        try:
-            check(Path(name))
-        except ConfigError as error:
-            raise ArgumentTypeError(str(error)) from None
-        return Path(name)
-
-    return path
-
-
-_new_file, _new_folder = _writable(check_file), _writable(check_folder)
-_new_json = _writable(partial(check_new, ending=".json"))
-
-
-def _usable_device(name: str) -> str:
-    from maskset.tensors import check_device
-
-    try:
-        check_device(name)
-    except ConfigError as error:
-        raise ArgumentTypeError(str(error)) from None
-    return name
-
-
-def _count(text: str) -> int:
-    """Return a number of things: whole, at least 1, and not too large for tensors."""
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise ArgumentTypeError(f"must be a whole number, at least 1 and below 2^31, got {text}")
-    return int(text)
+    parser.add_argument("--device", type=usable_device, metavar="DEVICE", help=help)
 
 
 def _add_masks(parser: ArgumentParser, split: str) -> None:
     parser.add_argument("--split", default=split, help=f"part of the data (default: {split})")
-    parser.add_argument(
-        "--max-masks", type=_count, default=20_000, metavar="N", help="number of masks to fit to (default: 20000)"
-    )
+    parser.add_argument("--max-masks", type=count, default=20_000, metavar="N", help="number of masks to fit to (default: 20000)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out broken annotations instead of stopping")
 
 
