@@ -19,7 +19,7 @@ from benchmarks.report import Report
 from maskset.layers.deformable import FUSED, deformable_attention, implementations, using
 
 HEADS, WIDTH, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
-PEER = "transformers"
+BASELINE = "transformers"
 Attention = Callable[["Sample"], Tensor]
 
 
@@ -43,12 +43,12 @@ def run(report: Report, quick: bool) -> None:
     """Measure every implementation that works on this machine."""
     reasons = implementations()
     for name, reason in reasons.items():
-        report.remark(f"Implementation {name}: {'works here' if reason is None else reason}.")
+        report.note(f"Implementation {name}: {'works here' if reason is None else reason}.")
     require("transformers")
     gpu = torch.cuda.is_available()
     device, size, images = ("cuda", (800, 1066), 16) if gpu else ("cpu", (640, 800), 1)
     usable = [name for name, reason in reasons.items() if reason is None and FUSED.get(name, device) == device]
-    attentions = {PEER: transformers_attention, **{f"maskset, {name}": partial(ours, name) for name in usable}}
+    attentions = {BASELINE: transformers_attention, **{f"maskset, {name}": partial(ours, name) for name in usable}}
     if quick:
         size, images = (64, 96), 1
     if gpu:
@@ -58,9 +58,9 @@ def run(report: Report, quick: bool) -> None:
     for place, queries in (("encoder", None), ("decoder", 300)):
         measure(report, place, sample(size, images, queries, device), attentions, seconds=0 if quick else 25)
     if gpu:
-        cuda.bandwidth(report, sample(size, images, None, device), [way for way in attentions if way != PEER])
-        return gpu_bars(report)
-    cpu_bars(report)
+        cuda.bandwidth(report, sample(size, images, None, device), [way for way in attentions if way != BASELINE])
+        return gpu_targets(report)
+    cpu_targets(report)
 
 
 def ours(name: str, sample: Sample) -> Tensor:
@@ -117,15 +117,15 @@ def measure(report: Report, place: str, sample: Sample, attentions: dict[str, At
         found = with_gradients(attention, sample)
         each = [(one - other).abs().max() / other.abs().max() for one, other in zip(found, exact, strict=True)]
         apart = torch.stack(each).max().item()  # NaN if any is
-        what = f"{place}, output and gradients: {name} and {PEER} in float64, relative to the greatest value"
+        what = f"{place}, output and gradients: {name} and {BASELINE} in float64, relative to the greatest value"
         report.agree(what, apart, 1e-4)
     given = replace(sample, value=sample.value.bfloat16()) if sample.value.is_cuda else sample
     taken = {name: given if name == "maskset, triton" else sample for name in attentions}  # others want one precision of all
     ways: dict[str, Way] = {name: partial(attention, taken[name]) for name, attention in attentions.items()}
     with torch.no_grad():
-        report.compare(case(place, "inference", sample), PEER, in_turn(ways, seconds), peaks(ways))
+        report.compare(case(place, "inference", sample), BASELINE, in_turn(ways, seconds), peaks(ways))
     ways = {name: partial(with_gradients, attention, taken[name]) for name, attention in attentions.items()}
-    report.compare(case(place, "forward and backward", sample), PEER, in_turn(ways, seconds), peaks(ways))
+    report.compare(case(place, "forward and backward", sample), BASELINE, in_turn(ways, seconds), peaks(ways))
 
 
 def with_gradients(attention: Attention, sample: Sample) -> tuple[Tensor, ...]:
@@ -142,24 +142,29 @@ def case(place: str, what: str, sample: Sample) -> str:
     return f"{place}, {what}: {images} x {queries:,} queries"
 
 
-def cpu_bars(report: Report) -> None:
-    """Compare with what was asked for: other ratios with one thread than with more."""
+def cpu_targets(report: Report) -> None:
+    """Add the targets, which differ between one thread and several."""
     inference, training = (next(f.case for f in report.figures if what in f.case) for what in ("inference", "backward"))
     missing = "" if report.figure(inference, "maskset, c") else "no C kernel here"
-    asked = (12, 10) if report.threads == 1 else (8, 8)
-    what = f"attention of an encoder, {report.threads} thread{'s' * (report.threads > 1)}"
-    for step, case, least in (("inference", inference, asked[0]), ("forward and backward", training, asked[1])):
-        report.bar(f"{what}, {step}: time, C kernel", least, report.faster(case, "maskset, c"), missing)
+    required = (12, 10) if report.threads == 1 else (8, 8)
+    threads = f"{report.threads} thread{'s' * (report.threads > 1)}"
+    compared = "of the C kernel over transformers: encoder attention"
+    for step, case, least in (("inference", inference, required[0]), ("forward and backward", training, required[1])):
+        report.target(f"speed-up {compared}, {step}, {threads}", least, report.speedup(case, "maskset, c"), missing)
     if report.threads > 1:
         return
     for step, case in (("inference", inference), ("forward and backward", training)):
-        report.bar(f"{what}, {step}: memory, C kernel", 10, report.smaller(case, "maskset, c"), missing)
-    report.bar(f"{what}, inference: time, embedding_bag", 2.5, report.faster(inference, "maskset, bag"))
+        report.target(f"memory saving {compared}, {step}, {threads}", 10, report.memory_saving(case, "maskset, c"), missing)
+    report.target(
+        f"speed-up of embedding_bag over transformers: encoder attention, inference, {threads}",
+        2.5,
+        report.speedup(inference, "maskset, bag"),
+    )
 
 
-def gpu_bars(report: Report) -> None:
-    """Compare with what was asked for in milliseconds, as ratios of those to what was reached."""
-    for what, asked in (("inference", 3.0), ("forward and backward", 15.0)):
-        found = next((f for f in report.figures if f"encoder, {what}" in f.case and f.way == "maskset, triton"), None)
-        reached = None if found is None or not found.milliseconds else asked / found.milliseconds
-        report.bar(f"attention of an encoder on a GPU, {what}: Triton kernel, {asked:g} ms divided by its time", 1, reached)
+def gpu_targets(report: Report) -> None:
+    """Add the targets, which are times, as the ratio of the allowed time to the measured one."""
+    for what, required in (("inference", 3.0), ("forward and backward", 15.0)):
+        found = next((f for f in report.figures if f"encoder, {what}" in f.case and f.implementation == "maskset, triton"), None)
+        measured = None if found is None or not found.milliseconds else required / found.milliseconds
+        report.target(f"Triton kernel, relative to a budget of {required:g} ms: encoder attention, {what}", 1, measured)

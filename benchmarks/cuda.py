@@ -92,7 +92,7 @@ std::vector<torch::Tensor> call(torch::Tensor v, torch::Tensor shapes, torch::Te
 def attentions(report: Report) -> dict[str, Callable[["Sample"], Tensor]]:
     """Return the kernel as an attention by its name; nothing, with a remark, where it cannot be compiled."""
     if shutil.which("nvcc") is None:
-        report.remark("The CUDA kernel is not measured: there is no nvcc.")
+        report.note("The CUDA kernel is not measured: there is no nvcc.")
         return {}
     from torch.utils.cpp_extension import load_inline
 
@@ -101,7 +101,7 @@ def attentions(report: Report) -> dict[str, Callable[["Sample"], Tensor]]:
     try:
         kernel: Any = load_inline("maskset_bench", declared, cuda_sources=_SOURCE, functions=["call"])
     except (RuntimeError, OSError) as error:
-        report.remark(f"The CUDA kernel is not measured: it could not be compiled ({str(error).splitlines()[0]}).")
+        report.note(f"The CUDA kernel is not measured: it could not be compiled ({str(error).splitlines()[0]}).")
         return {}
 
     class Kernel(torch.autograd.Function):
@@ -128,11 +128,11 @@ def bandwidth(report: Report, sample: "Sample", ways: Sequence[str]) -> None:
     target = torch.empty_like(source)
     seconds = median(in_turn({"copy": lambda: target.copy_(source)}, 1.0)["copy"])
     copied = 2 * source.nbytes / seconds / 1e9
-    report.remark(f"Copying 1 GiB: {copied:,.0f} GB/s.")
+    report.note(f"Copying 1 GiB: {copied:,.0f} GB/s.")
     for way in ways:
-        found = next((f for f in report.figures if f.case.startswith("encoder, inference") and f.way == way), None)
+        found = next((f for f in report.figures if f.case.startswith("encoder, inference") and f.implementation == way), None)
         if found and found.milliseconds:
             value = sample.value.nbytes // (2 if way == "maskset, triton" else 1)  # bfloat16
             moved = value + sample.locations.nbytes + sample.weights.nbytes + sample.gradient.nbytes
             rate = moved / found.milliseconds / 1e6
-            report.remark(f"{way}: {moved / 2**20:,.0f} MiB in and out, {rate:,.0f} GB/s, {100 * rate / copied:.0f} % of a copy.")
+            report.note(f"{way}: {moved / 2**20:,.0f} MiB in and out, {rate:,.0f} GB/s, {100 * rate / copied:.0f} % of a copy.")

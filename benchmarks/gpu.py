@@ -266,7 +266,9 @@ def benchmark(name: str, device: str, reports: list[dict[str, Any]]) -> Outcome:
     measure.MOST_SECONDS = 5.0
     module.run(report, quick=device == "cpu")
     reports.append(report.to_dict(f"python -m benchmarks {name}", time.monotonic()))
-    return Outcome(detail="; ".join(f"{one.what}: {one.reached:.3g}x" for one in report.bars if one.reached is not None))
+    return Outcome(
+        detail="; ".join(f"{one.comparison}: {one.measured:.3g}x" for one in report.targets if one.measured is not None)
+    )
 
 
 def parity(system: str, device: str) -> Outcome:

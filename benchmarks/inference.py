@@ -43,11 +43,11 @@ def run(report: Report, quick: bool) -> None:
     for name in (MRCNN, *(f"maskset {name}" for name in SYSTEMS)):
         found = counts(name, results(name, models[name], pixels, most))
         report.agree(f"{name}: results that an image lacks of {most}", most - min(found), 0)
-    report.remark(
+    report.note(
         "SOTR is at its worst here: untrained scores do not tell good cells from bad ones, so the masks of all 3,872 are drawn; "
         "trained weights leave a few hundred."
     )
-    report.remark(
+    report.note(
         "SOLQ's transformer is 384 channels wide, as officially, DeformableDetr's and Mask2Former's are 256: an encoder layer's "
         "linear maps have 1.6 times as many products. The row of width 256 compares like with like."
     )
@@ -62,8 +62,8 @@ def run(report: Report, quick: bool) -> None:
         grown = {name: peak - before for name, (before, peak) in memories.items()}
         report.compare(f"memory of a process, {place}, float32", DDETR, {}, grown)
         for name, (before, peak) in memories.items():
-            report.remark(f"Memory of {name}: {before:,.0f} MiB before, {peak:,.0f} MiB at most.")
-    bars(report, place)
+            report.note(f"Memory of {name}: {before:,.0f} MiB before, {peak:,.0f} MiB at most.")
+    add_targets(report, place)
 
 
 def noise(images: int, size: tuple[int, int]) -> Tensor:
@@ -219,12 +219,15 @@ def memory(name: str, pixels: Tensor, quick: bool) -> tuple[float, float]:
     return before, resident()[1]
 
 
-def bars(report: Report, place: str) -> None:
-    """Compare SOLQ with what was asked for."""
+def add_targets(report: Report, place: str) -> None:
+    """Add the targets of SOLQ."""
     for precision in PRECISIONS:
         case = f"{place}, {precision}"
-        for peer, least in ((DDETR, 2), (M2F, 2), (MRCNN, 1)):
-            report.bar(f"whole SOLQ, {precision}: time, {peer}", least, report.faster(case, "maskset solq", peer))
+        for baseline, least in ((DDETR, 2), (M2F, 2), (MRCNN, 1)):
+            what = f"speed-up of SOLQ over {baseline}: inference, {precision}"
+            report.target(what, least, report.speedup(case, "maskset solq", baseline))
     case = f"memory of a process, {place}, float32"
-    for peer in (DDETR, M2F, MRCNN):
-        report.bar(f"whole SOLQ: memory, {peer}", 1, report.smaller(case, "maskset solq", peer))
+    for baseline in (DDETR, M2F, MRCNN):
+        report.target(
+            f"memory saving of SOLQ over {baseline}: inference", 1, report.memory_saving(case, "maskset solq", baseline)
+        )

@@ -29,7 +29,7 @@ from maskset.masks.targets import crop
 from maskset.systems.base import InputConfig
 
 SHORT_SIDE, LONG_SIDE, CROP = 800, 1333, 128
-PEER = "Pillow, float pixels, dense masks"
+BASELINE = "Pillow, float pixels, dense masks"
 Polygon = list[float]
 
 
@@ -40,14 +40,14 @@ def run(report: Report, quick: bool) -> None:
         polygons = write(Path(folder), count, size)
         data = open_data(folder, "train")
         agree(report, data, polygons)
-        ways = {PEER: partial(theirs, data, polygons), "maskset": partial(ours, data)}
+        ways = {BASELINE: partial(theirs, data, polygons), "maskset": partial(ours, data)}
         case = f"{count} images of {size[1]} x {size[0]} pixels, {sum(map(len, polygons))} objects"
-        report.compare(case, PEER, in_turn(ways, 0 if quick else 30))
+        report.compare(case, BASELINE, in_turn(ways, 0 if quick else 30))
     for way in ways:
         found = report.figure(case, way)
         if found and found.milliseconds:
-            report.remark(f"{way}: {1000 * count / found.milliseconds:.0f} images/s and core.")
-    report.bar("images read for training, per core: Pillow and dense masks", 4, report.faster(case, "maskset"))
+            report.note(f"{way}: {1000 * count / found.milliseconds:.0f} images/s and core.")
+    report.target("speed-up of the loader over Pillow and dense masks, per core", 4, report.speedup(case, "maskset"))
 
 
 def ours(data: Dataset) -> None:

@@ -72,21 +72,21 @@ def made(count: int, size: tuple[int, int]) -> Drawn:
 
 def box_masks(report: Report, drawn: Drawn, seconds: float) -> None:
     """From masks inside boxes to text."""
-    case, peer = f"{len(drawn.fields)} box masks to text", f"torchvision's paste, {PYCOCOTOOLS}"
+    case, baseline = f"{len(drawn.fields)} box masks to text", f"torchvision's paste, {PYCOCOTOOLS}"
     sampled = "grid_sample over the image, " + PYCOCOTOOLS
     found = Masks.from_rle(pasted(drawn), drawn.size).dense()
     report.agree(
         "pasted masks and grid_sample over the whole image, share of all pixels", apart(found, sampled_masks(drawn)), 1e-6
     )
     rounded = apart(found, torchvision_masks(drawn))
-    report.remark(f"torchvision moves boxes to whole pixels: {100 * rounded:.3f} % of all pixels are others.")
+    report.note(f"torchvision moves boxes to whole pixels: {100 * rounded:.3f} % of all pixels are others.")
     ways = {
-        peer: lambda: coco_text(torchvision_masks(drawn)),
+        baseline: lambda: coco_text(torchvision_masks(drawn)),
         sampled: lambda: coco_text(sampled_masks(drawn)),
         "maskset": partial(pasted, drawn),
     }
-    report.compare(case, peer, in_turn(ways, seconds))
-    report.bar(f"{case}: time, torchvision and {PYCOCOTOOLS}", 10, report.faster(case, "maskset"))
+    report.compare(case, baseline, in_turn(ways, seconds))
+    report.target(f"speed-up over torchvision and {PYCOCOTOOLS}: {case}", 10, report.speedup(case, "maskset"))
 
 
 def pasted(drawn: Drawn) -> list[str]:
@@ -118,7 +118,7 @@ def full_image_masks(report: Report, drawn: Drawn, seconds: float) -> None:
     small = (drawn.size[0] // STRIDE, drawn.size[1] // STRIDE)
     shrunk = Drawn(drawn.fields, drawn.boxes / STRIDE, small)
     maps = paste_probabilities(shrunk)
-    case, peer = f"{len(maps)} maps at stride {STRIDE} to text", f"interpolate, {PYCOCOTOOLS}"
+    case, baseline = f"{len(maps)} maps at stride {STRIDE} to text", f"interpolate, {PYCOCOTOOLS}"
 
     def interpolated() -> Bool[Tensor, "n h w"]:
         return F.interpolate(maps[:, None], scale_factor=STRIDE, mode="bilinear", align_corners=False)[:, 0] > 0.5
@@ -128,8 +128,8 @@ def full_image_masks(report: Report, drawn: Drawn, seconds: float) -> None:
 
     found = Masks.from_rle(painted(), drawn.size).dense()
     report.agree("painted masks and interpolate, share of all pixels", apart(found, interpolated()), 1e-6)
-    report.compare(case, peer, in_turn({peer: lambda: coco_text(interpolated()), "maskset": painted}, seconds))
-    report.bar(f"{case}: time, {peer}", 5, report.faster(case, "maskset"))
+    report.compare(case, baseline, in_turn({baseline: lambda: coco_text(interpolated()), "maskset": painted}, seconds))
+    report.target(f"speed-up over interpolate and {PYCOCOTOOLS}: {case}", 5, report.speedup(case, "maskset"))
 
 
 def paste_probabilities(drawn: Drawn) -> Float[Tensor, "n h w"]:
@@ -155,7 +155,7 @@ def codes(report: Report, drawn: Drawn, seconds: float) -> None:
     for what, ways in both.items():
         case = f"DCT {what}, {len(masks)} masks"
         report.compare(case, "dense matrix", in_turn(ways, seconds / 4))
-        report.bar(f"{case}: time, dense matrix", 5, report.faster(case, "maskset, separable"))
+        report.target(f"speed-up over a dense matrix: {case}", 5, report.speedup(case, "maskset, separable"))
 
 
 def run_lengths(report: Report, drawn: Drawn, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What a benchmark found: which results agree, what took how long and how much memory, which bars are reached."""
+"""The report of a benchmark: which results agree, time and memory of each implementation, and which targets are met."""
 
 import importlib.metadata
 import json
@@ -47,38 +47,38 @@ class Figure:
         case: what is computed, on which input.
         way: who computes it, or how.
         milliseconds: median of all rounds; None where only memory is told.
-        least_milliseconds: of the fastest round.
+        best_milliseconds: of the fastest round.
         rounds: how many there were.
         peak_mib: the greatest memory, MiB; None where only time is told.
-        faster: how many times as long the way takes that this one is compared with.
-        smaller: how many times as much memory that takes.
+        speedup: time of the baseline divided by this one's.
+        memory_saving: memory of the baseline divided by this one's.
     """
 
     case: str
-    way: str
+    implementation: str
     milliseconds: float | None
-    least_milliseconds: float | None
+    best_milliseconds: float | None
     rounds: int
     peak_mib: float | None
-    faster: float | None
-    smaller: float | None
+    speedup: float | None
+    memory_saving: float | None
 
 
 @dataclass(frozen=True)
-class Bar:
-    """What was asked for, and what is reached.
+class Target:
+    """A ratio to a baseline, with the least value that it must have.
 
     Attributes:
-        what: the ratio that is meant.
-        asked: its least value.
-        reached: its value; None where it cannot be measured here.
-        remark: why it is None, or why it is missed.
+        comparison: the ratio that is meant.
+        required: the least value.
+        measured: the value; None if it cannot be measured here.
+        note: why it is None, or why the target is missed.
     """
 
-    what: str
-    asked: float
-    reached: float | None
-    remark: str = ""
+    comparison: str
+    required: float
+    measured: float | None
+    note: str = ""
 
 
 @dataclass
@@ -96,12 +96,12 @@ class Report:
     threads: int = 1
     agreements: list[Agreement] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
-    bars: list[Bar] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def remark(self, text: str) -> None:
+    def note(self, text: str) -> None:
         """Add something that the reader must know."""
-        self.remarks.append(text)
+        self.notes.append(text)
         print(text, flush=True)
 
     def agree(self, what: str, difference: float, allowed: float) -> None:
@@ -116,13 +116,13 @@ class Report:
         print(f"agree: {what}, difference {difference:.2g} (allowed {allowed:.2g})", flush=True)
 
     def compare(
-        self, case: str, peer: str | None, times: Mapping[str, Sequence[float]], peaks: Mapping[str, float] | None = None
+        self, case: str, baseline: str | None, times: Mapping[str, Sequence[float]], peaks: Mapping[str, float] | None = None
     ) -> None:
         """Add what each way costs in a case.
 
         Args:
             case: what is computed, on which input.
-            peer: the way that the others are compared with; None where the ways do not do the same.
+            baseline: the implementation that the others are compared with; None if they do not compute the same.
             times: seconds of each round of each way; may be empty where only memory is told.
             peaks: greatest memory of each way, MiB.
         """
@@ -130,34 +130,34 @@ class Report:
         for way in times or peaks:
             rounds, peak = times.get(way, ()), peaks.get(way)
             usual, least = (median(rounds), min(rounds)) if rounds else (None, None)
-            faster = median(times[peer]) / usual if peer and times.get(peer) and usual else None
-            smaller = peaks[peer] / peak if peer and peer in peaks and peak else None
-            self.figures.append(Figure(case, way, _thousand(usual), _thousand(least), len(rounds), peak, faster, smaller))
+            speedup = median(times[baseline]) / usual if baseline and times.get(baseline) and usual else None
+            memory_saving = peaks[baseline] / peak if baseline and baseline in peaks and peak else None
+            self.figures.append(Figure(case, way, _thousand(usual), _thousand(least), len(rounds), peak, speedup, memory_saving))
             parts = [] if usual is None else [f"{1000 * usual:.4g} ms ({len(rounds)} rounds)"]
             parts += [] if peak is None else [f"{peak:.4g} MiB"]
             print(f"{case}: {way}: {', '.join(parts)}", flush=True)
 
     def figure(self, case: str, way: str) -> Figure | None:
         """Return what a way costs in a case, None if that was not measured."""
-        return next((one for one in self.figures if (one.case, one.way) == (case, way)), None)
+        return next((one for one in self.figures if (one.case, one.implementation) == (case, way)), None)
 
-    def faster(self, case: str, way: str, peer: str | None = None) -> float | None:
-        """Return how many times as long the case's peer takes, or the one that is named; None if it was not measured."""
-        one, other = self.figure(case, way), self.figure(case, peer) if peer else None
-        if peer is None or one is None:
-            return one.faster if one else None
+    def speedup(self, case: str, way: str, baseline: str | None = None) -> float | None:
+        """Return the speed-up over the case's baseline, or over another implementation; None if it was not measured."""
+        one, other = self.figure(case, way), self.figure(case, baseline) if baseline else None
+        if baseline is None or one is None:
+            return one.speedup if one else None
         return other.milliseconds / one.milliseconds if other and other.milliseconds and one.milliseconds else None
 
-    def smaller(self, case: str, way: str, peer: str | None = None) -> float | None:
-        """Return how many times as much memory the case's peer takes, or the one that is named; None if it was not measured."""
-        one, other = self.figure(case, way), self.figure(case, peer) if peer else None
-        if peer is None or one is None:
-            return one.smaller if one else None
+    def memory_saving(self, case: str, way: str, baseline: str | None = None) -> float | None:
+        """Return the memory saving over the case's baseline, or over another implementation; None if it was not measured."""
+        one, other = self.figure(case, way), self.figure(case, baseline) if baseline else None
+        if baseline is None or one is None:
+            return one.memory_saving if one else None
         return other.peak_mib / one.peak_mib if other and other.peak_mib and one.peak_mib else None
 
-    def bar(self, what: str, asked: float, reached: float | None, remark: str = "") -> None:
-        """Add a bar."""
-        self.bars.append(Bar(what, asked, reached, remark))
+    def target(self, comparison: str, required: float, measured: float | None, note: str = "") -> None:
+        """Add a target and the measured value."""
+        self.targets.append(Target(comparison, required, measured, note))
 
     def to_dict(self, command: str, start: float) -> dict[str, Any]:
         """Return everything with where it was measured, for JSON.

@@ -27,7 +27,7 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
 
     Raises:
         ConfigError: `threads` or `images` is less than 1, a package is missing, or what is in `out` cannot be written anew.
-        benchmarks.report.Disagreement: maskset and a peer do not compute the same.
+        benchmarks.report.Disagreement: maskset and the baseline do not compute the same.
     """
     for flag, number in (("--threads", threads), ("--images", images)):
         if number is not None and number < 1:

@@ -103,7 +103,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> Path:
     for column, case in enumerate(cases):
         points = [figure for figure in result["figures"] if figure["case"] == case]
         for pane, (name, label) in zip(panes[:, column], (("milliseconds", "ms"), ("peak_mib", "MiB")), strict=True):
-            values = [int(point["way"]) for point in points]
+            values = [int(point["implementation"]) for point in points]
             pane.plot(values, [point[name] for point in points], marker="o", color="#0072b2")
             pane.set_ylim(bottom=0)
             pane.grid(alpha=0.3)

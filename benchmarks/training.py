@@ -31,7 +31,7 @@ from maskset.layers.recompute import recompute
 from maskset.structures import ImageBatch
 from maskset.systems import System, build, isda, soit
 
-PEER, OURS, FRUGAL = "straightforward", "maskset", "maskset, train.checkpoint_activations"
+BASELINE, OURS, FRUGAL = "straightforward", "maskset", "maskset, train.checkpoint_activations"
 Batch = tuple[ImageBatch, list[Instances]]
 
 
@@ -81,17 +81,21 @@ class Cost:
 
 def memory(report: Report, name: str, quick: bool) -> None:
     """Compare the memory of a system's ways."""
-    costs = {way: in_new_process(step_alone, name, way, quick) for way in (PEER, OURS, FRUGAL)}
-    norm = costs[PEER].norm
+    costs = {way: in_new_process(step_alone, name, way, quick) for way in (BASELINE, OURS, FRUGAL)}
+    norm = costs[BASELINE].norm
     for way in (OURS, FRUGAL):
         report.agree(f"{name}, {way}: norm of the gradient, relative", abs(costs[way].norm - norm) / norm, 1e-3)
     case = f"memory of a training step, {name}"
-    report.compare(case, PEER, {}, {way: cost.peak - cost.before for way, cost in costs.items()})
+    report.compare(case, BASELINE, {}, {way: cost.peak - cost.before for way, cost in costs.items()})
     for way, cost in costs.items():
         text = f"{cost.before:,.0f} MiB before, {cost.peak:,.0f} MiB at most, {cost.seconds:.1f} s (once)"
-        report.remark(f"Training step of {name}, {way}: {text}.")
+        report.note(f"Training step of {name}, {way}: {text}.")
     if name == "soit":
-        report.bar(f"{case}, layers recomputed: {PEER}", 3, report.smaller(case, FRUGAL))
+        report.target(
+            f"memory saving over the {BASELINE} implementation: training step of SOIT, layers recomputed",
+            3,
+            report.memory_saving(case, FRUGAL),
+        )
 
 
 def step_alone(name: str, way: str, quick: bool) -> Cost:
@@ -104,7 +108,7 @@ def step_alone(name: str, way: str, quick: bool) -> Cost:
         recompute(model)
     batch = on_device(example(model, size, objects, images=1))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with straightforward() if way == PEER else ExitStack():
+    with straightforward() if way == BASELINE else ExitStack():
         before, _ = resident()
         start = time.perf_counter()
         gradients = torch.autograd.grad(total(model, batch), parameters, allow_unused=True)
@@ -171,7 +175,7 @@ def seconds(report: Report, name: str, quick: bool) -> None:
             step(model, batch)
 
     case = f"training step of {name}-small, {count} images of {side} x {side}"
-    report.compare(case, PEER, in_turn({PEER: plain, OURS: partial(step, model, batch)}, 0 if quick else 12))
+    report.compare(case, BASELINE, in_turn({BASELINE: plain, OURS: partial(step, model, batch)}, 0 if quick else 12))
 
 
 def step(model: System, batch: Batch) -> None:
@@ -191,7 +195,7 @@ def throughput(report: Report, images: int, size: tuple[int, int], quick: bool =
     for name in ways:
         found = report.figure(case, name)
         if found and found.milliseconds:
-            report.remark(f"{name}: {1000 * images / found.milliseconds:.1f} images/s in training.")
+            report.note(f"{name}: {1000 * images / found.milliseconds:.1f} images/s in training.")
 
 
 def whole_step(name: str, model: nn.Module, images: int, size: tuple[int, int]) -> Way:

@@ -27,17 +27,17 @@ def run(report: Report, quick: bool) -> None:
         compare(report, f"attention, {side} x {side} cells", FULL, attentions(side), seconds)
     for side in (6,) if quick else (12, 24, 40):
         compare(report, f"released transformer, {side} x {side} cells", DOUBLED, transformers(side, depth), seconds)
-    report.remark(
+    report.note(
         "The paper reports 1.24 times the speed and 2.0 times less memory for the whole model at depth 12. What the twin "
         "saves in memory, fused attention saves as well, for full attention too."
     )
 
 
-def compare(report: Report, case: str, peer: str, ways: Mapping[str, tuple[nn.Module, Tensor]], seconds: float) -> None:
+def compare(report: Report, case: str, baseline: str, ways: Mapping[str, tuple[nn.Module, Tensor]], seconds: float) -> None:
     """Compare ways that compute the same where their names begin alike."""
     agree(report, case, ways)
     steps = {name: step(module, x, name.endswith("plain")) for name, (module, x) in ways.items()}
-    report.compare(case, peer, in_turn(steps, seconds), peaks(steps))
+    report.compare(case, baseline, in_turn(steps, seconds), peaks(steps))
 
 
 def agree(report: Report, case: str, ways: Mapping[str, tuple[nn.Module, Tensor]]) -> None:

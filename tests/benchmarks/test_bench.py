@@ -38,7 +38,7 @@ def test_a_gradient_that_is_no_number_is_no_agreement():
         locations.register_hook(lambda gradient: gradient * torch.nan)
         return attention.ours("reference", replace(sample, locations=locations))
 
-    ways = {attention.PEER: attention.transformers_attention, "broken": broken}
+    ways = {attention.BASELINE: attention.transformers_attention, "broken": broken}
     with pytest.raises(Disagreement, match="broken.*they differ by nan"):
         attention.measure(Report("attention", "", 1), "decoder", attention.sample((64, 96), 1, 20, "cpu"), ways, 0)
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_measured_is_refused(flags, message, capsys):
     ("file", "content", "message"),
     [
         ("README.md", "# My project", "README.md would be written over, and is not a page of benchmarks: choose another folder"),
-        ("results/half.json", '{"bars": [', "half.json is not JSON"),
+        ("results/half.json", '{"targets": [', "half.json is not JSON"),
     ],
 )
 def test_a_folder_that_cannot_be_written_anew_is_refused_before_the_work(file, content, message, tmp_path, capsys):

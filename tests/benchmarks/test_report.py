@@ -15,12 +15,13 @@ from benchmarks.report import Disagreement, Report, save
 ROOT = Path(__file__).parents[2]
 
 
-def report(reached: float | None = 4.0) -> Report:
-    """Return a report of a case with a peer of 8 ms and 100 MiB."""
+def report(measured: float | None = 4.0) -> Report:
+    """Return a report of a case with a baseline of 8 ms and 100 MiB."""
     made = Report("matching", "What is compared.")
     made.agree("both", 0.0, 1e-4)
-    made.compare("case", "peer", {"peer": [0.008, 0.007, 0.02], "ours": [0.002, 0.002, 0.001]}, {"peer": 100.0, "ours": 50.0})
-    made.bar("a | ratio", 3, reached, "" if reached else "no GPU")
+    times = {"baseline": [0.008, 0.007, 0.02], "ours": [0.002, 0.002, 0.001]}
+    made.compare("case", "baseline", times, {"baseline": 100.0, "ours": 50.0})
+    made.target("a | ratio", 3, measured, "" if measured else "no GPU")
     return made
 
 
@@ -30,10 +31,12 @@ def result(**changed) -> dict:
 
 def test_ratios_are_those_of_the_medians():
     made = report()
-    assert made.faster("case", "ours") == made.faster("case", "ours", "peer") == pytest.approx(4)
-    assert made.smaller("case", "ours") == made.smaller("case", "ours", "peer") == pytest.approx(2)
-    assert made.faster("case", "peer", "ours") == pytest.approx(1 / 4)
-    assert made.faster("case", "nobody") is made.faster("another case", "ours") is made.faster("case", "ours", "nobody") is None
+    assert made.speedup("case", "ours") == made.speedup("case", "ours", "baseline") == pytest.approx(4)
+    assert made.memory_saving("case", "ours") == made.memory_saving("case", "ours", "baseline") == pytest.approx(2)
+    assert made.speedup("case", "baseline", "ours") == pytest.approx(1 / 4)
+    assert (
+        made.speedup("case", "nobody") is made.speedup("another case", "ours") is made.speedup("case", "ours", "nobody") is None
+    )
 
 
 @pytest.mark.parametrize("difference", [1.0, float("nan")])
