@@ -51,7 +51,7 @@ def test_a_check_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_pa
 def test_checks_beyond_the_time_limit_are_not_run_and_count_as_failed(monkeypatch, capsys):
     check_with(monkeypatch, ("late", lambda: pytest.fail("it ran")))
     monkeypatch.setattr(gpu, "LIMIT", -1)
-    assert gpu.run("cpu", quick=True, out=None) == 1
+    assert gpu.run("cuda", quick=True, out=None) == 1
     assert "not run" in capsys.readouterr().out
 
 
