@@ -23,7 +23,7 @@ class DataConfig:
     """How annotated images become training batches."""
 
     augmentation: Augmentation = setting(
-        "detr", "detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: scale jitter; none"
+        "detr", "detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: scale jitter; none: unchanged"
     )
     short_sides: tuple[int, ...] = setting(tuple(range(480, 801, 32)), "detr, mmdet, flip: shorter sides to draw from, pixels")
     long_side: int = setting(1333, "detr, mmdet, flip: maximum longer side, pixels")
