@@ -53,12 +53,12 @@ def straightforward() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {ATTENTION_ENV: "reference", library.NATIVE_ENV: "off"}))
         for module in (soit, isda):
-            stack.enter_context(patch.object(module, "in_pieces", all_at_once))
+            stack.enter_context(patch.object(module, "chunked_loss", all_at_once))
         yield
 
 
 def all_at_once(values: Callable, pieces: Sequence[Tensor], shared: Tensor) -> Tensor:
-    """Return what `maskset.losses.in_pieces` returns, by ordinary means."""
+    """Return what `maskset.losses.chunked_loss` returns, by ordinary means."""
     return torch.stack([values(i, piece, shared) for i, piece in enumerate(pieces)])
 
 

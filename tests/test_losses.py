@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskset.losses import in_pieces, squared_dice_loss
+from maskset.losses import chunked_loss, squared_dice_loss
 
 
 def values(index: int, piece: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def test_values_and_gradients_are_those_of_all_pieces_at_once(weights):
     pieces, shared = inputs()
     expected = torch.stack([values(i, piece, shared) for i, piece in enumerate(pieces)])
     wanted = torch.autograd.grad((expected * weights).sum(), [shared, *pieces])
-    found = in_pieces(values, pieces, shared)
+    found = chunked_loss(values, pieces, shared)
     gradients = torch.autograd.grad((found * weights).sum(), [shared, *pieces])
     torch.testing.assert_close(found, expected)
     for one, other in zip(gradients, wanted, strict=True):
@@ -32,7 +32,7 @@ def test_values_and_gradients_are_those_of_all_pieces_at_once(weights):
 def test_nothing_is_kept_where_no_gradient_is_wanted():
     pieces, shared = inputs()
     with torch.no_grad():
-        assert not in_pieces(values, pieces, shared).requires_grad
+        assert not chunked_loss(values, pieces, shared).requires_grad
 
 
 @pytest.mark.parametrize("least", [1e-5, 0.002])

@@ -1,4 +1,4 @@
-"""Losses. Each returns sums that the caller divides: what to divide by is the paper's business."""
+"""Losses. Each returns sums or one value per pair; the caller divides them, since papers divide by different counts."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -46,7 +46,7 @@ def squared_dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tenso
 def name_by_layer(terms: Mapping[str, Float[Tensor, "_"]], layers: int) -> dict[str, Tensor]:
     """Return one entry for every layer and term: the last layer's by its name, that of layer 3 as "name/3".
 
-    A term with fewer values than layers is of the last layers.
+    A term with fewer values than layers belongs to the last layers.
     """
     named = {}
     for name, values in terms.items():
@@ -56,36 +56,37 @@ def name_by_layer(terms: Mapping[str, Float[Tensor, "_"]], layers: int) -> dict[
 
 
 def sum_by_layer(values: Float[Tensor, "M"], layer: Tensor, layers: int) -> Float[Tensor, "L"]:
-    """Return the sum of the values of each layer, given which layer each value belongs to."""
+    """Return the sum of the values of each layer; `layer` says which layer each value belongs to."""
     return values.new_zeros(layers).index_add(0, layer, values)
 
 
-Piece = Callable[[int, Tensor, Tensor], Float[Tensor, "V"]]
+ChunkFunction = Callable[[int, Tensor, Tensor], Float[Tensor, "V"]]
 
 
-def in_pieces(values: Piece, pieces: Sequence[Tensor], shared: Tensor) -> Float[Tensor, "P V"]:
-    """Return `values(i, pieces[i], shared)` of every piece, in the memory of one piece: for losses of many large masks.
+def chunked_loss(values: ChunkFunction, chunks: Sequence[Tensor], shared: Tensor) -> Float[Tensor, "P V"]:
+    """Return `values(i, chunks[i], shared)` for every chunk, in the memory of one chunk: for losses of many large masks.
 
-    A piece's gradient is taken as soon as its values are known, and its graph is gone before the next piece starts; between
-    forward and backward only gradients of the size of `pieces` and `shared`, and what `values` itself refers to, are kept. Where
-    the values have not one weight in the total, backward computes all of them once more. Second derivatives are refused.
+    The gradient of a chunk is computed together with its values, and its graph is freed before the next chunk starts. Between
+    forward and backward only these gradients, which have the size of `chunks` and `shared`, and what `values` itself refers to
+    are kept. If the values do not have equal weights in the total, backward computes all chunks once more. Second derivatives are
+    not supported.
 
     Args:
-        values: V losses of a piece.
-        pieces: such as the mask parameters of the matched slots of one layer each.
-        shared: what all pieces use, such as the mask features.
+        values: computes the V losses of a chunk.
+        chunks: inputs of each chunk, such as the mask parameters of the matched slots of one layer.
+        shared: an input of all chunks, such as the mask features.
     """
     if not torch.is_grad_enabled():
-        return torch.stack([values(i, piece, shared) for i, piece in enumerate(pieces)])
-    return _InPieces.apply(values, shared, *pieces)  # type: ignore[no-any-return]
+        return torch.stack([values(i, chunk, shared) for i, chunk in enumerate(chunks)])
+    return _ChunkedLoss.apply(values, shared, *chunks)  # type: ignore[no-any-return]
 
 
-class _InPieces(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Piece, shared: Tensor, *pieces: Tensor) -> Tensor:
+    def forward(ctx, values: ChunkFunction, shared: Tensor, *chunks: Tensor) -> Tensor:
         ctx.values = values
-        every, gradients = _walk(values, shared, pieces, None)
-        ctx.save_for_backward(shared, *pieces, *gradients)
+        every, gradients = _chunk_backward(values, shared, chunks, None)
+        ctx.save_for_backward(shared, *chunks, *gradients)
         return every
 
     @staticmethod
@@ -94,24 +95,24 @@ class _InPieces(torch.autograd.Function):
         (weights,) = outer
         count = len(ctx.saved_tensors) // 2
         inputs, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        if bool((weights == weights.flatten()[0]).all()):  # the terms of a total: their gradients are there but for the scale
+        if bool((weights == weights.flatten()[0]).all()):  # as in a sum of terms: the gradients only have to be scaled
             return None, *(gradient * weights.flatten()[0] for gradient in gradients)
-        with torch.autocast(weights.device.type, enabled=False):  # which the caller of the loss had, or had not
-            return None, *_walk(ctx.values, inputs[0], inputs[1:], weights)[1]
+        with torch.autocast(weights.device.type, enabled=False):  # whatever the caller of the loss uses
+            return None, *_chunk_backward(ctx.values, inputs[0], inputs[1:], weights)[1]
 
 
-def _walk(
-    values: Piece, shared: Tensor, pieces: Sequence[Tensor], weights: Float[Tensor, "P V"] | None
+def _chunk_backward(
+    values: ChunkFunction, shared: Tensor, chunks: Sequence[Tensor], weights: Float[Tensor, "P V"] | None
 ) -> tuple[Float[Tensor, "P V"], list[Tensor]]:
-    """Return the values of all pieces, and the gradients of their weighted sum for `shared` and each piece."""
-    total, of_pieces, every = torch.zeros_like(shared), [], []
-    for i, piece in enumerate(pieces):
+    """Return the values of all chunks, and the gradients of their weighted sum with respect to `shared` and each chunk."""
+    total, chunk_gradients, every = torch.zeros_like(shared), [], []
+    for i, chunk in enumerate(chunks):
         with torch.enable_grad():
-            leaves = (shared.detach().requires_grad_(), piece.detach().requires_grad_())
-            found = values(i, leaves[1], leaves[0])
-            wanted = found.sum() if weights is None else (found * weights[i]).sum()
-            from_shared, from_piece = torch.autograd.grad(wanted, leaves, allow_unused=True, materialize_grads=True)
-        total += from_shared
-        of_pieces.append(from_piece)
-        every.append(found.detach())
-    return torch.stack(every), [total, *of_pieces]
+            leaves = (shared.detach().requires_grad_(), chunk.detach().requires_grad_())
+            losses = values(i, leaves[1], leaves[0])
+            total_loss = losses.sum() if weights is None else (losses * weights[i]).sum()
+            shared_gradient, chunk_gradient = torch.autograd.grad(total_loss, leaves, allow_unused=True, materialize_grads=True)
+        total += shared_gradient
+        chunk_gradients.append(chunk_gradient)
+        every.append(losses.detach())
+    return torch.stack(every), [total, *chunk_gradients]

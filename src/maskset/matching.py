@@ -21,11 +21,11 @@ class Matches:
     """The matched pairs of all layers and images, layer by layer and image by image; each attribute is Int[M].
 
     Attributes:
-        layer: which layer the pair belongs to.
-        image: which image of the batch.
-        slot: which slot of the image.
-        object: which object of the image.
-        counts: how many pairs each image has, in every layer the same number: what to split the others by.
+        layer: index of the layer.
+        image: index of the image in the batch.
+        slot: index of the slot in the image.
+        object: index of the object in the image.
+        counts: number of pairs of each image, the same in every layer; the other attributes can be split by it.
     """
 
     layer: Int[Tensor, "M"]
@@ -39,7 +39,7 @@ class Matches:
 
 
 def pad(parts: Sequence[Tensor]) -> Tensor:
-    """Return tensors [T_i, ...] of the images of a batch as one [B, max T_i, ...], filled up with zero."""
+    """Return tensors [T_i, ...] of the images of a batch as one tensor [B, max T_i, ...], padded with zeros."""
     longest = max(len(part) for part in parts)
     padded = parts[0].new_zeros(len(parts), longest, *parts[0].shape[1:])
     for row, part in zip(padded, parts, strict=True):
@@ -54,13 +54,13 @@ def focal_cost(
     gamma: float = 2.0,
     least: float = 1e-8,
 ) -> Float[Tensor, "L B N T"]:
-    """Return the change of the focal loss if the slot took the object's class (Deformable DETR's classification cost).
+    """Return the change of the focal loss if the slot predicted the object's class (Deformable DETR's classification cost).
 
     `least` is added to probabilities before the logarithm: 1e-8 in Deformable DETR's own code, 1e-12 in mmdetection's.
     """
     index = labels[None, :, None, :].expand(logits.shape[0], -1, logits.shape[2], -1)
-    chosen = logits.gather(3, index)  # only the classes that occur: K is far greater than T
-    probability = chosen.sigmoid()
+    of_labels = logits.gather(3, index)  # only the classes that occur: K is far greater than T
+    probability = of_labels.sigmoid()
     positive = alpha * (1 - probability) ** gamma * -(probability + least).log()
     negative = (1 - alpha) * probability**gamma * -(1 - probability + least).log()
     return positive - negative
@@ -72,7 +72,7 @@ def l1_cost(boxes: Float[Tensor, "L B N D"], targets: Float[Tensor, "B T D"]) ->
 
 
 def giou_cost(boxes: Float[Tensor, "L B N 4"], targets: Float[Tensor, "B T 4"]) -> Float[Tensor, "L B N T"]:
-    """Return minus the generalised IoU of two boxes, both given as cx cy w h."""
+    """Return minus the generalised IoU of two boxes in the form cx cy w h."""
     a, b = box_ops.to_corners(boxes)[:, :, :, None], box_ops.to_corners(targets)[None, :, None]
     return -box_ops.generalised_iou(a, b)
 
@@ -110,12 +110,12 @@ def class_targets(logits: Float[Tensor, "L B N K"], labels: Int[Tensor, "B T"], 
 def match(cost: Float[Tensor, "L B N T"], counts: Sequence[int], predictions: Mapping[str, Tensor] | None = None) -> Matches:
     """Return, for every layer and image, the one-to-one assignment of slots and objects of least total cost.
 
-    An image with more objects than slots leaves the dearest objects unmatched. Pairs are in the order of their slots.
+    An image with more objects than slots leaves the objects with the highest cost unmatched. Pairs are ordered by slot.
 
     Args:
-        cost: of each slot and object; objects beyond an image's count are padding and ignored.
+        cost: cost of each pair of slot and object; objects beyond an image's count are padding and ignored.
         counts: number of objects of each image.
-        predictions: the tensors [L B N _] that the cost was computed from, by name, to say which of them is not finite.
+        predictions: the tensors [L B N _] that the cost was computed from, by name, to report which of them is not finite.
 
     Raises:
         MatchingError: a cost is NaN or infinite; the message names tensor, layer, image and slots.
@@ -140,9 +140,9 @@ def _not_finite(
     cost: Float[Tensor, "N T"], layer: int, image: int, predictions: Mapping[str, Float[Tensor, "L B N _"]]
 ) -> MatchingError:
     slots = (~torch.isfinite(cost)).any(1).nonzero()[:, 0].tolist()
-    guilty = [name for name, tensor in predictions.items() if not torch.isfinite(tensor[layer, image]).all()]
+    not_finite = [name for name, tensor in predictions.items() if not torch.isfinite(tensor[layer, image]).all()]
     return MatchingError(
         f"the matching cost of layer {layer}, image {image} of the batch is NaN or infinite for slots {slots[:5]}"
-        f"{' and others' if len(slots) > 5 else ''}, because {' and '.join(guilty) or 'the sum of its parts'} is: training has "
-        "diverged."
+        f"{' and others' if len(slots) > 5 else ''}, because {' and '.join(not_finite) or 'the sum of its parts'} is. "
+        "Training has diverged."
     )

@@ -102,13 +102,11 @@ class SlotPredictions(TensorRecord):
         class_logits: one-vs-all, before the sigmoid.
         mask_params: D numbers from which the system computes a mask.
         boxes: cx cy w h, fractions of the unpadded image.
-        mask_context: features beside each code (ISTR-SMT).
     """
 
     class_logits: Float[Tensor, "B N K"]
     mask_params: Float[Tensor, "B N D"] | None = None
     boxes: Float[Tensor, "B N 4"] | None = None
-    mask_context: Float[Tensor, "B N c s s"] | None = None
 
 
 @dataclass(eq=False)
@@ -127,5 +125,5 @@ class ModelOutput(TensorRecord):
 
 
 register(ImageBatch, ["pixels", "sizes"])
-register(SlotPredictions, ["class_logits", "mask_params", "boxes", "mask_context"])
+register(SlotPredictions, ["class_logits", "mask_params", "boxes"])
 register(ModelOutput, ["layers", "mask_features", "proposals"])

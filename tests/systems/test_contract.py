@@ -122,8 +122,8 @@ def test_a_batch_without_any_object_trains(name):
 
 @every_system
 def test_the_masks_of_a_loss_are_drawn_once_for_values_and_gradients(name, monkeypatch):
-    walks, walk = [], losses._walk
-    monkeypatch.setattr(losses, "_walk", lambda *inputs: walks.append(1) or walk(*inputs))
+    walks, walk = [], losses._chunk_backward
+    monkeypatch.setattr(losses, "_chunk_backward", lambda *inputs: walks.append(1) or walk(*inputs))
     model = tiny(name).train()
     images, objects = batch(shapes(2), model.config)
     total(model.loss(model(images), images, objects)).backward()

@@ -194,7 +194,7 @@ def test_a_code_must_be_learnt_or_read_before_it_is_used(tmp_path):
         ({"dropout": 1.0}, "dropout must be in"),
         ({"code_length": 257}, r"code_length must be 1 \.\.\. 256"),
         ({"codec": "flatten"}, "code_length must be 256"),
-        ({"codec": "flatten", "code_length": 256, "codec_weights": "x"}, "nothing to learn"),
+        ({"codec": "flatten", "code_length": 256, "codec_weights": "x"}, "is not fitted"),
         ({"image_feature": "none", "position_embedding": False}, "needs model.position_embedding"),
         ({"input": dataclasses.replace(TINY["istr"].input, divisor=16)}, "multiple of 32"),
         ({"backbone": {"norm": "frozen"}}, "pretrained"),

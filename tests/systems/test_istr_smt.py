@@ -136,7 +136,7 @@ def test_a_code_from_a_file_is_taken_as_it_is(tmp_path):
         ({"averaged_stages": 3}, r"averaged_stages must be in \[1, 2\], got 3"),
         ({"mask_size": 28}, "mask_size must be 32, 48, 64 or another multiple of 16"),
         ({"code_length": 1025}, r"code_length must be 1 \.\.\. 1024"),
-        ({"codec": "dct", "codec_weights": "x"}, "dct has nothing to learn"),
+        ({"codec": "dct", "codec_weights": "x"}, "dct is not fitted"),
         ({"input": dataclasses.replace(TINY["istr-smt"].input, divisor=16)}, "multiple of 32"),
     ],
 )

@@ -1,5 +1,7 @@
 """What SOLQ has beside its published configuration: other codes, two stages, no box refinement, fewer layers with mask loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import TINY, batch, shapes, tiny_config
@@ -68,7 +70,7 @@ def test_a_code_from_a_file_is_taken_as_it_is(tmp_path):
     model = tiny(codec="pca", mask_size=16, code_length=8, codec_weights=str(tmp_path / "code.safetensors"))
     model.prepare(iter(()))
     assert torch.isfinite(step(model)["mask_code"])
-    with pytest.raises(ConfigError, match="nothing to learn"):
+    with pytest.raises(ConfigError, match="is not fitted"):
         tiny(codec_weights="code.safetensors")
 
 
@@ -164,3 +166,14 @@ def test_the_defaults_are_the_official_ones():
     config = SolqConfig()
     assert (config.hidden_dim, config.num_queries, config.code_length, config.mask_size) == (384, 300, 256, 128)
     assert (config.mask_weight, config.class_weight, config.l1_weight, config.giou_weight) == (3, 2, 5, 2)
+
+
+def test_predicted_boxes_lie_inside_the_image():
+    model = tiny().eval()
+    images, _ = batch(shapes(1), model.config)
+    with torch.no_grad():
+        output = model(images)
+        boxes = torch.tensor([0.0, 1.0, 0.5, 0.5]).expand_as(output.layers[-1].boxes)  # half of it beyond two sides
+        output.layers[-1] = replace(output.layers[-1], boxes=boxes)
+        (detections,) = model.postprocess(output, images, [(64, 80)])
+    assert torch.equal(detections.boxes, torch.tensor([0.0, 48.0, 20.0, 64.0]).expand_as(detections.boxes))

@@ -1,9 +1,9 @@
 """ISDA: Position-Aware Instance Segmentation with Deformable Attention (Ying et al., ICASSP 2022, arXiv:2202.12251).
 
-One query says two things about one object: its class, and a kernel, D = 256 numbers of which the last two are where the query
-looks. All masks of an image are drawn on one map of mask features, each by the 1x1 convolution with its kernel. There are no
-boxes: objects are matched by class and mask alone. Built on Deformable DETR. From top to bottom this file follows the paper's
-overview: backbone and neck, mask feature head, deformable transformer, mask head, then matching, loss and results.
+Each query predicts a class and a kernel: D = 256 numbers, of which the last two are the query's reference point. All masks of
+an image are drawn on one map of mask features, each by the 1x1 convolution with its kernel. There are no boxes: objects are
+matched by class and mask alone. Built on Deformable DETR. From top to bottom this file follows the paper's overview: backbone
+and neck, mask feature head, deformable transformer, mask head, then matching, loss and results.
 """
 
 import math
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from maskset import distributed
 from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, setting
-from maskset.detection import best_detections
+from maskset.detection import top_k_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.mlp import Mlp
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, inverse_sigmoid, reset_transformer
-from maskset.losses import focal_loss, in_pieces, name_by_layer, squared_dice_loss
+from maskset.losses import chunked_loss, focal_loss, name_by_layer, squared_dice_loss
 from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.heads.features import MaskFeatureHead, with_coordinates
 from maskset.masks.paint import paint_probabilities
@@ -151,32 +151,32 @@ class Isda(System):
         kernels = self.kernel_head(content)
         return torch.cat([kernels, inverse_sigmoid(reference)], -1) if self.config.kernel_position else kernels
 
-    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return two terms for every layer: class (focal) and mask (dice), each divided by the number of matched slots.
 
         Only the masks of matched slots are drawn, in the memory of one layer, on the whole canvas with its padding. The paper
         has 1 - IoU as mask loss; the official code has it in the matching only. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
-            return self._terms(output, objects)
+            return self._terms(output, targets)
 
-    def _terms(self, output: ModelOutput, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def _terms(self, output: ModelOutput, targets: Sequence[Instances]) -> dict[str, Tensor]:
         settings, layers = self.config, output.layers
         assert output.mask_features is not None
         features = output.mask_features.float()
         logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
         kernels = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         size = (features.shape[2], features.shape[3])
-        masks = [central_means(found.masks, settings.mask_stride, size).to(features.device) for found in objects]
-        labels = pad([found.labels for found in objects]).to(logits.device)
+        masks = [central_means(instances.masks, settings.mask_stride, size).to(features.device) for instances in targets]
+        labels = pad([instances.labels for instances in targets]).to(logits.device)
         with torch.no_grad():
             cost = settings.class_weight * focal_cost(logits, labels, least=1e-12)
             cost = cost + settings.mask_weight * _mask_cost(kernels, features, masks)
-        pairs = match(cost, [len(found) for found in objects], {"class_logits": logits, "kernels": kernels})
+        pairs = match(cost, [len(instances) for instances in targets], {"class_logits": logits, "kernels": kernels})
         count = distributed.divisor(len(pairs) / len(layers), like=logits)
-        targets = class_targets(logits, labels, pairs)
+        expected = class_targets(logits, labels, pairs)
         terms = {
-            "class": settings.class_weight * focal_loss(logits, targets).sum((1, 2, 3)) / count,
+            "class": settings.class_weight * focal_loss(logits, expected).sum((1, 2, 3)) / count,
             "mask": settings.mask_weight * _mask_loss(kernels, features, masks, pairs) / (count + 1e-5),
         }
         return name_by_layer(terms, len(layers))
@@ -197,7 +197,7 @@ class Isda(System):
         last = output.layers[-1]
         assert last.mask_params is not None
         assert output.mask_features is not None
-        found = []
+        detections = []
         with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
             parts = zip(last.class_logits, last.mask_params, output.mask_features, images.sizes.tolist(), sizes, strict=True)
             for logits, kernels, features, shown, size in parts:
@@ -207,8 +207,8 @@ class Isda(System):
                 best = best[scores[best] >= threshold]
                 once, again = slots[best].unique(return_inverse=True)  # paint a query once, however many classes it has
                 masks = paint_probabilities(drawn[once], self.config.mask_stride, shown, size)[again.tolist()]
-                found.append(Instances(labels[best].cpu(), masks.boxes(), masks, scores[best].cpu(), self.categories))
-        return found
+                detections.append(Instances(labels[best].cpu(), masks.boxes(), masks, scores[best].cpu(), self.categories))
+        return detections
 
 
 def _mask_cost(
@@ -218,10 +218,10 @@ def _mask_cost(
     layers, batch, slots, _ = kernels.shape
     few = max(1, _CELLS // features[0, 0].numel())
     cost = kernels.new_zeros(batch, layers * slots, max(map(len, masks)))
-    for i, wanted in enumerate(masks):
-        for start in range(0, layers * slots if len(wanted) else 0, few):
+    for i, image_masks in enumerate(masks):
+        for start in range(0, layers * slots if len(image_masks) else 0, few):
             drawn = dynamic_conv(features[i], kernels[:, i].flatten(0, 1)[start : start + few]).sigmoid_()
-            cost[i, start : start + few, : len(wanted)] = soft_iou_cost(drawn, wanted)
+            cost[i, start : start + few, : len(image_masks)] = soft_iou_cost(drawn, image_masks)
     return cost.unflatten(1, (layers, slots)).transpose(0, 1)
 
 
@@ -233,17 +233,18 @@ def _mask_loss(
 ) -> Float[Tensor, "L"]:
     """Return the dice loss of each layer's matched slots, summed, in the memory of one layer."""
     layers, counts = len(kernels), [*pairs.counts]
-    chosen = kernels[pairs.layer, pairs.image, pairs.slot].unflatten(0, (layers, sum(counts)))
+    matched = kernels[pairs.layer, pairs.image, pairs.slot].unflatten(0, (layers, sum(counts)))
     objects = pairs.object.unflatten(0, (layers, sum(counts)))
 
-    def values(layer: int, matched: Float[Tensor, "m D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
+    def values(layer: int, kernels: Float[Tensor, "m D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
         losses = []
-        parts = zip(features.unbind(), matched.split(counts), masks, objects[layer].split(counts), strict=True)
-        for own, some, wanted, of in parts:
-            losses.append(squared_dice_loss(dynamic_conv(own, some).sigmoid(), wanted[of], least=0.002))
+        parts = zip(features.unbind(), kernels.split(counts), masks, objects[layer].split(counts), strict=True)
+        for image_features, image_kernels, image_masks, index in parts:
+            drawn = dynamic_conv(image_features, image_kernels).sigmoid()
+            losses.append(squared_dice_loss(drawn, image_masks[index], least=0.002))
         return torch.cat(losses).sum()[None]
 
-    return in_pieces(values, chosen.unbind(), features)[:, 0]
+    return chunked_loss(values, matched.unbind(), features)[:, 0]
 
 
 def _candidates(
@@ -253,7 +254,7 @@ def _candidates(
 
     A score is the class's probability times the mean probability of the cells that belong to the mask; 0 where there is none.
     """
-    chosen, labels, scores = best_detections(logits, count, threshold)  # its mask can only lower a score
+    chosen, labels, scores = top_k_detections(logits, count, threshold)  # its mask can only lower a score
     queries, slots = chosen.unique(return_inverse=True)
     drawn = dynamic_conv(features, kernels[queries]).sigmoid()
     inside = drawn > _MASK_THRESHOLD

@@ -1,10 +1,10 @@
 """ISTR: End-to-End Instance Segmentation with Transformers (Hu et al., 2021, arXiv:2105.00637).
 
-Each of 300 learnt query boxes stands for at most one object. In six stages its features are read from the feature pyramid, an
-object feature looks at them and at the other objects, and says class, mask embedding and a better box, which the next stage
-reads from. A mask embedding is 60 numbers: principal components of the mask inside its box on 28 x 28 pixels. From top to
-bottom this file follows figure 2 and section 3.3: backbone, image features, stages with encoder and heads; then section 3.2:
-matching cost and set prediction loss; then results. This is the model of the paper (the official code of May 2021); the
+Each of 300 learned query boxes stands for at most one object. In each of six stages, features of the box are read from the
+feature pyramid, an object feature attends to them and to the other objects, and predicts class, mask embedding and a refined
+box for the next stage. A mask embedding is 60 numbers: principal components of the mask inside its box on 28 x 28 pixels. From
+top to bottom this file follows figure 2 and section 3.3: backbone, image features, stages with encoder and heads; then section
+3.2: matching cost and set prediction loss; then results. This is the model of the paper (the official code of May 2021); the
 official code of 2022 has another mask head and is in `istr_smt.py`.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maskset import boxes as box_ops
 from maskset import distributed
 from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, setting
-from maskset.detection import best_detections_inside, class_and_corner_terms
+from maskset.detection import match_and_corner_losses, top_k_detections_in_image
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.mlp import copies
@@ -57,11 +57,11 @@ class IstrConfig(SystemConfig):
     input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
     backbone: BackboneConfig = setting(BackboneConfig(), "the network that features are read from")
     hidden_dim: PositiveInt = setting(256, "d of the paper, width of pyramid and object features")
-    image_feature: Literal["mean", "max", "none"] = setting("mean", "Table 1e: what of the whole image starts an object feature")
+    image_feature: Literal["mean", "max", "none"] = setting("mean", "Table 1e: pooling for the initial object features")
     masked_pooling: bool = setting(
         False, "the image feature leaves out padding; officially it does not, and depends on the batch"
     )
-    position_embedding: bool = setting(True, "Table 1e: what is learnt for each query starts its object feature")
+    position_embedding: bool = setting(True, "Table 1e: a learned embedding of each query initialises its object feature")
     num_queries: PositiveInt = setting(300, "k of the paper, the greatest number of objects that are told apart")
     stages: PositiveInt = setting(6, "N of the paper, how often boxes are refined")
     num_heads: PositiveInt = setting(8, "attention heads")
@@ -73,9 +73,7 @@ class IstrConfig(SystemConfig):
     codec: Literal["logit-pca", "flatten"] = setting("logit-pca", "Table 1a: principal components, or the pixels themselves")
     mask_size: PositiveInt = setting(28, "s of the paper, side S of the box-local mask, pixels")
     code_length: int = setting(60, "Table 1a: l of the paper, D numbers for a mask")
-    codec_weights: str | None = setting(
-        None, "a code that `maskset codecs fit` learnt; None learns it; not read where --init has one"
-    )
+    codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
     target_noise: bool = setting(True, "logit-pca: the softness of the targets' pixels is drawn at every call; else fixed")
     mask_cost: Literal["cosine", "l1", "dice", "none"] = setting("cosine", "Table 1b: what of the masks counts in the matching")
     mask_losses: Literal["both", "code", "dice"] = setting("both", "Table 1c: compared are the codes, the decoded masks, or both")
@@ -99,7 +97,7 @@ class IstrConfig(SystemConfig):
                 f"got {self.code_length}."
             )
         if self.codec_weights is not None and self.codec == "flatten":
-            raise ConfigError("model.codec_weights is for the code logit-pca; flatten has nothing to learn.")
+            raise ConfigError("model.codec_weights is for the code logit-pca; flatten is not fitted.")
         check_divisor(self, _CANVAS)
 
     def build(self, categories: tuple[Category, ...]) -> "Istr":
@@ -140,7 +138,7 @@ class Istr(System):
         self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))
         if config.position_embedding:
             self.query_position = nn.Parameter(torch.randn(config.num_queries, config.hidden_dim))
-        # Stages, which start alike; the class heads' last layers have a place that fine-tuning knows
+        # Stages, which start alike; the class heads' last layers are apart, for fine-tuning
         stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
         reset_stage(stage, class_head)
         self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
@@ -148,12 +146,12 @@ class Istr(System):
         pca = config.codec == "logit-pca"
         self.codec = LogitPcaCodec(config.mask_size, config.code_length) if pca else FlattenCodec(config.mask_size)
 
-    def prepare(self, objects: Iterable[Instances]) -> None:
-        """Learn the mask embedding (section 3.1) from the masks of the data, or read it from a file."""
+    def prepare(self, targets: Iterable[Instances]) -> None:
+        """Fit the mask embedding (section 3.1) to the masks of the data, or read it from a file."""
         if isinstance(self.codec, FlattenCodec):
             return
         if self.config.codec_weights is None:
-            self.codec.fit(crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))
+            self.codec.fit(crop(instances.masks, instances.boxes, self.codec.size) for instances in targets if len(instances))
         else:
             codec_files.load(self.codec, self.config.codec_weights)
 
@@ -177,7 +175,7 @@ class Istr(System):
         return ModelOutput(layers)
 
     def _object_features(self, levels: list[Tensor], images: ImageBatch) -> Float[Tensor, "B N C"]:
-        """Return what the objects start from: image features P plus position embeddings E."""
+        """Return the initial object features: image features P plus position embeddings E."""
         start = levels[0].new_zeros(len(images), self.config.num_queries, self.config.hidden_dim)
         if self.config.image_feature != "none":
             paddings = None
@@ -186,7 +184,7 @@ class Istr(System):
             start = start + image_feature(levels, self.config.image_feature, paddings)[:, None]
         return start + self.query_position if self.config.position_embedding else start
 
-    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the terms of equation 8 for every stage: class (focal), box_l1, box_giou, mask_code (L2) and mask_dice.
 
         All are divided by the number of objects, mask_code by D as well. Every stage is matched on its own. Computed in float32.
@@ -195,25 +193,25 @@ class Istr(System):
             MatchingError: a prediction is NaN or infinite.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
-            return self._terms(output.layers, images, objects)
+            return self._terms(output.layers, images, targets)
 
-    def _terms(self, layers: Sequence[SlotPredictions], images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def _terms(self, layers: Sequence[SlotPredictions], images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         settings = self.config
-        count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
-        labels = [found.labels for found in objects]
-        boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
-        masks = pad([crop(found.masks, found.boxes, self.codec.size) for found in objects])  # [B T S S]
+        count = distributed.divisor(sum(len(instances) for instances in targets), like=images.pixels)
+        labels = [instances.labels for instances in targets]
+        boxes = [box_ops.fractions(instances.boxes, instances.masks.size) for instances in targets]
+        masks = pad([crop(instances.masks, instances.boxes, self.codec.size) for instances in targets])  # [B T S S]
         masks = masks.to(images.pixels.device).float()
         codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
         cost = settings.mask_weight * self._mask_cost(codes, masks)
-        pairs, sums = class_and_corner_terms(layers, labels, boxes, weights, cost)
-        matched, wanted = codes[pairs.layer, pairs.image, pairs.slot], masks[pairs.image, pairs.object]
+        pairs, sums = match_and_corner_losses(layers, labels, boxes, weights, cost)
+        matched, expected = codes[pairs.layer, pairs.image, pairs.slot], masks[pairs.image, pairs.object]
         if settings.mask_losses != "dice":
-            errors = (matched - self._encode(wanted)).square().mean(1)
+            errors = (matched - self._encode(expected)).square().mean(1)
             sums["mask_code"] = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers))
         if settings.mask_losses != "code":
-            errors = squared_dice_loss(self.codec.decode(matched), wanted, least=1e-5)
+            errors = squared_dice_loss(self.codec.decode(matched), expected, least=1e-5)
             sums["mask_dice"] = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers))
         return name_by_layer({name: value / count for name, value in sums.items()}, len(layers))
 
@@ -250,11 +248,11 @@ class Istr(System):
         last = output.layers[-1]
         assert last.boxes is not None
         assert last.mask_params is not None
-        found = []
+        detections = []
         for logits, boxes, codes, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
-            slots, labels, scores, corners = best_detections_inside(logits, boxes, size, limit, threshold)
+            slots, labels, scores, corners = top_k_detections_in_image(logits, boxes, size, limit, threshold)
             once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
             with torch.autocast(codes.device.type, enabled=False):  # rounding would move the masks' edges
                 masks = paste_soft(self.codec.decode(codes[once].float()), corners[once], size, _MASK_THRESHOLD)
-            found.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
-        return found
+            detections.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
+        return detections

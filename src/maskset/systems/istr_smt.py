@@ -1,6 +1,6 @@
 """ISTR-SMT: the ISTR of 2022 (Hu et al., IEEE TIP 2024, vol. 33, 2895-2907; official code since March 2022).
 
-ISTR with finer masks, of 112 x 112 pixels. As in ISTR, object features refine 300 learnt query boxes in six stages. But the mask
+ISTR with finer masks, of 112 x 112 pixels. As in ISTR, object features refine 300 learned query boxes in six stages. But the mask
 embedding, 256 numbers, comes from a second, finer look at each predicted box, on 28 x 28 cells, and is drawn by the decoder of an
 autoencoder, which also sees that look. From top to bottom: backbone, image features, stages; then matching and loss, where masks
 are compared inside the predicted boxes; then results, whose scores are means over stages. What it shares with `istr.py` is in
@@ -8,6 +8,7 @@ are compared inside the predicted boxes; then results, whose scores are means ov
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from maskset import boxes as box_ops
 from maskset import distributed
 from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config, setting
-from maskset.detection import best_detections_inside, class_and_corner_terms
+from maskset.detection import match_and_corner_losses, top_k_detections_in_image
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
 from maskset.layers.mlp import copies
@@ -36,6 +37,7 @@ from maskset.masks.targets import crop
 from maskset.matching import Matches, cosine_cost, pad
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
+from maskset.tensors import register
 
 _CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
 _MASK_THRESHOLD = 0.45
@@ -66,11 +68,9 @@ class IstrSmtConfig(SystemConfig):
     )
     mask_size: int = setting(112, "side S of the box-local mask, pixels; features for it are read on a quarter of it, cells")
     code_length: PositiveInt = setting(256, "D numbers for a mask")
-    codec_weights: str | None = setting(
-        None, "a code that `maskset codecs fit` learnt; None learns it; not read where --init has one"
-    )
+    codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
     autoencoder_steps: PositiveInt = setting(
-        3000, "how many batches of 64 masks the autoencoder is learnt from, where it must be"
+        3000, "batches of 64 masks that the autoencoder is fitted to, if it has to be fitted"
     )
     target_noise: bool = setting(True, "logit-pca: the softness of the targets' pixels is drawn at every call; else fixed")
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
@@ -89,12 +89,26 @@ class IstrSmtConfig(SystemConfig):
         if self.code_length > self.mask_size**2:
             raise ConfigError(f"model.code_length must be 1 ... {self.mask_size**2}, got {self.code_length}.")
         if self.codec_weights is not None and self.codec == "dct":
-            raise ConfigError("model.codec_weights is for the codes autoencoder and logit-pca; dct has nothing to learn.")
+            raise ConfigError("model.codec_weights is for the codes autoencoder and logit-pca; dct is not fitted.")
         check_divisor(self, _CANVAS)
 
     def build(self, categories: tuple[Category, ...]) -> "IstrSmt":
         """Return an untrained ISTR-SMT."""
         return IstrSmt(self, categories)
+
+
+@dataclass(eq=False)
+class StagePredictions(SlotPredictions):
+    """Predictions of one stage.
+
+    Attributes:
+        mask_context: features of each slot's box, which the autoencoder decodes together with the code.
+    """
+
+    mask_context: Float[Tensor, "B N c s s"] | None = None
+
+
+register(StagePredictions, ["class_logits", "mask_params", "boxes", "mask_context"])
 
 
 class Stage(nn.Module):
@@ -137,7 +151,7 @@ class IstrSmt(System):
         # Query boxes, cx cy w h in fractions of the image, which at first they cover; and position embeddings
         self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))
         self.query_position = nn.Parameter(torch.randn(config.num_queries, config.hidden_dim))
-        # Stages, which start alike; the class heads' last layers have a place that fine-tuning knows
+        # Stages, which start alike; the class heads' last layers are apart, for fine-tuning
         stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
         reset_stage(stage, class_head)
         self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
@@ -145,14 +159,14 @@ class IstrSmt(System):
         codecs = {"autoencoder": AutoencoderCodec, "dct": DctCodec, "logit-pca": LogitPcaCodec}
         self.codec: AutoencoderCodec | DctCodec | LogitPcaCodec = codecs[config.codec](config.mask_size, config.code_length)
 
-    def prepare(self, objects: Iterable[Instances]) -> None:
-        """Learn the mask code from the masks of the data, or read it from a file; the cosine transform has nothing to learn."""
+    def prepare(self, targets: Iterable[Instances]) -> None:
+        """Fit the mask code to the masks of the data, or read it from a file; the cosine transform needs no fit."""
         if isinstance(self.codec, DctCodec):
             return
         if self.config.codec_weights is not None:
             codec_files.load(self.codec, self.config.codec_weights)
             return
-        crops = (crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))
+        crops = (crop(instances.masks, instances.boxes, self.codec.size) for instances in targets if len(instances))
         if isinstance(self.codec, AutoencoderCodec):
             self.codec.fit(crops, steps=self.config.autoencoder_steps)
         else:
@@ -176,7 +190,7 @@ class IstrSmt(System):
             assert isinstance(stage, Stage)
             objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
             moved = apply_deltas(boxes, stage.box_head(objects).to(boxes.dtype))
-            layer = SlotPredictions(class_head(stage.class_tower(objects)), boxes=box_ops.to_centres(moved) / pixels)
+            layer = StagePredictions(class_head(stage.class_tower(objects)), boxes=box_ops.to_centres(moved) / pixels)
             if self.training or i == len(self.stages) - 1:
                 layer.mask_params, layer.mask_context = self._masks(stage, levels, moved)
             layers.append(layer)
@@ -193,7 +207,7 @@ class IstrSmt(System):
             return codes, None
         return codes, stage.context_head(regions).unflatten(0, boxes.shape[:2])
 
-    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return five terms for every stage: class (focal), box_l1, box_giou, mask_code (smooth L1) and mask_dice.
 
         All are divided by the number of objects, mask_code by D as well. Every stage is matched on its own, with masks as they
@@ -208,23 +222,23 @@ class IstrSmt(System):
                 "the loss needs the masks of all stages, which the model only gives in training mode: model.train()."
             )
         with torch.autocast(images.pixels.device.type, enabled=False):
-            return self._terms(output.layers, images, objects)
+            return self._terms(output.layers, images, targets)
 
-    def _terms(self, layers: Sequence[SlotPredictions], images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def _terms(self, layers: Sequence[SlotPredictions], images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         settings = self.config
-        count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
-        labels = [found.labels for found in objects]
-        boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
+        count = distributed.divisor(sum(len(instances) for instances in targets), like=images.pixels)
+        labels = [instances.labels for instances in targets]
+        boxes = [box_ops.fractions(instances.boxes, instances.masks.size) for instances in targets]
         codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
-        cost = settings.code_weight * cosine_cost(codes, self._codes_in_own_boxes(objects, codes.device))
-        pairs, sums = class_and_corner_terms(layers, labels, boxes, weights, cost)
-        masks = self._masks_in_predicted_boxes(layers, pairs, objects)
+        cost = settings.code_weight * cosine_cost(codes, self._codes_in_own_boxes(targets, codes.device))
+        pairs, sums = match_and_corner_losses(layers, labels, boxes, weights, cost)
+        masks = self._masks_in_predicted_boxes(layers, pairs, targets)
         errors = [
             self._mask_errors(layer, *part) for layer, part in zip(layers, _by_layer(pairs, masks, len(layers)), strict=True)
         ]
-        of_codes, of_masks = torch.stack(errors).unbind(1)
-        sums |= {"mask_code": settings.code_weight * of_codes, "mask_dice": settings.dice_weight * of_masks}
+        code_errors, mask_errors = torch.stack(errors).unbind(1)
+        sums |= {"mask_code": settings.code_weight * code_errors, "mask_dice": settings.dice_weight * mask_errors}
         return name_by_layer({name: value / count for name, value in sums.items()}, len(layers))
 
     def _encode(self, masks: Bool[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
@@ -237,35 +251,34 @@ class IstrSmt(System):
     def _decode(self, codes: Float[Tensor, "n D"], context: Float[Tensor, "n c s s"] | None) -> Float[Tensor, "n S S"]:
         return self.codec.decode(codes, context) if isinstance(self.codec, AutoencoderCodec) else self.codec.decode(codes)
 
-    def _codes_in_own_boxes(self, objects: Sequence[Instances], device: torch.device) -> Float[Tensor, "B T D"]:
-        """Return the codes that objects have in their annotated boxes."""
-        masks = torch.cat([crop(found.masks, found.boxes, self.codec.size) for found in objects]).to(device)
-        return pad(list(self._encode(masks).split([len(found) for found in objects])))
+    def _codes_in_own_boxes(self, targets: Sequence[Instances], device: torch.device) -> Float[Tensor, "B T D"]:
+        """Return the target codes of the objects in their annotated boxes."""
+        masks = torch.cat([crop(instances.masks, instances.boxes, self.codec.size) for instances in targets]).to(device)
+        return pad(list(self._encode(masks).split([len(instances) for instances in targets])))
 
     @torch.no_grad()
     def _masks_in_predicted_boxes(
-        self, layers: Sequence[SlotPredictions], pairs: Matches, objects: Sequence[Instances]
+        self, layers: Sequence[SlotPredictions], pairs: Matches, targets: Sequence[Instances]
     ) -> Bool[Tensor, "M S S"]:
         """Return what each matched pair's object looks like inside the predicted box, cut to the image."""
         predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])
-        chosen = box_ops.to_corners(predicted[pairs.layer, pairs.image, pairs.slot])
-        host = torch.cat([chosen, pairs.object[:, None]], 1).cpu()  # where the masks are: one copy for all stages
+        corners = box_ops.to_corners(predicted[pairs.layer, pairs.image, pairs.slot])
+        host = torch.cat([corners, pairs.object[:, None]], 1).cpu()  # where the masks are: one copy for all stages
         parts, crops = iter(host.split([*pairs.counts] * len(layers))), []
-        for found in [*objects] * len(layers):
-            own, size = next(parts), found.masks.size
-            corners = box_ops.clip(own[:, :4] * box_ops.scale_of(size, own), size)
-            crops.append(crop(found.masks[own[:, 4].int().tolist()], corners, self.codec.size))
-        return torch.cat(crops).to(chosen.device)
+        for instances in [*targets] * len(layers):
+            own, size = next(parts), instances.masks.size
+            inside = box_ops.clip(own[:, :4] * box_ops.scale_of(size, own), size)
+            crops.append(crop(instances.masks[own[:, 4].int().tolist()], inside, self.codec.size))
+        return torch.cat(crops).to(corners.device)
 
     def _mask_errors(self, layer: SlotPredictions, pairs: Matches, masks: Bool[Tensor, "M S S"]) -> Float[Tensor, "2"]:
         """Return the summed errors of one stage's matched pairs: of the codes, divided by D, and of the masks."""
         assert layer.mask_params is not None
-        codes, context = layer.mask_params[pairs.image, pairs.slot].float(), None
-        if layer.mask_context is not None:
-            context = layer.mask_context[pairs.image, pairs.slot].float()
-        of_codes = F.smooth_l1_loss(codes, self._encode(masks), reduction="sum") / self.codec.length
-        of_masks = squared_dice_loss(self._decode(codes, context), masks.float(), least=1e-5).sum()
-        return torch.stack([of_codes, of_masks])
+        codes, context = layer.mask_params[pairs.image, pairs.slot].float(), _context(layer)
+        context = None if context is None else context[pairs.image, pairs.slot].float()
+        code_error = F.smooth_l1_loss(codes, self._encode(masks), reduction="sum") / self.codec.length
+        mask_error = squared_dice_loss(self._decode(codes, context), masks.float(), least=1e-5).sum()
+        return torch.stack([code_error, mask_error])
 
     @torch.no_grad()
     def postprocess(
@@ -283,17 +296,22 @@ class IstrSmt(System):
         last = output.layers[-1]
         assert last.boxes is not None
         assert last.mask_params is not None
-        every = torch.stack([layer.class_logits.float() for layer in output.layers[-self.config.averaged_stages :]]).mean(0)
-        found = []
-        for i, (logits, boxes, size) in enumerate(zip(every, last.boxes, sizes, strict=True)):
-            slots, labels, scores, corners = best_detections_inside(logits, boxes, size, limit, threshold)
+        mean_logits = torch.stack([layer.class_logits.float() for layer in output.layers[-self.config.averaged_stages :]]).mean(0)
+        detections = []
+        for i, (logits, boxes, size) in enumerate(zip(mean_logits, last.boxes, sizes, strict=True)):
+            slots, labels, scores, corners = top_k_detections_in_image(logits, boxes, size, limit, threshold)
             once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
             with torch.autocast(logits.device.type, enabled=False):  # rounding would move the masks' edges
-                context = None if last.mask_context is None else last.mask_context[i, once].float()
+                context = _context(last)
+                context = None if context is None else context[i, once].float()
                 drawn = self._decode(last.mask_params[i, once].float(), context)
                 masks = paste_soft(drawn, corners[once], size, _MASK_THRESHOLD)
-            found.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
-        return found
+            detections.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
+        return detections
+
+
+def _context(layer: SlotPredictions) -> Float[Tensor, "B N c s s"] | None:
+    return layer.mask_context if isinstance(layer, StagePredictions) else None
 
 
 def _by_layer(pairs: Matches, masks: Bool[Tensor, "M S S"], layers: int) -> list[tuple[Matches, Bool[Tensor, "_ S S"]]]:

@@ -1,9 +1,9 @@
 """SOIT: Segmenting Objects with Instance-Aware Transformers (Yu et al., AAAI 2022, arXiv:2112.11037).
 
-One query says everything about one object: its class, its box, and D = 441 numbers that are the weights of a small
-transformer, made for this instance alone, which looks at a feature map of the whole image and draws the mask. Built on
-two-stage Deformable DETR with box refinement. From top to bottom this file follows figure 2: backbone and encoder, mask
-encoder, decoder with its three heads, instance-aware transformer, then loss and results.
+Each query predicts a class, a box and D = 441 numbers: the weights of a small transformer for this instance alone, which
+attends to a feature map of the whole image and draws the mask. Built on two-stage Deformable DETR with box refinement. From top
+to bottom this file follows figure 2: backbone and encoder, mask encoder, decoder with its three heads, instance-aware
+transformer, then loss and results.
 """
 
 import copy
@@ -27,12 +27,12 @@ from maskset.config import (
     config,
     setting,
 )
-from maskset.detection import best_detections, class_and_box_terms
+from maskset.detection import match_and_box_losses, top_k_detections
 from maskset.instances import Category, Instances, Masks
 from maskset.layers.mlp import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
-from maskset.losses import in_pieces, name_by_layer, squared_dice_loss
+from maskset.losses import chunked_loss, name_by_layer, squared_dice_loss
 from maskset.masks.heads.instance_transformer import instance_transformer, parameter_count
 from maskset.masks.paint import paint
 from maskset.masks.resize import align_corners, aligned_bilinear, resample
@@ -156,32 +156,32 @@ class Soit(System):
         features = self.mask_norm(self.mask_projection(self.mask_encoder(finest).cells))
         return features.transpose(1, 2).unflatten(2, (height, width))
 
-    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the terms of every layer: class (focal), box_l1, box_giou, mask_dice and mask_bce; proposals have no masks.
 
         Each is divided by the number of matched pairs of its layer, the cross-entropy also by the pixels of the image. As in
         the official code, pixels of the padding count as background in the masks' terms. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
-            labels = [found.labels for found in objects]
-            boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
+            labels = [instances.labels for instances in targets]
+            boxes = [box_ops.fractions(instances.boxes, instances.masks.size) for instances in targets]
             pairs, terms = self._detection_terms(output.layers, labels, boxes)
             assert output.proposals is not None  # the first stage only tells objects from background
             anything = [torch.zeros_like(label) for label in labels]
             first = self._detection_terms([output.proposals], anything, boxes)[1]
-            terms |= self._mask_terms(output, images, objects, pairs)  # last: matching waits for the device, this does not
+            terms |= self._mask_terms(output, images, targets, pairs)  # last: matching waits for the device, this does not
             return name_by_layer(terms, len(output.layers)) | {f"{name}/proposals": term[0] for name, term in first.items()}
 
     def _detection_terms(
         self, layers: Sequence[SlotPredictions], labels: Sequence[Int[Tensor, "_"]], boxes: Sequence[Float[Tensor, "_ 4"]]
     ) -> tuple[Matches, dict[str, Float[Tensor, "L"]]]:
         weights = (self.config.class_weight, self.config.l1_weight, self.config.giou_weight)
-        pairs, sums = class_and_box_terms(layers, labels, boxes, weights, least=1e-12)
+        pairs, sums = match_and_box_losses(layers, labels, boxes, weights, least=1e-12)
         count = distributed.divisor(len(pairs) / len(layers), like=sums["class"])
         return pairs, {name: value / count for name, value in sums.items()}
 
     def _mask_terms(
-        self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances], pairs: Matches
+        self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances], pairs: Matches
     ) -> dict[str, Float[Tensor, "_"]]:
         """Return dice and cross-entropy of the masks of the matched queries, for the layers that have mask losses.
 
@@ -189,25 +189,25 @@ class Soit(System):
         """
         assert output.mask_features is not None
         settings, features = self.config, output.mask_features.float()
-        pieces, targets = list(self._pieces(output, pairs)), _targets(images, objects, features)
+        chunks, mask_targets = list(self._chunks(output, pairs)), _mask_targets(images, targets, features)
 
         def draw_and_compare(i: int, weights: Float[Tensor, "n D"], features: Float[Tensor, "B C h w"]) -> Float[Tensor, "2"]:
-            image, which = pieces[i].image, pieces[i].objects
-            logits = self._draw(features[image], targets.padding[image], weights, pieces[i].centres)
+            image, objects = chunks[i].image, chunks[i].objects
+            logits = self._draw(features[image], mask_targets.padding[image], weights, chunks[i].centres)
             rows, columns = (aligned_bilinear(cells, _UPSAMPLING) for cells in features.shape[2:])
-            logits, wanted = resample(logits, rows, columns), targets.masks[image][which]
-            dice = squared_dice_loss(logits.sigmoid(), wanted, 1e-5).sum()
-            entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / targets.pixels[image]
-            return torch.stack([settings.dice_weight * dice, settings.bce_weight * entropy])  # as in the total: see in_pieces
+            logits, masks = resample(logits, rows, columns), mask_targets.masks[image][objects]
+            dice = squared_dice_loss(logits.sigmoid(), masks, 1e-5).sum()
+            entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="sum") / mask_targets.pixels[image]
+            return torch.stack([settings.dice_weight * dice, settings.bce_weight * entropy])
 
-        sums = in_pieces(draw_and_compare, [piece.weights for piece in pieces], features)  # [P 2]
-        layer = torch.tensor([piece.layer for piece in pieces], device=sums.device)
+        sums = chunked_loss(draw_and_compare, [chunk.weights for chunk in chunks], features)  # [P 2]
+        layer = torch.tensor([chunk.layer for chunk in chunks], device=sums.device)
         dice, entropy = sums.new_zeros(len(output.layers), 2).index_add(0, layer, sums)[-settings.mask_loss_layers :].unbind(1)
         count = distributed.divisor(len(pairs) / len(output.layers), like=sums)
         return {"mask_dice": dice / count, "mask_bce": entropy / count}
 
-    def _pieces(self, output: ModelOutput, pairs: Matches) -> Iterator["_Piece"]:
-        """Yield the matched queries of the layers with mask losses, as many at once as memory allows; at least one piece."""
+    def _chunks(self, output: ModelOutput, pairs: Matches) -> Iterator["_Chunk"]:
+        """Yield the matched queries of the layers with mask losses, as many at once as memory allows; at least one chunk."""
         assert output.mask_features is not None
         at_once = max(1, _SAMPLES_AT_ONCE // self._samples(output.mask_features))
         of_slots, of_objects = (part.split([*pairs.counts] * len(output.layers)) for part in (pairs.slot, pairs.object))
@@ -219,7 +219,7 @@ class Soit(System):
                 mine = number * len(pairs.counts) + image
                 for slots, objects in zip(of_slots[mine].split(at_once), of_objects[mine].split(at_once), strict=True):
                     weights, centres = layer.mask_params[image, slots].float(), layer.boxes[image, slots, :2].detach()
-                    yield _Piece(number, image, objects, weights, centres)
+                    yield _Chunk(number, image, objects, weights, centres)
 
     def _samples(self, features: Float[Tensor, "B C h w"]) -> int:
         """Return how many places one instance looks at."""
@@ -250,16 +250,16 @@ class Soit(System):
         last = output.layers[-1]
         assert last.boxes is not None
         assert last.mask_params is not None
-        found = []
+        detections = []
         for i, size in enumerate(sizes):
-            slots, labels, scores = best_detections(last.class_logits[i], limit, threshold)
+            slots, labels, scores = top_k_detections(last.class_logits[i], limit, threshold)
             once, again = slots.unique(return_inverse=True)  # draw a query once, however many classes it has
             with torch.autocast(slots.device.type, enabled=False):  # rounding would move the masks' edges
                 masks = self._masks(output, images, i, once, size)
             corners = box_ops.to_corners(last.boxes[i][slots]) * box_ops.scale_of(size, last.boxes)
             boxes = box_ops.clip(corners, size).cpu()
-            found.append(Instances(labels.cpu(), boxes, masks[again.tolist()], scores.cpu(), self.categories))
-        return found
+            detections.append(Instances(labels.cpu(), boxes, masks[again.tolist()], scores.cpu(), self.categories))
+        return detections
 
     def _masks(
         self, output: ModelOutput, images: ImageBatch, image: int, slots: Int[Tensor, "n"], size: tuple[int, int]
@@ -287,7 +287,7 @@ class Soit(System):
         return paint(torch.cat(parts), [upsampled, torch.sigmoid, to_input, to_size], least=0.0)
 
 
-class _Piece(NamedTuple):
+class _Chunk(NamedTuple):
     """A few matched queries of one layer and image."""
 
     layer: int
@@ -297,18 +297,18 @@ class _Piece(NamedTuple):
     centres: Float[Tensor, "n 2"]
 
 
-class _Targets(NamedTuple):
-    """What masks are compared with: for each image its padding at stride 8, its masks at stride 2, its pixels at stride 2."""
+class _MaskTargets(NamedTuple):
+    """Targets of the mask losses: padding at stride 8, masks at stride 2 and number of pixels at stride 2 of each image."""
 
     padding: Bool[Tensor, "B h w"]
     masks: list[Float[Tensor, "_ 4*h 4*w"]]
     pixels: Float[Tensor, "B"]
 
 
-def _targets(images: ImageBatch, objects: Sequence[Instances], features: Float[Tensor, "B C h w"]) -> _Targets:
+def _mask_targets(images: ImageBatch, targets: Sequence[Instances], features: Float[Tensor, "B C h w"]) -> _MaskTargets:
     height, width = features.shape[2:]
     canvas, size = (images.pixels.shape[2], images.pixels.shape[3]), (height * _UPSAMPLING, width * _UPSAMPLING)
     padding = images.padding((height, width)).to(features.device)
     beyond = resample(padding.float(), align_corners(height, size[0]), align_corners(width, size[1])) > 0
-    masks = [resize_by_corners(found.masks, canvas, size, features.device) for found in objects]
-    return _Targets(padding, masks, (~beyond).float().sum((1, 2)))
+    masks = [resize_by_corners(instances.masks, canvas, size, features.device) for instances in targets]
+    return _MaskTargets(padding, masks, (~beyond).float().sum((1, 2)))

@@ -1,8 +1,8 @@
 """SOLQ: Segmenting Objects by Learning Queries (Dong et al., NeurIPS 2021, arXiv:2106.02351).
 
-One query says everything about one object: its class, its box, and D = 256 numbers that are the low frequencies of its
-mask, seen inside the box on 128 x 128 pixels. Built on Deformable DETR. From top to bottom this file follows figures 1b and 2:
-feature extraction, decoder, unified query representation, then targets, loss and results.
+Each query predicts a class, a box and D = 256 DCT coefficients of the mask, cropped to the box and resized to 128 x 128. Built
+on Deformable DETR. From top to bottom this file follows figures 1b and 2: feature extraction, decoder, unified query
+representation, then targets, loss and results.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maskset import boxes as box_ops
 from maskset import distributed
 from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config, setting
-from maskset.detection import best_detections, class_and_box_terms
+from maskset.detection import match_and_box_losses, top_k_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.mlp import Mlp, copies
@@ -57,9 +57,7 @@ class SolqConfig(SystemConfig):
     codec: Literal["dct", "pca", "sparse", "flatten"] = setting("dct", "Table 3a: how a mask becomes D numbers")
     mask_size: int = setting(128, "Table 3d: N of the paper, side S of the box-local mask, pixels")
     code_length: int = setting(256, "Table 3e: n_k of the paper, D numbers for a mask")
-    codec_weights: str | None = setting(
-        None, "a code that `maskset codecs fit` learnt; None learns it; not read where --init has one"
-    )
+    codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
     mask_hidden_dim: PositiveInt = setting(1024, "hidden width of the mask head")
     mask_loss_layers: int = setting(6, "Table 3c: how many of the last decoder layers have the vector loss")
     mask_weight: NonNegativeFloat = setting(3.0, "Table 3b: weight of the vector loss")
@@ -80,7 +78,7 @@ class SolqConfig(SystemConfig):
                 f"got {self.code_length}."
             )
         if self.codec_weights is not None and self.codec not in ("pca", "sparse"):
-            raise ConfigError(f"model.codec_weights is for the codes pca and sparse; {self.codec} has nothing to learn.")
+            raise ConfigError(f"model.codec_weights is for the codes pca and sparse; {self.codec} is not fitted.")
 
     def build(self, categories: tuple[Category, ...]) -> "Solq":
         """Return an untrained SOLQ."""
@@ -143,16 +141,16 @@ class Solq(System):
         if self.config.codec == "dct":
             nn.init.constant_(self.mask_head.last.bias[2:], -2.0)  # meant for boxes, but part of the official recipe
 
-    def prepare(self, objects: Iterable[Instances]) -> None:
+    def prepare(self, targets: Iterable[Instances]) -> None:
         """Fit the code to the masks of the data, or read it from a file, if it is one that is learnt (PCA, sparse coding)."""
         if isinstance(self.codec, (PcaCodec, SparseCodec)):
             if self.config.codec_weights is None:
-                self.codec.fit(self._crops(objects))
+                self.codec.fit(self._crops(targets))
             else:
                 codec_files.load(self.codec, self.config.codec_weights)
 
-    def _crops(self, objects: Iterable[Instances]) -> Iterator[Bool[Tensor, "T S S"]]:
-        return (crop(found.masks, found.boxes, self.codec.size) for found in objects if len(found))
+    def _crops(self, targets: Iterable[Instances]) -> Iterator[Bool[Tensor, "T S S"]]:
+        return (crop(instances.masks, instances.boxes, self.codec.size) for instances in targets if len(instances))
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every decoder layer, class logits [B N K], boxes [B N 4] and mask vectors [B N D]."""
@@ -185,20 +183,20 @@ class Solq(System):
         position, content = self.proposals.queries(best)
         return position, content, best.sigmoid(), proposals
 
-    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the terms of equation 5 for every layer: class (focal), box_l1, box_giou and mask_code (L1).
 
         Class and box terms are divided by the number of objects, mask_code by the number of matched pairs times D; the
         official code takes the latter on each GPU alone, here it is the mean over processes. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
-            return self._terms(output, images, objects)
+            return self._terms(output, images, targets)
 
-    def _terms(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
-        count = distributed.divisor(sum(len(found) for found in objects), like=images.pixels)
-        labels = [found.labels for found in objects]
-        boxes = [box_ops.fractions(found.boxes, found.masks.size) for found in objects]
-        codes = self._codes(objects, images.pixels.device)
+    def _terms(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        count = distributed.divisor(sum(len(instances) for instances in targets), like=images.pixels)
+        labels = [instances.labels for instances in targets]
+        boxes = [box_ops.fractions(instances.boxes, instances.masks.size) for instances in targets]
+        codes = self._codes(targets, images.pixels.device)
         terms = self._layer_terms(output.layers, labels, boxes, codes, count)
         if output.proposals is not None:  # the first stage only tells objects from background
             anything = [torch.zeros_like(label) for label in labels]
@@ -217,7 +215,7 @@ class Solq(System):
         """Return the weighted terms of the layers, all layers at once. `codes` are those of all objects, image after image."""
         settings = self.config
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
-        pairs, sums = class_and_box_terms(layers, labels, boxes, weights)
+        pairs, sums = match_and_box_losses(layers, labels, boxes, weights)
         terms = {name: value / count for name, value in sums.items()}
         if codes is not None:
             starts = torch.tensor([0, *(len(label) for label in labels[:-1])], device=codes.device).cumsum(0)
@@ -228,9 +226,9 @@ class Solq(System):
             terms["mask_code"] = by_layer[-settings.mask_loss_layers :]
         return name_by_layer(terms, len(layers))
 
-    def _codes(self, objects: Sequence[Instances], device: torch.device) -> Float[Tensor, "M D"]:
-        """Return the mask vectors that the objects of all images should have (section 3.2)."""
-        masks = torch.cat([crop(found.masks, found.boxes, self.codec.size) for found in objects])
+    def _codes(self, targets: Sequence[Instances], device: torch.device) -> Float[Tensor, "M D"]:
+        """Return the target mask vectors of the objects of all images (section 3.2)."""
+        masks = torch.cat([crop(instances.masks, instances.boxes, self.codec.size) for instances in targets])
         return self.codec.encode(masks.to(device).float())
 
     def _code_loss(self, vectors: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]) -> Float[Tensor, "M"]:
@@ -248,19 +246,23 @@ class Solq(System):
         limit: int = 100,
         threshold: float = 0.0,
     ) -> list[Instances]:
-        """Return the `limit` best pairs of query and class of each image; a query may appear with several classes."""
+        """Return the `limit` best pairs of query and class of each image; a query may appear with several classes.
+
+        Boxes are clipped to the image, masks are not resized for it; the official code leaves boxes as they are.
+        """
         last = output.layers[-1]
         assert last.boxes is not None
         assert last.mask_params is not None
-        found = []
+        detections = []
         for logits, boxes, vectors, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
-            slots, labels, scores = best_detections(logits, limit, threshold)
-            corners = box_ops.to_corners(boxes) * box_ops.scale_of(size, boxes)
-            once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
+            slots, labels, scores = top_k_detections(logits, limit, threshold)
+            corners = box_ops.to_corners(boxes).float() * box_ops.scale_of(size, boxes)
+            once, again = slots.unique(return_inverse=True)  # decode and paste each query once, however many classes it has
             with torch.autocast(vectors.device.type, enabled=False):  # rounding would move the masks' edges
                 masks = paste(binarise(self.codec.decode(vectors[once].float())), corners[once], size)
-            found.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
-        return found
+            inside = box_ops.clip(corners[slots], size).cpu()
+            detections.append(Instances(labels.cpu(), inside, masks[again.tolist()], scores.cpu(), self.categories))
+        return detections
 
 
 def _codec(config: SolqConfig) -> DctCodec | PcaCodec | SparseCodec | FlattenCodec:

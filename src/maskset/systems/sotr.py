@@ -1,10 +1,10 @@
 """SOTR: Segmenting Objects with Transformers (Guo, Niu, Qu, Li, ICCV 2021, arXiv:2108.06747).
 
-Every cell of five grids says two things about the object whose centre falls into it: its class, and a kernel of 256 numbers. All
-masks of an image are drawn on one map of mask features, each by the 1x1 convolution with its kernel. There are no queries, no
-boxes and no matching: an object belongs to the cells around its centre, on the grids for its size, and what is found twice is
-thinned out by Matrix NMS. SOTR is SOLOv2 with one transformer in the place of its towers of convolutions. From top to bottom
-this file follows figure 2: backbone, transformer, functional heads, multi-level upsampling, then targets, loss and results.
+Each cell of five grids predicts a class and a kernel of 256 numbers for the object whose centre falls into it. All masks of an
+image are drawn on one map of mask features, each by the 1x1 convolution with its kernel. There are no queries, no boxes and no
+matching: an object belongs to the cells around its centre, on the grids for its size, and duplicates are suppressed by Matrix
+NMS. SOTR is SOLOv2 with one transformer in the place of its towers of convolutions. From top to bottom this file follows figure
+2: backbone, transformer, functional heads, multi-level upsampling, then targets, loss and results.
 
 The paper and its code differ in the transformer. The published weights belong to the code's, which is `transformer="released"`.
 """
@@ -25,7 +25,7 @@ from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.twin import PaperTransformer, ReleasedTransformer
-from maskset.losses import focal_loss, in_pieces, squared_dice_loss
+from maskset.losses import chunked_loss, focal_loss, squared_dice_loss
 from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.heads.features import MaskFeatureHead
 from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
@@ -71,11 +71,11 @@ class SotrConfig(SystemConfig):
     )
     grids: tuple[int, ...] = setting((40, 36, 24, 16, 12), "cells along each side of the five grids")
     scale_from: tuple[int, ...] = setting(
-        (1, 48, 96, 192, 384), "root of the box area from which an object is on each grid, pixels ..."
+        (1, 48, 96, 192, 384), "smallest object of each grid, square root of the box area, pixels ..."
     )
-    scale_to: tuple[int, ...] = setting((96, 192, 384, 768, 2048), "... and up to which, pixels")
+    scale_to: tuple[int, ...] = setting((96, 192, 384, 768, 2048), "... and largest, pixels")
     centre_share: Probability = setting(
-        0.2, "of the box's sides: the region around the centre of mass whose cells are the object's"
+        0.2, "size of the region around the centre of mass whose cells are assigned, relative to the box"
     )
     mask_hidden_dim: PositiveInt = setting(128, "width inside the multi-level upsampling")
     mask_dim: PositiveInt = setting(256, "D, width of the mask features and length of a kernel")
@@ -165,36 +165,35 @@ class Sotr(System):
         untouched = {"none": 4, "p5": 3, "p4+p5": 2}[self.config.substituted]
         return self.mask_feature_head([*levels[:untouched], *(self.transformer(level) for level in levels[untouched:])])
 
-    def loss(self, output: ModelOutput, images: ImageBatch, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return two terms: class (focal, divided by the number of the objects' cells + 1) and mask (dice, the mean over pairs).
 
         Only masks of pairs of cell and object are drawn, few at a time, on the whole canvas with its padding. Without any pair
         the mask term is 0, where the official code stops. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
-            drawn = [
-                replace(found, masks=Masks(found.masks.rle(), found.masks.size)) for found in objects
-            ]  # once for all targets
-            return self._terms(output, drawn)
+            # Compress polygons once for all targets.
+            targets = [replace(each, masks=Masks(each.masks.rle(), each.masks.size)) for each in targets]
+            return self._terms(output, targets)
 
-    def _terms(self, output: ModelOutput, objects: Sequence[Instances]) -> dict[str, Tensor]:
+    def _terms(self, output: ModelOutput, targets: Sequence[Instances]) -> dict[str, Tensor]:
         (layer,) = output.layers
         assert layer.mask_params is not None
         assert output.mask_features is not None
         logits, kernels, features = layer.class_logits.float(), layer.mask_params.float(), output.mask_features.float()
-        pairs = [assign(found, (features.shape[2], features.shape[3]), self.config) for found in objects]
-        targets, positive = torch.zeros_like(logits), 0
-        for target, own, found in zip(targets, pairs, objects, strict=True):
-            shown = own.owners(len(target))
-            cells = (shown >= 0).nonzero()[:, 0]
-            target[cells, found.labels.cpu()[shown[cells]]] = 1
+        pairs = [assign(instances, (features.shape[2], features.shape[3]), self.config) for instances in targets]
+        class_targets, positive = torch.zeros_like(logits), 0
+        for expected, own, instances in zip(class_targets, pairs, targets, strict=True):
+            owners = own.owners(len(expected))
+            cells = (owners >= 0).nonzero()[:, 0]
+            expected[cells, instances.labels.cpu()[owners[cells]]] = 1
             positive += len(cells)
         # (cells of all processes + 1) / processes, and likewise the pairs
         cell_count = distributed.divisor(positive + 1 / distributed.world_size(), like=logits)
         pair_count = distributed.divisor(sum(len(own.cells) for own in pairs), like=logits)
         return {
-            "class": self.config.class_weight * focal_loss(logits, targets).sum() / cell_count,
-            "mask": self.config.mask_weight * _mask_loss(kernels, features, pairs, objects) / pair_count,
+            "class": self.config.class_weight * focal_loss(logits, class_targets).sum() / cell_count,
+            "mask": self.config.mask_weight * _mask_loss(kernels, features, pairs, targets) / pair_count,
         }
 
     @torch.no_grad()
@@ -213,20 +212,20 @@ class Sotr(System):
         (layer,) = output.layers
         assert layer.mask_params is not None
         assert output.mask_features is not None
-        found = []
+        detections = []
         with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
             scores = point_nms(layer.class_logits.float().sigmoid(), self.config.grids)
             parts = zip(
                 scores, layer.mask_params.float(), output.mask_features.float(), images.sizes.tolist(), sizes, strict=True
             )
             for own, kernels, features, shown, size in parts:
-                best = self._suppressed(self._candidates(own.nan_to_num(0), kernels, features, self.config.nms_candidates))
+                best = self._suppress(self._candidates(own.nan_to_num(0), kernels, features, self.config.nms_candidates))
                 best = best[best.scores >= threshold][:limit]
                 once, again = best.cells.unique(return_inverse=True)  # paint a cell's mask once, however many classes it has
                 drawn = dynamic_conv(features, kernels[once]).sigmoid()
                 masks = paint_probabilities(drawn, _STRIDE, shown, size)[again.tolist()]
-                found.append(Instances(best.labels.cpu(), masks.boxes(), masks, best.scores.cpu(), self.categories))
-        return found
+                detections.append(Instances(best.labels.cpu(), masks.boxes(), masks, best.scores.cpu(), self.categories))
+        return detections
 
     def _candidates(
         self, scores: Float[Tensor, "N K"], kernels: Float[Tensor, "N D"], features: Float[Tensor, "D h w"], count: int
@@ -251,18 +250,18 @@ class Sotr(System):
             scored[some] = scores[some] * confidence[:, None]
         best, pairs = scored.flatten().sort(descending=True, stable=True)
         best, pairs = best[best > 0][:count], pairs[best > 0][:count]
-        found, labels = pairs // scores.shape[1], pairs % scores.shape[1]
-        return Candidates(found, labels, best, torch.cat(inside)[cells.argsort()[found]])
+        slots, labels = pairs // scores.shape[1], pairs % scores.shape[1]
+        return Candidates(slots, labels, best, torch.cat(inside)[cells.argsort()[slots]])
 
-    def _suppressed(self, found: "Candidates") -> "Candidates":
-        """Return what is left after NMS, best first."""
-        iou = mask_iou(found.masks)
+    def _suppress(self, candidates: "Candidates") -> "Candidates":
+        """Return the candidates that NMS keeps, best first."""
+        iou = mask_iou(candidates.masks)
         if self.config.nms == "greedy":
-            return found[greedy_nms(iou, found.labels, _GREEDY_IOU)]
-        scores = found.scores * matrix_nms(iou, found.labels, self.config.nms)
+            return candidates[greedy_nms(iou, candidates.labels, _GREEDY_IOU)]
+        scores = candidates.scores * matrix_nms(iou, candidates.labels, self.config.nms)
         order = scores.argsort(descending=True, stable=True)
         order = order[scores[order] >= self.config.kept_threshold]
-        return replace(found, scores=scores)[order]
+        return replace(candidates, scores=scores)[order]
 
 
 @dataclass(frozen=True)
@@ -291,29 +290,29 @@ def point_nms(scores: Float[Tensor, "B N K"], grids: Sequence[int]) -> Float[Ten
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which cells shall show which objects of one image, grid by grid, object by object; a cell may be paired several times."""
+    """Assigned cells and objects of one image, grid by grid, object by object; a cell may be assigned several times."""
 
     cells: Int[Tensor, "P"]
     objects: Int[Tensor, "P"]
 
     def owners(self, slots: int) -> Int[Tensor, "N"]:
-        """Return for each slot the object whose class is its own, the last one of its pairs; -1 where it has none."""
+        """Return the object whose class each slot should predict, the last of its pairs; -1 where it has none."""
         return torch.full((slots,), -1).scatter_reduce(0, self.cells, self.objects, "amax")
 
 
-def assign(found: Instances, size: tuple[int, int], settings: SotrConfig) -> Pairs:
+def assign(targets: Instances, size: tuple[int, int], settings: SotrConfig) -> Pairs:
     """Return the pairs of one image, on the CPU.
 
     An object is on every grid for its size. There its cells are those in the region around its centre of mass, `centre_share`
     of the box's sides long, but no further than the neighbours of the centre's own cell: at the most 3 x 3.
 
     Args:
-        found: boxes in pixels; an object whose mask is empty has no cell.
+        targets: objects of one image, boxes in pixels; an object whose mask is empty has no cell.
         size: of the mask features; the grids span the whole canvas.
         settings: grids, their scales, and the region.
     """
-    boxes = found.boxes.cpu()
-    areas, centres = centres_of_mass(found.masks)  # y, x; all in float32, since a centre may lie on the border of two cells
+    boxes = targets.boxes.cpu()
+    areas, centres = centres_of_mass(targets.masks)  # y, x; all in float32, since a centre may lie on the border of two cells
     sides = (boxes[:, 2:] - boxes[:, :2]).flip(1)  # height, width
     scales = sides.prod(1).sqrt()
     cells, objects, before = [], [], 0
@@ -346,20 +345,20 @@ def _neighbours(
 
 
 def _mask_loss(
-    kernels: Float[Tensor, "B N D"], features: Float[Tensor, "B D h w"], pairs: Sequence[Pairs], objects: Sequence[Instances]
+    kernels: Float[Tensor, "B N D"], features: Float[Tensor, "B D h w"], pairs: Sequence[Pairs], targets: Sequence[Instances]
 ) -> Float[Tensor, ""]:
     """Return the dice losses of all pairs, summed, in the memory of a few masks."""
     few, device = max(1, _CELLS // features[0, 0].numel()), features.device
-    pieces, wanted = [], []
-    for i, (own, found) in enumerate(zip(pairs, objects, strict=True)):
-        shown, mask_of = own.objects.unique(return_inverse=True)
-        masks = quarter_masks(found.masks[shown], (features.shape[2], features.shape[3])).to(device)
-        pieces += kernels[i, own.cells.to(device)].split(few)
-        wanted += [(i, masks, some) for some in mask_of.to(device).split(few)]
+    chunks, expected = [], []
+    for i, (own, instances) in enumerate(zip(pairs, targets, strict=True)):
+        objects, mask_of = own.objects.unique(return_inverse=True)
+        masks = quarter_masks(instances.masks[objects], (features.shape[2], features.shape[3])).to(device)
+        chunks += kernels[i, own.cells.to(device)].split(few)
+        expected += [(i, masks, some) for some in mask_of.to(device).split(few)]
 
-    def values(piece: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
-        image, masks, some = wanted[piece]
+    def values(chunk: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
+        image, masks, index = expected[chunk]
         drawn = dynamic_conv(features[image], kernels).sigmoid()
-        return squared_dice_loss(drawn, masks[some].float(), least=0.002).sum()[None]
+        return squared_dice_loss(drawn, masks[index].float(), least=0.002).sum()[None]
 
-    return in_pieces(values, pieces, features).sum()
+    return chunked_loss(values, chunks, features).sum()
