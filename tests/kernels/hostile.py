@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from maskset.errors import MasksetError
-from maskset.kernels import attention_c, fields, instances, library, runs, targets
+from maskset.kernels import attention, fields, instances, library, runs, targets
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
 WEIRD = [0, 1, -1, 2, 3, 7, 100, -100, 10**6, -(10**6), 2**31, -(2**31), 2**40, -(2**62)]
@@ -182,11 +182,11 @@ def _attention(draw: Arguments) -> tuple:
 
 
 def deformable_attention(draw: Arguments) -> None:
-    attention_c.forward(*_attention(draw)[1:])
+    attention.forward(*_attention(draw)[1:])
 
 
 def deformable_attention_backward(draw: Arguments) -> None:
-    attention_c.backward(*_attention(draw))
+    attention.backward(*_attention(draw))
 
 
 def _instances(draw: Arguments) -> tuple:

@@ -14,7 +14,7 @@ from maskset import rle
 from maskset.errors import AttentionError, MasksetError
 from maskset.instances import Masks
 from maskset.kernels import library, targets
-from maskset.kernels.attention_plain import check_attention
+from maskset.kernels.attention import check_attention
 
 
 @pytest.mark.parametrize("boxes", [torch.ones(3, 0), torch.ones(3, 3), torch.ones(3), torch.ones(3, 4, dtype=torch.bool)])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from maskset.kernels import attention_c, library, self_check
+from maskset.kernels import attention, library, self_check
 from maskset.layers import deformable
 
 CPU = torch.device("cpu")
@@ -23,8 +23,8 @@ def kernels(monkeypatch):
         return tuple(result.to(like.dtype) for result, like in zip(results, likes, strict=True))
 
     fake = SimpleNamespace(
-        forward=lambda value, *rest: attention_c.forward(value, *rest).to(value.dtype),
-        backward=lambda grad, value, shapes, *rest: in_types_of(attention_c.backward(grad, value, shapes, *rest), value, *rest),
+        forward=lambda value, *rest: attention.forward(value, *rest).to(value.dtype),
+        backward=lambda grad, value, shapes, *rest: in_types_of(attention.backward(grad, value, shapes, *rest), value, *rest),
     )
     monkeypatch.setitem(sys.modules, "maskset.kernels.attention_triton", fake)
     self_check._failure.cache_clear()

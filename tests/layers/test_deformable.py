@@ -124,7 +124,7 @@ def test_autograd_keeps_nothing_but_what_it_was_given():
 def test_the_operator_obeys_the_rules_of_torch_library():
     if why := library.unavailable_reason():
         pytest.skip(why)
-    from maskset.kernels.attention_op import fused
+    from maskset.kernels.attention import fused
 
     value, locations, share = (
         torch.rand(size, requires_grad=True) for size in ((1, 5, 2, 4), (1, 3, 2, 2, 1, 2), (1, 3, 2, 2, 1))
@@ -136,7 +136,7 @@ def test_the_operator_obeys_the_rules_of_torch_library():
 def test_gradients_of_tensors_with_gaps_lie_as_the_compiler_is_told():
     if why := library.unavailable_reason():
         pytest.skip(why)
-    from maskset.kernels.attention_op import fused_backward
+    from maskset.kernels.attention import fused_backward
 
     value, locations, share, grad = (
         torch.rand(size).transpose(0, 1) for size in ((5, 2, 2, 4), (3, 2, 2, 2, 1, 2), (3, 2, 2, 2, 1), (3, 2, 8))
@@ -210,7 +210,7 @@ def test_an_implementation_that_does_not_work_here_is_refused(name, message):
 
 def test_without_the_library_the_next_best_is_taken(monkeypatch):
     monkeypatch.setenv(library.NATIVE_ENV, "off")
-    monkeypatch.setattr("maskset.kernels.attention_op.fused", None)  # would fail
+    monkeypatch.setattr("maskset.kernels.attention.fused", None)  # would fail
     value, locations, share = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
     assert deformable_attention(value, [(1, 1)], locations, share).item() == 1
     assert implementations()["c"] == "MASKSET_NATIVE=off disables it"
@@ -236,7 +236,7 @@ def test_a_library_that_is_hidden_in_other_words_is_not_used_silently(monkeypatc
     ],
 )
 def test_tensors_that_do_not_fit_together_are_refused_before_a_kernel_reads_them(value, locations, share):
-    from maskset.kernels.attention_op import fused
+    from maskset.kernels.attention import fused
 
     with pytest.raises(ValueError, match="do not fit together"):
         fused(torch.rand(value), [2, 2], torch.rand(locations), torch.rand(share))

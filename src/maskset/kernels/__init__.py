@@ -4,7 +4,7 @@ The plain twin defines the result; the test compares both. All tests are in test
 
 | fast path | plain twin | test |
 |---|---|---|
-| csrc/attention.c, by `attention_c` | `attention_plain.by_samples` | tests/layers/test_deformable.py |
+| csrc/attention.c, by `attention` | `attention_plain.by_samples` | tests/layers/test_deformable.py |
 | `attention_triton` | `attention_plain.by_samples` | test_attention_triton.py; `self_check` at first use |
 | csrc/instances.c, by `instances` | `masks.heads.instance_transformer` | tests/masks/heads/test_instance_transformer.py |
 | csrc/runs.c, by `runs` | `rle` | test_runs.py |

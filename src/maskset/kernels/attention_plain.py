@@ -1,6 +1,6 @@
 """Deformable attention in plain PyTorch: a readable form, a faster one and one for export. See `layers.deformable`.
 
-Fast paths: attention_c.py (kernels/csrc/attention.c) on the CPU and attention_triton.py on a GPU.
+Fast paths: attention.py (kernels/csrc/attention.c) on the CPU and attention_triton.py on a GPU.
 """
 
 from collections.abc import Sequence
@@ -10,27 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from maskset.errors import AttentionError
-
 Shapes = Sequence[tuple[int, int]]  # height and width of each level
-
-
-def check_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, grad: Tensor | None = None) -> None:
-    """Raise an AttentionError where tensors do not fit together and a kernel would read memory that is not theirs."""
-    expected = (*value.shape[:1], *weights.shape[1:2], *value.shape[2:3], len(shapes), *weights.shape[-1:])
-    sides = [side for shape in shapes for side in shape]
-    fits = value.ndim == 4 and weights.shape == expected and locations.shape == (*expected, 2)
-    if not fits or min(sides, default=0) < 0 or value.shape[1] != sum(h * w for h, w in shapes):
-        raise AttentionError(
-            f"value {list(value.shape)} (B S M D), locations {list(locations.shape)} (B Q M L P 2) and weights "
-            f"{list(weights.shape)} (B Q M L P) do not fit together, or do not fit levels of {list(shapes)} (height, width)."
-        )
-    if grad is not None and grad.shape != (*weights.shape[:2], value.shape[2] * value.shape[3]):
-        raise AttentionError(f"the gradient {list(grad.shape)} must have the shape of the output, [B Q M*D].")
-    tensors = [value, locations, weights, *([] if grad is None else [grad])]
-    if any(not tensor.is_floating_point() for tensor in tensors) or len({tensor.device for tensor in tensors}) > 1:
-        got = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
-        raise AttentionError(f"value, locations and weights must be floating-point tensors on one device, got {got}.")
 
 
 def by_samples(

@@ -24,7 +24,7 @@ def triton_failure(device: torch.device) -> str | None:
 
 @cache
 def _failure(device_type: str, index: int | None, deterministic: bool) -> str | None:  # sums differ in deterministic mode
-    device = torch.device(device_type, index)
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         reason = next(filter(None, (_disagreement(dtype, device) for dtype in _TOLERANCES)), None)
     if reason is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from maskset.errors import AttentionError
 from maskset.kernels import library
+from maskset.kernels.attention import fused
 from maskset.kernels.attention_plain import Shapes, by_bags, by_gathering, by_samples
 from maskset.kernels.self_check import triton_failure
 
@@ -45,8 +46,6 @@ def deformable_attention(
     if name in PLAIN:
         return PLAIN[name](value.to(locations.dtype), shapes, locations, weights).to(value.dtype)
     _check(name, value)
-    from maskset.kernels.attention_op import fused
-
     return fused(value, [side for shape in shapes for side in shape], locations, weights)
 
 

@@ -43,8 +43,8 @@ class Attention(nn.Module):
         self, query: Float[Tensor, "B h w C"], key: Float[Tensor, "B h m C"], value: Float[Tensor, "B h m C"]
     ) -> Float[Tensor, "B h w C"]:
         """Return the output for projected queries, keys and values."""
-        tokens = (self._tokens(x) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(*tokens).transpose(1, 2)  # its scale is (C / heads)^-0.5
+        queries, keys, values = (self._tokens(x) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)  # its scale is (C / heads)^-0.5
         return self.output(attended.reshape(query.shape))
 
     def _tokens(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "groups split tokens c"]:

@@ -1,0 +1,158 @@
+"""Deformable attention as a PyTorch operator, computed by C (csrc/attention.c) on a CPU and by Triton on a GPU.
+
+For the backward pass it saves only its inputs: value, locations and weights. The C functions take one pass over the samples, in
+float32 or float64, without copies.
+"""
+
+import ctypes
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskset.errors import AttentionError
+from maskset.kernels import library
+from maskset.kernels.attention_plain import Shapes
+
+_TYPES = {torch.float32: "f32", torch.float64: "f64"}
+_MIN_SAMPLES_PER_THREAD = 2**14
+
+
+@torch.library.custom_op("maskset::deformable_attention", mutates_args=())
+def fused(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """Return [B Q M*D] in the type of `value`; `shapes` is height, width, height, width, ...
+
+    Raises:
+        AttentionError: the tensors do not fit together.
+    """
+    check_attention(value, _pairs(shapes), locations, weights)
+    return _functions(value)[0](value.contiguous(), _pairs(shapes), locations, weights).to(value.dtype)
+
+
+@fused.register_fake
+def _(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    batch, queries, heads = weights.shape[:3]
+    return value.new_empty(batch, queries, heads * value.shape[3])
+
+
+@torch.library.custom_op("maskset::deformable_attention_backward", mutates_args=())
+def fused_backward(
+    grad: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of value, locations and weights."""
+    check_attention(value, _pairs(shapes), locations, weights, grad)
+    gradients = _functions(value)[1](grad.contiguous(), value.contiguous(), _pairs(shapes), locations, weights)
+    return tuple(gradient.to(like.dtype) for gradient, like in zip(gradients, (value, locations, weights), strict=True))  # type: ignore[return-value]
+
+
+@fused_backward.register_fake
+def _(grad: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+
+
+def _keep(ctx, inputs, output) -> None:
+    value, ctx.shapes, locations, weights = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _differentiate(ctx, grad: Tensor):
+    value, locations, weights = ctx.saved_tensors
+    of_value, of_locations, of_weights = fused_backward(grad, value, ctx.shapes, locations, weights)
+    return of_value, None, of_locations, of_weights
+
+
+fused.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _functions(value: Tensor) -> tuple[Callable, Callable]:
+    """Return what computes the output, and the gradients, on the device of the values."""
+    if value.is_cuda:
+        triton = importlib.import_module("maskset.kernels.attention_triton")
+        return triton.forward, triton.backward
+    return forward, backward
+
+
+def _pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(shapes[::2], shapes[1::2], strict=True))
+
+
+def check_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, grad: Tensor | None = None) -> None:
+    """Raise an AttentionError where tensors do not fit together and a kernel would read memory that is not theirs."""
+    expected = (*value.shape[:1], *weights.shape[1:2], *value.shape[2:3], len(shapes), *weights.shape[-1:])
+    sides = [side for shape in shapes for side in shape]
+    fits = value.ndim == 4 and weights.shape == expected and locations.shape == (*expected, 2)
+    if not fits or min(sides, default=0) < 0 or value.shape[1] != sum(h * w for h, w in shapes):
+        raise AttentionError(
+            f"value {list(value.shape)} (B S M D), locations {list(locations.shape)} (B Q M L P 2) and weights "
+            f"{list(weights.shape)} (B Q M L P) do not fit together, or do not fit levels of {list(shapes)} (height, width)."
+        )
+    if grad is not None and grad.shape != (*weights.shape[:2], value.shape[2] * value.shape[3]):
+        raise AttentionError(f"the gradient {list(grad.shape)} must have the shape of the output, [B Q M*D].")
+    tensors = [value, locations, weights, *([] if grad is None else [grad])]
+    if any(not tensor.is_floating_point() for tensor in tensors) or len({tensor.device for tensor in tensors}) > 1:
+        got = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+        raise AttentionError(f"value, locations and weights must be floating-point tensors on one device, got {got}.")
+
+
+def forward(
+    value: Float[Tensor, "B S M D"],
+    shapes: Sequence[tuple[int, int]],
+    locations: Float[Tensor, "B Q M L P 2"],
+    weights: Float[Tensor, "B Q M L P"],
+) -> Float[Tensor, "B Q M*D"]:
+    """Return the weighted sums; threads share the queries."""
+    check_attention(value, shapes, locations, weights)
+    value, locations, weights = _same_type(value, locations, weights)
+    batch, queries, heads, levels, points = weights.shape
+    out = value.new_empty(batch, queries, heads * value.shape[3])
+    function, sizes = library.function(f"deformable_attention_{_TYPES[value.dtype]}"), _sizes(value, shapes, weights)
+
+    def work(first: int, end: int) -> None:
+        function(value, locations, weights, out, sizes, first, end)
+
+    library.parallel_for(work, batch * queries, _MIN_SAMPLES_PER_THREAD // max(1, heads * levels * points))
+    return out
+
+
+def backward(
+    grad: Float[Tensor, "B Q _"],
+    value: Float[Tensor, "B S M D"],
+    shapes: Sequence[tuple[int, int]],
+    locations: Float[Tensor, "B Q M L P 2"],
+    weights: Float[Tensor, "B Q M L P"],
+) -> tuple[Float[Tensor, "B S M D"], Float[Tensor, "B Q M L P 2"], Float[Tensor, "B Q M L P"]]:
+    """Return the gradients of value, locations and weights; threads share the heads, so that no cell has two writers."""
+    check_attention(value, shapes, locations, weights, grad)
+    grad, value, locations, weights = _same_type(grad, value, locations, weights)
+    gradients = torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights)
+    function, sizes = library.function(f"deformable_attention_backward_{_TYPES[value.dtype]}"), _sizes(value, shapes, weights)
+
+    def work(first: int, end: int) -> None:
+        function(value, locations, weights, grad, *gradients, sizes, first, end)
+
+    heads = value.shape[0] * value.shape[2]
+    library.parallel_for(work, heads, _MIN_SAMPLES_PER_THREAD * heads // max(1, weights.numel()))
+    return gradients
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [("shapes", ctypes.POINTER(ctypes.c_int64))] + [
+        (name, ctypes.c_ssize_t) for name in ("cells", "queries", "heads", "width", "levels", "points")
+    ]
+
+
+def _sizes(value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor) -> Any:
+    flat = [side for shape in shapes for side in shape]
+    _, queries, heads, levels, points = weights.shape
+    return ctypes.byref(
+        _Sizes((ctypes.c_int64 * len(flat))(*flat), value.shape[1], queries, heads, value.shape[3], levels, points)
+    )
+
+
+def _same_type(*tensors: Tensor) -> list[Tensor]:
+    """Return contiguous tensors of one type: float64 if the last one, the weights, is float64, otherwise float32."""
+    dtype = torch.float64 if tensors[-1].dtype == torch.float64 else torch.float32
+    return [tensor.detach().to(dtype).contiguous() for tensor in tensors]
