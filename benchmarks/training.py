@@ -26,8 +26,8 @@ from maskset import recipes
 from maskset.data.shapes import CATEGORIES, ShapesDataset
 from maskset.instances import Instances, Masks
 from maskset.kernels import library
+from maskset.layers.blocks import recompute
 from maskset.layers.deformable import ATTENTION_ENV, DeformableAttention
-from maskset.layers.recompute import recompute
 from maskset.structures import ImageBatch
 from maskset.systems import System, build, isda, soit
 

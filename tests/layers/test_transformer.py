@@ -2,8 +2,7 @@ import pytest
 import torch
 from goldens import golden, notes
 
-from maskset.layers.mlp import Mlp
-from maskset.layers.positions import sine_positions
+from maskset.layers.blocks import Mlp, sine_positions
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import Proposals, cell_centres, flatten_levels, inverse_sigmoid, refine
 from maskset.structures import ImageBatch

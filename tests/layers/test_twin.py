@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maskset.kernels.twin import Copies
-from maskset.layers.recompute import recompute
+from maskset.layers.blocks import recompute
 from maskset.layers.twin import Attention, PaperLayer, PaperTransformer, ReleasedTransformer
 
 

@@ -18,7 +18,7 @@ from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
 from maskset.instances import Category, Instances, Masks
 from maskset.kernels import library
-from maskset.layers import recompute
+from maskset.layers import blocks
 from maskset.layers.deformable import implementations, using
 from maskset.masks.paint import paint, paint_probabilities
 from maskset.masks.resize import align_corners, aligned_bilinear, resample
@@ -319,7 +319,7 @@ def test_layers_that_are_recomputed_keep_less_and_change_no_bit_of_a_gradient(na
         total(model.loss(output, images, objects)).backward()
         gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
         found.append((sum(kept), gradients, copy.deepcopy(model.state_dict())))
-        recompute.recompute(model)
+        blocks.recompute(model)
     (most, expected, after), (least, gradients, after_too) = found
     assert least < most
     assert gradients.keys() == expected.keys()
@@ -331,8 +331,8 @@ def test_layers_that_are_recomputed_keep_less_and_change_no_bit_of_a_gradient(na
 def test_nothing_is_recomputed_in_evaluation_or_without_gradients(name, monkeypatch):
     model = tiny(name).eval()
     images, _ = batch(shapes(1), model.config)
-    recompute.recompute(model)
-    monkeypatch.delattr(recompute, "checkpoint")
+    blocks.recompute(model)
+    monkeypatch.delattr(blocks, "checkpoint")
     model(images)
     with torch.no_grad():
         model.train()(images)

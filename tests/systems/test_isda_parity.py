@@ -13,7 +13,7 @@ from maskset.conversion.coco import used_categories
 from maskset.conversion.isda import RULES
 from maskset.conversion.keys import rename
 from maskset.instances import Instances, Masks
-from maskset.layers.positions import sine_positions
+from maskset.layers.blocks import sine_positions
 from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.paint import paint_probabilities
 from maskset.masks.targets import central_means

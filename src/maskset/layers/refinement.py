@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskset import boxes as box_ops
-from maskset.layers.recompute import Layer
+from maskset.layers.blocks import Layer
 
 _WEIGHTS = (2.0, 2.0, 1.0, 1.0)  # that a predicted correction of x, y, width, height is divided by
 _GREATEST_GROWTH = math.log(100_000 / 16)  # of the logarithm of a side in one step

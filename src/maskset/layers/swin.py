@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from maskset.layers.recompute import Layer
+from maskset.layers.blocks import Layer
 
 PATCH = 4  # pixels, the side of a patch
 WINDOW = 7  # cells, the side of a window

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from maskset.layers.blocks import Layer, frequencies, sine_positions
 from maskset.layers.deformable import DeformableAttention, Shapes
-from maskset.layers.positions import frequencies, sine_positions
-from maskset.layers.recompute import Layer
 from maskset.structures import SlotPredictions
 
 

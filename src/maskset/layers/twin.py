@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskset.kernels.twin import mean_of_copies
-from maskset.layers.mlp import Mlp
-from maskset.layers.recompute import Layer
+from maskset.layers.blocks import Layer, Mlp
 
 _SLOPE = 0.01  # of the leaky ReLUs
 

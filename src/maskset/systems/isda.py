@@ -19,7 +19,7 @@ from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, sett
 from maskset.detection import top_k_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
-from maskset.layers.mlp import Mlp
+from maskset.layers.blocks import Mlp
 from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, inverse_sigmoid, reset_transformer
 from maskset.losses import chunked_loss, focal_loss, name_by_layer, squared_dice_loss

@@ -21,7 +21,7 @@ from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, sett
 from maskset.detection import match_and_corner_losses, top_k_detections_in_image
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
-from maskset.layers.mlp import copies
+from maskset.layers.blocks import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import (
     DynamicAttention,

@@ -22,7 +22,7 @@ from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_betwee
 from maskset.detection import match_and_corner_losses, top_k_detections_in_image
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
-from maskset.layers.mlp import copies
+from maskset.layers.blocks import copies
 from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, apply_deltas, image_feature, reset_stage
 from maskset.layers.roi import pyramid_roi_align, to_roi_dtype

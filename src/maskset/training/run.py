@@ -23,7 +23,7 @@ from maskset.distributed import launched
 from maskset.errors import CheckpointError, ConfigError, DataError
 from maskset.files import atomic_write
 from maskset.layers.backbone import load_pretrained
-from maskset.layers.recompute import recompute
+from maskset.layers.blocks import recompute
 from maskset.progress import track
 from maskset.recipe import Recipe, TrainConfig
 from maskset.systems import System, build

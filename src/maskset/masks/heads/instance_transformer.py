@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskset.kernels.instances import fused, usable
+from maskset.layers.blocks import frequencies
 from maskset.layers.deformable import deformable_attention
-from maskset.layers.positions import frequencies
 
 Positions = Literal["relative", "absolute", "none"]
 

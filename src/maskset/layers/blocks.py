@@ -1,0 +1,92 @@
+"""The small blocks of every system: multi-layer perceptrons, copies, sine positions and activation checkpointing."""
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        widths: of the input, each hidden layer and the output.
+    """
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., last width] for [..., first width]."""
+        for layer in self.layers[:-1]:
+            x = layer(x).relu_()
+        return self.layers[-1](x)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The output layer, for the initialisation that a paper asks for."""
+        return self.layers[-1]  # type: ignore[return-value]
+
+
+def copies(module: nn.Module, count: int) -> nn.ModuleList:
+    """Return `count` copies with the same initial values, such as a head for every decoder layer."""
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
+
+
+def frequencies(position: Float[Tensor, "*n"], channels: int, temperature: float = 10000.0) -> Float[Tensor, "*n channels"]:
+    """Return sine (even channels) and cosine (odd ones) of a position in radians at `channels` / 2 wavelengths."""
+    pair = torch.arange(channels, device=position.device).div(2, rounding_mode="floor")
+    angle = position[..., None] / temperature ** (2 * pair / channels)
+    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+def sine_positions(padding: Bool[Tensor, "B h w"], channels: int) -> Float[Tensor, "B h*w channels"]:
+    """Return the encoding of each cell's place in the valid part of its map, y in the first half of the channels, then x.
+
+    A cell's place is its centre (the -0.5 is Deformable DETR's; DETR has none), as a fraction of the valid height and width
+    times 2 pi (DETR, appendix A.4).
+    """
+    valid = ~padding
+    encoded = []
+    for axis in (1, 2):
+        count = valid.cumsum(axis, dtype=torch.float32)
+        total = count[:, -1:, :] if axis == 1 else count[:, :, -1:]
+        encoded.append(frequencies((count - 0.5) / (total + 1e-6) * (2 * math.pi), channels // 2))
+    return torch.cat(encoded, dim=-1).flatten(1, 2)
+
+
+class Layer(nn.Module):
+    """A layer with optional activation checkpointing (Chen et al., 2016): it recomputes its activations in the backward pass.
+
+    It must not contain batch norm, which would see a batch twice.
+
+    Attributes:
+        recomputes: whether training saves only the inputs for the backward pass. Gradients are equal bit for bit: dropout
+            repeats its random numbers. `recompute` sets it.
+    """
+
+    recomputes = False
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Return what `forward` returns."""
+        return self.run(super().__call__, *inputs)
+
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return `function(*inputs)`, which computes this layer, checkpointed where the layer recomputes."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+
+def recompute(model: nn.Module) -> None:
+    """Let every `Layer` of the model recompute its activations in training: less memory for more time."""
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.recomputes = True
