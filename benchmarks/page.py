@@ -78,8 +78,11 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def headlines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the figures that the README of the repository shows, as it writes them."""
-    values = [next(t["measured"] for t in results[file]["targets"] if t["comparison"] == what) for file, what in _HEADLINES]
-    return [f"{_number(value)}x" for value in values]
+    figures = []
+    for file, comparison in _HEADLINES:
+        value = next(target["measured"] for target in results[file]["targets"] if target["comparison"] == comparison)
+        figures.append(f"{100 / value:.0f}%" if comparison.startswith("memory") else f"{_number(value)}x")
+    return figures
 
 
 def summary(results: Sequence[Mapping[str, Any]] | Any) -> list[str]:
