@@ -99,12 +99,12 @@ def find(source: str | Path) -> Path:
         return _download(source.removeprefix("hub:"))
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in _RUN_FILES if (path / name).is_file()]
-        if not found:
+        checkpoints = [path / name for name in _RUN_FILES if (path / name).is_file()]
+        if not checkpoints:
             raise CheckpointError(
                 f"the folder {path} holds no {' or '.join(_RUN_FILES)}: it is no run folder, or nothing was saved."
             )
-        return found[0]
+        return checkpoints[0]
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}.{_hint(source, path)}")
     return path
@@ -144,10 +144,10 @@ def check_weights(weights: Mapping[str, Tensor], model: System, path: Path) -> N
     for name, own in model.state_dict().items():
         if name not in weights:
             continue
-        found, wanted = weights[name].dtype, own.dtype
-        if found != wanted and not (found in _FLOATS and wanted in _FLOATS):
-            raise CheckpointError(f"{path}: {name} is {found}, it must be {wanted}: the file is damaged.")
-        if found in _FLOATS and not torch.isfinite(weights[name]).all():
+        dtype, expected = weights[name].dtype, own.dtype
+        if dtype != expected and not (dtype in _FLOATS and expected in _FLOATS):
+            raise CheckpointError(f"{path}: {name} is {dtype}, it must be {expected}: the file is damaged.")
+        if dtype in _FLOATS and not torch.isfinite(weights[name]).all():
             raise CheckpointError(f"{path}: {name} has NaN or infinite values. Use an earlier checkpoint of the training.")
 
 
@@ -199,7 +199,7 @@ def _metadata(texts: dict[str, str], path: Path) -> Metadata:
         )
     try:
         recipe = from_dict(Recipe, json.loads(texts["recipe"]), f"{path}: recipe")
-        categories = tuple(Category(one["name"], one["coco_id"]) for one in json.loads(texts["categories"]))
+        categories = tuple(Category(row["name"], row["coco_id"]) for row in json.loads(texts["categories"]))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:

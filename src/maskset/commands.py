@@ -51,7 +51,7 @@ def _train_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
         settings = recipes.get(name)
         parser.set_defaults(settings=settings)
-        flags.add(parser, settings, shown=None if "--help-all" in arguments else FIRST_SETTINGS)
+        flags.add(parser, settings, visible=None if "--help-all" in arguments else FIRST_SETTINGS)
     elif any(flag in arguments for flag in ("-h", "--help", "--help-all")):
         group = parser.add_argument_group("settings (ten of many)")
         for setting, help in FIRST_SETTINGS.items():
@@ -189,7 +189,7 @@ def _compare(options: Namespace) -> None:
     )
     print(f"\n{comparison}\n\nwritten to {options.out}")
     if comparison.failed:
-        names = ", ".join(one.name for one in comparison.failed)
+        names = ", ".join(model.name for model in comparison.failed)
         raise MasksetError(f"failed: {names} (see above). The others are done; run the same command to try again.")
 
 

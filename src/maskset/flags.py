@@ -50,13 +50,13 @@ def listed(settings: Any, prefix: str = "") -> Iterator[Setting]:
             yield Setting(name, value, field.metadata.get("description", ""), type(None) in get_args(hints[field.name]))
 
 
-def add(parser: ArgumentParser, settings: Any, shown: Container[str] | None = None) -> None:
+def add(parser: ArgumentParser, settings: Any, visible: Container[str] | None = None) -> None:
     """Add one flag for each setting to the parser, in one group for each part of the settings.
 
     Args:
         parser: gets the flags.
         settings: a dataclass, whose values are the defaults.
-        shown: names of the settings that its help shows; by default all.
+        visible: names of the settings to list in the help; by default all.
     """
     groups = {}
     for setting in listed(settings):
@@ -69,7 +69,7 @@ def add(parser: ArgumentParser, settings: Any, shown: Container[str] | None = No
             dest=setting.name,
             metavar="VALUE",
             nargs="*" if isinstance(setting.value, tuple) else None,
-            help=help if shown is None or setting.name in shown else SUPPRESS,
+            help=help if visible is None or setting.name in visible else SUPPRESS,
         )
 
 

@@ -120,7 +120,7 @@ def expand(source: Any) -> list[Picture]:
     pictures: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
     for picture in pictures:
         check(picture)
-    return [one for picture in pictures for one in (_files(picture) if isinstance(picture, (str, Path)) else [picture])]
+    return [image for picture in pictures for image in (_files(picture) if isinstance(picture, (str, Path)) else [picture])]
 
 
 def expand_files(sources: Iterable[str | Path]) -> list[Path]:

@@ -279,7 +279,7 @@ def test_a_model_that_knows_no_class_of_the_data_is_refused_before_anything_is_t
     other = maskset.load(untrained)
     other.categories = tuple(Category(name, number) for number, name in enumerate(("cat", "dog", "cow")))
     maskset.save(other, recipe(), tmp_path / "animals.safetensors")
-    message = "animals.safetensors cannot be compared on these data: the model detects cat, dog, cow, the data has ellipse"
+    message = "animals.safetensors cannot be compared on this data: the model detects cat, dog, cow, the data has ellipse"
     refused(DataError, message, ["solq-tiny", tmp_path / "animals.safetensors"], tmp_path)
 
 

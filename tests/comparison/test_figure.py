@@ -7,7 +7,7 @@ import torch
 from fakes import Listed, Oracle, discs, found
 from PIL import Image
 
-from maskset.comparison.figure import chosen, draw_figure, hits, look
+from maskset.comparison.figure import draw_figure, hits, match_detections, select_images
 from maskset.instances import Category
 
 CLASSES = (Category("disc", 1), Category("ring", 2))
@@ -35,19 +35,25 @@ def test_an_object_is_right_once_with_its_class_and_half_of_its_mask():
 def test_each_model_is_drawn_from_the_score_on_that_gives_it_the_best_f1():
     data = Listed([scene([0, 0]), scene([0])])
     unsure = {0: scene([0, 0, 1], [0.30, 0.12, 0.05]), 1: scene([0, 1], [0.20, 0.11])}
-    assert look(unsure, data).threshold == np.float32(0.12)
-    assert look(unsure, data).counts(0) == (2, 0)
+    assert match_detections(unsure, data).threshold == np.float32(0.12)
+    assert match_detections(unsure, data).counts(0) == (2, 0)
     many = found([0] * 7, discs([(30.0, 30.0, 2.0)] * 6 + [PLACES[0]], (32, 32)), [0.9] * 6 + [0.1], CLASSES)
-    assert look({0: many, 1: scene([])}, data).threshold == 0.5  # six wrong ones are not drawn for the sake of a right one
-    assert look({0: scene([1], [0.9]), 1: scene([1], [0.8])}, data).threshold == 0.5  # nothing is right anywhere
-    assert look({0: scene([]), 1: scene([])}, data).counts(0) == (0, 0)
+    assert (
+        match_detections({0: many, 1: scene([])}, data).threshold == 0.5
+    )  # six wrong ones are not drawn for the sake of a right one
+    assert match_detections({0: scene([1], [0.9]), 1: scene([1], [0.8])}, data).threshold == 0.5  # nothing is right anywhere
+    assert match_detections({0: scene([]), 1: scene([])}, data).counts(0) == (0, 0)
 
 
 def test_images_in_which_the_models_differ_come_first_then_those_with_the_most_objects():
     data = Listed([scene([0]), scene([0, 0, 0]), scene([0, 0])])
     everything = {i: scene([0] * n, [0.9] * n) for i, n in enumerate((1, 3, 2))}
     misses = everything | {2: scene([0], [0.9])}
-    assert chosen([look(everything, data), look(misses, data)], [0, 1, 2], data.counts()) == [2, 1, 0]
+    assert select_images([match_detections(everything, data), match_detections(misses, data)], [0, 1, 2], data.counts()) == [
+        2,
+        1,
+        0,
+    ]
 
 
 def test_the_figure_has_a_column_for_each_model_and_a_row_for_each_image(tmp_path):

@@ -49,7 +49,7 @@ def test_isda_takes_everything_but_the_boxes():
     assert all(name.startswith("bbox_head.reg_branches.") for name in made.left)
     assert len(made.left) == 36
     ours = made.model.state_dict()
-    assert set(made.taken) | set(made.new) == set(ours)
+    assert set(made.copied) | set(made.new) == set(ours)
     assert torch.equal(ours["class_head.weight"], state["bbox_head.cls_branches.0.weight"])
     assert torch.equal(ours["query_position"], state["bbox_head.query_embedding.weight"][:, :256])
     assert torch.equal(ours["query_content"], state["bbox_head.query_embedding.weight"][:, 256:])
@@ -79,14 +79,14 @@ def test_solq_takes_it_where_its_width_is_the_same():
 
 def test_of_a_layer_that_does_not_fit_nothing_is_taken():
     made = start(SolqConfig(), official())  # 384 channels wide
-    assert all(name.startswith("backbone.") for name in made.taken)
+    assert all(name.startswith("backbone.") for name in made.copied)
     assert "encoder.layers.0.feed_forward.up.bias" in made.new  # which has the same shape
 
 
 def test_another_number_of_queries_costs_the_queries_only():
     made = start(IsdaConfig(num_queries=100), official())
     assert {"query_position", "query_content"} <= set(made.new)
-    assert "level_embedding" in made.taken
+    assert "level_embedding" in made.copied
 
 
 def test_a_model_of_which_nothing_fits_is_refused():
@@ -112,8 +112,8 @@ def test_the_command_writes_a_start_and_says_what_it_took(tmp_path, capsys):
     torch.save({"meta": {"epoch": 50}, "state_dict": official()}, source)
     assert main(["convert", "isda", "--from", "deformable-detr", str(source), str(out)]) == 0
     said = capsys.readouterr().out
-    assert "taken, " in said
-    assert "starts anew, 33 tensors: project_finest 3, mask_feature_head 24, kernel_head 6" in said
+    assert "copied, " in said
+    assert "initialised, 33 tensors: project_finest 3, mask_feature_head 24, kernel_head 6" in said
     assert "left out, 36 tensors: reg_branches 36" in said
     level_embedding = read_state_dict(source)["bbox_head.transformer.level_embeds"]
     assert torch.equal(maskset.load(out).state_dict()["level_embedding"], level_embedding)

@@ -18,7 +18,7 @@ from maskset import config as settings
 from maskset import recipes
 from maskset.checkpoint import find, is_model, read_metadata
 from maskset.comparison.figure import draw_figure
-from maskset.comparison.results import FIGURE, JSON, MEASURED, TABLE, Compared, Comparison, Terms, shown
+from maskset.comparison.results import FIGURE, JSON, MEASURED, TABLE, Compared, Comparison, Terms, format_number
 from maskset.data import Dataset, ShapesDataset, open_data
 from maskset.distributed import launched
 from maskset.errors import ConfigError, DataError, MasksetError
@@ -81,7 +81,7 @@ def compare(
     """
     _check_call(epochs, minutes, max_detections)
     out, dataset = Path(out), open_data(data, split, images, skip_broken)
-    wanted = _wanted([models] if isinstance(models, (str, Path)) else models, dataset, skip_broken)
+    models_by_name = _resolve([models] if isinstance(models, (str, Path)) else models, dataset, skip_broken)
     terms = Terms(
         data="shapes:" if isinstance(dataset, ShapesDataset) else str(Path(data).absolute()),
         images=None if images is None else str(Path(images).absolute()),
@@ -95,15 +95,15 @@ def compare(
     )
     with lock_folder(out):
         known = _known(out, terms)
-        entries = {name: _continued(known.get(name), new, out, terms) for name, new in wanted.items()}
+        entries = {name: _continued(known.get(name), new, out, terms) for name, new in models_by_name.items()}
         try:
             Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
             for name in entries:
                 for entry in _advanced(entries[name], terms, dataset, out, progress):
                     entries[name] = entry
                     Comparison(terms=terms, models=tuple((known | entries).values())).save(out / JSON)
-            others = {name: one for name, one in known.items() if one.state == "done"}  # of earlier calls
-            comparison = Comparison(terms=terms, models=tuple((others | entries).values()))
+            earlier = {name: entry for name, entry in known.items() if entry.state == "done"}
+            comparison = Comparison(terms=terms, models=tuple((earlier | entries).values()))
             _show(comparison, dataset, out)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command continues the comparison in {out}.") from None
@@ -123,41 +123,43 @@ def _check_call(epochs: int | None, minutes: float | None, max_detections: int) 
         raise ConfigError("a comparison is one process: train with several by maskset train, and compare the run folders.")
 
 
-def _wanted(models: Sequence[str | Path], dataset: Dataset, skip_broken: bool) -> dict[str, Compared]:
-    """Return what is to be compared, nothing of it done, by name."""
-    wanted: dict[str, Compared] = {}
-    for given in map(str, models):
-        name = _name(given)
+def _resolve(models: Sequence[str | Path], dataset: Dataset, skip_broken: bool) -> dict[str, Compared]:
+    """Return a new entry for each recipe and model, by name."""
+    entries: dict[str, Compared] = {}
+    for source in map(str, models):
+        name = _name(source)
         if name in (JSON, TABLE, FIGURE):
-            raise ConfigError(f"{given} would be called {name}, as a file of the comparison is: rename it.")
-        if name in wanted:
-            raise ConfigError(f"{wanted[name].source} and {given} are both called {name}: rename the file or folder of one.")
-        if _is_model(given):
-            path = find(given)
+            raise ConfigError(f"{source} would be called {name}, like a file of the comparison: rename it.")
+        if name in entries:
+            raise ConfigError(
+                f"{entries[name].source} and {source} are both called {name}: rename the file or folder of one of them."
+            )
+        if _is_model(source):
+            path = find(source)
             try:
                 class_labels(read_metadata(path).categories, dataset.categories)
             except DataError as error:
-                raise DataError(f"{given} cannot be compared on these data: {error}") from None
+                raise DataError(f"{source} cannot be compared on this data: {error}") from None
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            wanted[name] = Compared(name=name, source=given, digest=digest)
+            entries[name] = Compared(name=name, source=source, digest=digest)
         else:
-            wanted[name] = Compared(name=name, source=given, recipe=_quiet(recipes.get(given), skip_broken))
-    if not wanted:
+            entries[name] = Compared(name=name, source=source, recipe=_quiet(recipes.get(source), skip_broken))
+    if not entries:
         raise ConfigError("there is nothing to compare: name recipes or trained models.")
-    return wanted
+    return entries
 
 
-def _is_model(given: str) -> bool:
-    return is_model(given) and not recipes.known(given)  # a folder that is called as a recipe is written ./solq-tiny
+def _is_model(source: str) -> bool:
+    return is_model(source) and not recipes.known(source)  # ./solq-tiny is a folder with the name of a recipe
 
 
-def _name(given: str) -> str:
-    """Return what a recipe or model is called: a run's checkpoints and recipe are called as its folder."""
-    path = Path(os.path.abspath(given))  # so that ".." has a name
+def _name(source: str) -> str:
+    """Return the name of a recipe or model; the checkpoints and the recipe of a run have the name of its folder."""
+    path = Path(os.path.abspath(source))  # so that ".." has a name
     if path.suffix in (".json", ".safetensors"):
         return path.parent.name if path.stem in ("recipe", "best", "last") else path.stem
-    return path.name if _is_model(given) else given.lower().replace("_", "-")
+    return path.name if _is_model(source) else source.lower().replace("_", "-")
 
 
 def _quiet(recipe: Recipe, skip_broken: bool) -> Recipe:
@@ -180,7 +182,7 @@ def _known(out: Path, terms: Terms) -> dict[str, Compared]:
     changed = _changes(earlier.terms, terms)
     if changed:
         raise ConfigError(f"{out} holds another comparison: {changed}. Repeat its settings, or choose a new folder with --out.")
-    return {one.name: one for one in earlier.models}
+    return {entry.name: entry for entry in earlier.models}
 
 
 def _changes(old: Any, new: Any) -> str:
@@ -204,8 +206,8 @@ def _continued(earlier: Compared | None, new: Compared, out: Path, terms: Terms)
         return replace(earlier, source=new.source) if earlier.digest == new.digest else new  # it may have been moved
     if not (out / new.name / state.RECIPE).is_file():
         return new
-    found = {name: getattr(earlier.recipe.train, name) for name in ("steps", "warmup_steps")} if _has_budget(terms) else {}
-    changed = _changes(earlier.recipe, replace(new.recipe, train=replace(new.recipe.train, **found)))
+    budget = {name: getattr(earlier.recipe.train, name) for name in ("steps", "warmup_steps")} if _has_budget(terms) else {}
+    changed = _changes(earlier.recipe, replace(new.recipe, train=replace(new.recipe.train, **budget)))
     if changed:
         raise ConfigError(
             f"{out / new.name} was trained with another recipe: {changed}. Name the new one otherwise, or choose a new folder."
@@ -297,7 +299,7 @@ def _show(comparison: Comparison, dataset: Dataset, out: Path) -> None:
     """Write the table and the figure."""
     with atomic_write(out / TABLE) as part:
         part.write_text(f"# Comparison\n\n{comparison}\n", encoding="utf-8")
-    done = [one for one in comparison.models if one.state == "done"]
+    done = [entry for entry in comparison.models if entry.state == "done"]
     if done:
-        columns = {one.name: (f"AP {shown(one.mask_ap, '{:.3f}')}", _weights(one, out)) for one in done}
+        columns = {entry.name: (f"AP {format_number(entry.mask_ap, '{:.3f}')}", _weights(entry, out)) for entry in done}
         draw_figure(columns, dataset, out / FIGURE)

@@ -24,24 +24,24 @@ _LARGE, _SMALL = 18, 13  # height of names, and of other words, pixels
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a model finds in some images.
+class Predicted:
+    """The detections of a model in some images, compared with the annotations.
 
     Attributes:
-        found: the objects of each image by its position in the data, best first; all, whatever their scores.
-        right: for each of them whether it is an annotated object that none before it is.
-        threshold: the score from which on objects are drawn, see `draw_figure`.
+        detections: of each image by its index in the data, best first, whatever their scores.
+        correct: for each detection whether it matches an annotated object that no better detection matches.
+        threshold: minimum score of a detection that is drawn, see `draw_figure`.
     """
 
-    found: Mapping[int, Instances]
-    right: Mapping[int, np.ndarray]
+    detections: Mapping[int, Instances]
+    correct: Mapping[int, np.ndarray]
     threshold: float
 
     def counts(self, index: int) -> tuple[int, int]:
-        """Return how many objects above the threshold are right in an image, and how many are wrong."""
-        drawn = _scores(self.found[index]) >= self.threshold
-        right = int(self.right[index][drawn].sum())
-        return right, int(drawn.sum()) - right
+        """Return how many of the drawn detections of an image are correct, and how many are wrong."""
+        drawn = _scores(self.detections[index]) >= self.threshold
+        correct = int(self.correct[index][drawn].sum())
+        return correct, int(drawn.sum()) - correct
 
 
 def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: Dataset, path: Path) -> None:
@@ -60,57 +60,57 @@ def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: 
     counts = dataset.counts()
     filled = np.flatnonzero(counts) if counts.any() else np.arange(len(dataset))
     candidates = filled[:: max(1, -(-len(filled) // _CANDIDATES))].tolist()
-    shown = {
-        name: look(dict(detections_in(load_model(source), dataset, candidates, 100)), dataset)
+    predicted = {
+        name: match_detections(dict(detections_in(load_model(source), dataset, candidates, 100)), dataset)
         for name, (_, source) in models.items()
     }
-    readable = [index for index in candidates if all(index in one.found for one in shown.values())]
-    rows = [_row(dataset, index, list(shown.values())) for index in chosen(list(shown.values()), readable, counts)]
-    lines = [f"{line}, drawn from score {shown[name].threshold:.2f}" for name, (line, _) in models.items()]
+    readable = [index for index in candidates if all(index in model.detections for model in predicted.values())]
+    rows = [_row(dataset, index, list(predicted.values())) for index in select_images(list(predicted.values()), readable, counts)]
+    lines = [f"{line}, drawn from score {predicted[name].threshold:.2f}" for name, (line, _) in models.items()]
     sheet = _sheet([("annotated", ""), *zip(models, lines, strict=True)], rows)
     with atomic_write(path) as part:
         sheet.save(part, "PNG")
 
 
-def look(found: Mapping[int, Instances], dataset: Dataset) -> Shown:
-    """Return what was found in images with what is right of it, and the threshold that suits it best."""
-    right = {index: hits(one, dataset.targets(index)) for index, one in found.items()}
-    annotated = sum(len(dataset.targets(index)) for index in found)
-    scores = np.concatenate([np.zeros(0), *(_scores(one) for one in found.values())])
+def match_detections(detections: Mapping[int, Instances], dataset: Dataset) -> Predicted:
+    """Return the detections of a model with which of them are correct, and the threshold of the best F1."""
+    correct = {index: hits(image, dataset.targets(index)) for index, image in detections.items()}
+    annotated = sum(len(dataset.targets(index)) for index in detections)
+    scores = np.concatenate([np.zeros(0), *map(_scores, detections.values())])
     order = np.argsort(-scores, kind="stable")
-    sure = np.concatenate([np.zeros(0, bool), *right.values()])[order].cumsum()
-    f1 = (2 * sure / (np.arange(1, len(scores) + 1) + annotated))[: 2 * annotated]
+    hits_so_far = np.concatenate([np.zeros(0, bool), *correct.values()])[order].cumsum()
+    f1 = (2 * hits_so_far / (np.arange(1, len(scores) + 1) + annotated))[: 2 * annotated]
     if not f1.any():
-        return Shown(found, right, 0.5)
-    return Shown(found, right, float(scores[order][f1.argmax()]))
+        return Predicted(detections, correct, 0.5)
+    return Predicted(detections, correct, float(scores[order][f1.argmax()]))
 
 
-def hits(found: Instances, annotated: Instances) -> np.ndarray:
-    """Return for each found object whether it is right: of the class, and with IoU of 0.5 or more, of an annotated one.
+def hits(detections: Instances, annotated: Instances) -> np.ndarray:
+    """Return for each detection whether it is correct: an annotated object has its class, and an IoU of 0.5 or more with it.
 
-    Each annotated object counts once, for the best found one.
+    Each annotated object counts once, for the best detection.
     """
     from pycocotools import mask
 
-    right, taken = np.zeros(len(found), bool), np.zeros(len(annotated), bool)
-    if not len(found) or not len(annotated):
-        return right
-    runs, wanted = ([row["segmentation"] for row in one.to_coco()] for one in (found, annotated))
-    overlaps = np.array(mask.iou(runs, wanted, [0] * len(wanted)))
-    overlaps *= (found.labels[:, None] == annotated.labels[None]).numpy()
-    for i in np.argsort(-_scores(found), kind="stable"):
-        best = int((overlaps[i] * ~taken).argmax())
-        if overlaps[i, best] >= 0.5 and not taken[best]:
-            right[i] = taken[best] = True
-    return right
+    correct, matched = np.zeros(len(detections), bool), np.zeros(len(annotated), bool)
+    if not len(detections) or not len(annotated):
+        return correct
+    runs, targets = ([row["segmentation"] for row in objects.to_coco()] for objects in (detections, annotated))
+    overlaps = np.array(mask.iou(runs, targets, [0] * len(targets)))
+    overlaps *= (detections.labels[:, None] == annotated.labels[None]).numpy()
+    for i in np.argsort(-_scores(detections), kind="stable"):
+        best = int((overlaps[i] * ~matched).argmax())
+        if overlaps[i, best] >= 0.5 and not matched[best]:
+            correct[i] = matched[best] = True
+    return correct
 
 
-def chosen(models: Sequence[Shown], images: Sequence[int], counts: np.ndarray) -> list[int]:
-    """Return which images are shown, see `draw_figure`."""
+def select_images(models: Sequence[Predicted], images: Sequence[int], counts: np.ndarray) -> list[int]:
+    """Return the indices of the images to draw, see `draw_figure`."""
 
-    def f1(model: Shown, index: int) -> float:
-        right, wrong = model.counts(index)
-        return 2 * right / max(1, right + wrong + int(counts[index]))
+    def f1(model: Predicted, index: int) -> float:
+        correct, wrong = model.counts(index)
+        return 2 * correct / max(1, correct + wrong + int(counts[index]))
 
     def rank(index: int) -> tuple[float, int, int]:
         values = [f1(model, index) for model in models]
@@ -119,17 +119,17 @@ def chosen(models: Sequence[Shown], images: Sequence[int], counts: np.ndarray) -
     return sorted(images, key=rank)[:_ROWS]
 
 
-def _row(dataset: Dataset, index: int, models: Sequence[Shown]) -> list[tuple[Image.Image, str]]:
+def _row(dataset: Dataset, index: int, models: Sequence[Predicted]) -> list[tuple[Image.Image, str]]:
     """Return the drawings of an image, each with the line below it."""
     pixels, annotated = dataset.read(index)
     file = dataset.images[index].file
     total = len(annotated)
     row = [(_drawn(pixels, annotated), f"{file.name if file else f'image {index + 1}'}, {total} object{'s' * (total != 1)}")]
     for model in models:
-        found = model.found[index]
-        right, wrong = model.counts(index)
-        kept = found[torch.from_numpy(_scores(found) >= model.threshold)]
-        row.append((_drawn(pixels, kept), f"{right} of {total} found, {wrong} wrong"))
+        detections = model.detections[index]
+        correct, wrong = model.counts(index)
+        above = detections[torch.from_numpy(_scores(detections) >= model.threshold)]
+        row.append((_drawn(pixels, above), f"{correct} of {total} found, {wrong} wrong"))
     return row
 
 
@@ -167,5 +167,5 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: in
     pen.text(place, text, "black", font)
 
 
-def _scores(found: Instances) -> np.ndarray:
-    return np.ones(len(found)) if found.scores is None else found.scores.double().numpy()
+def _scores(detections: Instances) -> np.ndarray:
+    return np.ones(len(detections)) if detections.scores is None else detections.scores.double().numpy()

@@ -75,12 +75,12 @@ class Compared:
         sizes = self.mask_ap_small, self.mask_ap_medium, self.mask_ap_large
         return [
             self.name.replace("|", "\\|") + (" (failed)" if self.state == "failed" else ""),
-            *(shown(number, "{:.3f}") for number in (self.mask_ap, self.mask_ap50, self.mask_ap75, *sizes)),
-            *(shown(number and number / 1e6, "{:.1f} M") for number in (self.parameters, self.trained_parameters)),
-            shown(self.steps, "{:,}"),
-            shown(self.seconds_per_step, "{:.3g}"),
-            shown(self.minutes, "{:.1f}"),
-            shown(self.gigabytes, "{:.2f} GB"),
+            *(format_number(number, "{:.3f}") for number in (self.mask_ap, self.mask_ap50, self.mask_ap75, *sizes)),
+            *(format_number(number and number / 1e6, "{:.1f} M") for number in (self.parameters, self.trained_parameters)),
+            format_number(self.steps, "{:,}"),
+            format_number(self.seconds_per_step, "{:.3g}"),
+            format_number(self.minutes, "{:.1f}"),
+            format_number(self.gigabytes, "{:.2f} GB"),
         ]
 
 
@@ -126,22 +126,24 @@ class Comparison:
     @property
     def failed(self) -> tuple[Compared, ...]:
         """The models that could not be trained or measured."""
-        return tuple(one for one in self.models if one.state == "failed")
+        return tuple(entry for entry in self.models if entry.state == "failed")
 
     def __str__(self) -> str:
         """Return the table as Markdown, which can be read as it is."""
-        rows = [list(_COLUMNS), *(one.cells() for one in self.models)]
+        rows = [list(_COLUMNS), *(entry.cells() for entry in self.models)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"  # names to the left
             for row in rows
         ]
         lines.insert(1, "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|")
-        devices = sorted({one.device for one in self.models if one.device})
+        devices = sorted({entry.device for entry in self.models if entry.device})
         trained = [f"Trained on {' and '.join(devices)}."] if devices else []
-        problems = [f"{one.name} failed: {one.problem}" for one in self.failed]
-        notes = [f"{one.name}: {note}" for one in self.models for note in one.notes]
-        return "\n".join([*lines, "", _notes(self.terms, any(one.recipe for one in self.models)), *trained, *problems, *notes])
+        problems = [f"{entry.name} failed: {entry.problem}" for entry in self.failed]
+        notes = [f"{entry.name}: {note}" for entry in self.models for note in entry.notes]
+        return "\n".join(
+            [*lines, "", _notes(self.terms, any(entry.recipe for entry in self.models)), *trained, *problems, *notes]
+        )
 
     def save(self, path: Path) -> None:
         """Write everything as a JSON file that `maskset.config.read` takes."""
@@ -159,6 +161,6 @@ def _notes(terms: Terms, any_recipe: bool) -> str:
     return _NOTES.format(images=terms.measured, data=name, split=terms.split, max_detections=terms.max_detections, budget=budget)
 
 
-def shown(number: float | None, form: str) -> str:
+def format_number(number: float | None, form: str) -> str:
     """Return a number, or a dash for none."""
     return "-" if number is None else form.format(number)

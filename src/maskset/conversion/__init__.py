@@ -136,7 +136,7 @@ def start_file(
     start = deformable_detr.start(recipe.model, weights.state, last_wins)
     if classes is not None:
         start.model.categories = read_class_names(classes, len(start.model.categories))
-    about = f"start of {len(start.taken)} tensors from the Deformable DETR checkpoint {_fingerprint(source)}, {weights}"
+    about = f"start of {len(start.copied)} tensors from the Deformable DETR checkpoint {_fingerprint(source)}, {weights}"
     save(start.model, recipe, out, source=about, license=license)
     return start
 

@@ -32,18 +32,18 @@ class Start:
 
     Attributes:
         model: with COCO's classes; what nothing fits is as `build` made it, from seed 0.
-        taken: names of the model's tensors that were in the file.
+        copied: names of the model's tensors that were in the file.
         new: names of the model's tensors that nothing fits.
         left: names of the file's entries that the model has no use for.
     """
 
     model: System
-    taken: list[str]
+    copied: list[str]
     new: list[str]
     left: list[str]
 
     def __str__(self) -> str:
-        parts = {"taken": self.taken, "starts anew": self.new, "left out": self.left}
+        parts = {"copied": self.copied, "initialised": self.new, "left out": self.left}
         return "\n".join(f"{word}, {len(names)} tensors: {_grouped(names)}" for word, names in parts.items() if names)
 
 
@@ -74,16 +74,16 @@ def start(config: SystemConfig, state: Mapping[str, Tensor], last_wins: bool = F
     own = model.state_dict()  # shares its memory with the model's
     source = {name: _source(name) for name in own if _source(name) in tensors}
     unlike = {_layer(name) for name in source if tensors[source[name]].shape != own[name].shape}
-    taken = [name for name in source if _layer(name) not in unlike]  # a bias is worth nothing without its weight
-    if not taken:
+    copied = [name for name in source if _layer(name) not in unlike]  # a bias is worth nothing without its weight
+    if not copied:
         raise ConversionError(
             f"nothing of the Deformable DETR fits {config.system} with backbone {backbone.name if backbone else None}."
         )
-    for name in taken:
+    for name in copied:
         own[name].copy_(tensors[source[name]])
-    used = {source[name] for name in taken}
+    used = {source[name] for name in copied}
     left = [name for name in tensors if name not in used] + [name for name in state if name.startswith("bbox_head.reg_branches.")]
-    return Start(model, taken, [name for name in own if name not in taken], left)
+    return Start(model, copied, [name for name in own if name not in copied], left)
 
 
 def _source(name: str) -> str:

@@ -105,8 +105,8 @@ def _forward(
             for corner in tl.static_range(4):
                 cell, inside, share_x, share_y = _corner(left, top, share_right, share_below, height, wide, corner)
                 places = value + ((first + cell).to(INDEX) * (HEADS * WIDTH))[:, None] + channel
-                seen = tl.load(places, mask=(rows & inside)[:, None] & (channel < WIDTH), other=0.0).to(DTYPE)
-                total += (share_x * (share_y * weight))[:, None] * seen
+                values = tl.load(places, mask=(rows & inside)[:, None] & (channel < WIDTH), other=0.0).to(DTYPE)
+                total += (share_x * (share_y * weight))[:, None] * values
     places = out + first_row * WIDTH + query[:, None] * (HEADS * WIDTH) + channel
     tl.store(places, total, mask=rows[:, None] & (channel < WIDTH))
 

@@ -98,7 +98,7 @@ def check(name: str, tensor: Any, shape: Sequence[int | None], *dtypes: torch.dt
     """
     if not isinstance(tensor, Tensor):
         raise MasksetError(f"{name} must be a tensor, got {type(tensor).__name__}.")
-    fits = tensor.ndim == len(shape) and all(wanted in (None, got) for wanted, got in zip(shape, tensor.shape, strict=True))
+    fits = tensor.ndim == len(shape) and all(side in (None, got) for side, got in zip(shape, tensor.shape, strict=True))
     if not fits or tensor.dtype not in (dtypes or FLOATS) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         allowed = "floating point" if not dtypes else " or ".join(_name(dtype) for dtype in dtypes)
         sides = ", ".join("any" if side is None else str(side) for side in shape)

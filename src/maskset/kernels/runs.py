@@ -104,17 +104,18 @@ def flat(counts: Sequence[Counts]) -> tuple[Counts, Int64[Tensor, "_"]]:
     Raises:
         MasksetError: run lengths are not one-dimensional integer tensors on the CPU.
     """
-    for one in counts:
+    for lengths in counts:
         if (
-            not isinstance(one, Tensor)
-            or one.ndim != 1
-            or one.is_floating_point()
-            or one.is_complex()
-            or one.device.type != "cpu"
+            not isinstance(lengths, Tensor)
+            or lengths.ndim != 1
+            or lengths.is_floating_point()
+            or lengths.is_complex()
+            or lengths.device.type != "cpu"
         ):
-            got = f"{one.dtype} of shape {list(one.shape)} on {one.device}" if isinstance(one, Tensor) else type(one).__name__
+            is_tensor = isinstance(lengths, Tensor)
+            got = f"{lengths.dtype} of shape {list(lengths.shape)} on {lengths.device}" if is_tensor else type(lengths).__name__
             raise MasksetError(f"run lengths must be one-dimensional int32 tensors on the CPU, got {got}.")
-    return torch.cat([torch.zeros(0, dtype=torch.int32), *counts]).int(), starts_of([len(one) for one in counts])
+    return torch.cat([torch.zeros(0, dtype=torch.int32), *counts]).int(), starts_of([len(lengths) for lengths in counts])
 
 
 def starts_of(lengths: Sequence[int] | Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:

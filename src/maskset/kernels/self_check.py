@@ -47,8 +47,8 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str | None:
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__} in {dtype}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     names = "the output", "the gradient of value", "the gradient of locations", "the gradient of weights"
-    for name, result, wanted in zip(names, results, expected, strict=True):
-        if not bool((result - wanted).abs().max() <= _TOLERANCES[dtype] * wanted.abs().max()):  # also where it is NaN
+    for name, result, reference in zip(names, results, expected, strict=True):
+        if not bool((result - reference).abs().max() <= _TOLERANCES[dtype] * reference.abs().max()):  # also where it is NaN
             return f"{name} is wrong in {dtype}"
     return None
 

@@ -200,13 +200,13 @@ class Isda(System):
         detections = []
         with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
             parts = zip(last.class_logits, last.mask_params, output.mask_features, images.sizes.tolist(), sizes, strict=True)
-            for logits, kernels, features, shown, size in parts:
+            for logits, kernels, features, input_size, size in parts:
                 count = max(limit, _CANDIDATES)
                 scores, labels, slots, drawn = _candidates(logits.float(), kernels.float(), features.float(), count, threshold)
                 best = scores.argsort(descending=True, stable=True)[:limit]
                 best = best[scores[best] >= threshold]
                 once, again = slots[best].unique(return_inverse=True)  # paint a query once, however many classes it has
-                masks = paint_probabilities(drawn[once], self.config.mask_stride, shown, size)[again.tolist()]
+                masks = paint_probabilities(drawn[once], self.config.mask_stride, input_size, size)[again.tolist()]
                 detections.append(Instances(labels[best].cpu(), masks.boxes(), masks, scores[best].cpu(), self.categories))
         return detections
 
@@ -254,8 +254,8 @@ def _candidates(
 
     A score is the class's probability times the mean probability of the cells that belong to the mask; 0 where there is none.
     """
-    chosen, labels, scores = top_k_detections(logits, count, threshold)  # its mask can only lower a score
-    queries, slots = chosen.unique(return_inverse=True)
+    candidates, labels, scores = top_k_detections(logits, count, threshold)  # its mask can only lower a score
+    queries, slots = candidates.unique(return_inverse=True)
     drawn = dynamic_conv(features, kernels[queries]).sigmoid()
     inside = drawn > _MASK_THRESHOLD
     confidence = (drawn * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-5)

@@ -280,8 +280,8 @@ class Soit(System):
             for few in slots.split(max(1, _SAMPLES_AT_ONCE // self._samples(features)))
         ]
         rows, columns = (
-            (aligned_bilinear(cells, _UPSAMPLING), align_corners(cells * _UPSAMPLING, seen), align_corners(seen, pixels))
-            for cells, seen, pixels in zip((height, width), images.sizes[image].tolist(), size, strict=True)
+            (aligned_bilinear(cells, _UPSAMPLING), align_corners(cells * _UPSAMPLING, length), align_corners(length, pixels))
+            for cells, length, pixels in zip((height, width), images.sizes[image].tolist(), size, strict=True)
         )
         upsampled, to_input, to_size = zip(rows, columns, strict=True)
         return paint(torch.cat(parts), [upsampled, torch.sigmoid, to_input, to_size], least=0.0)

@@ -218,12 +218,12 @@ class Sotr(System):
             parts = zip(
                 scores, layer.mask_params.float(), output.mask_features.float(), images.sizes.tolist(), sizes, strict=True
             )
-            for own, kernels, features, shown, size in parts:
+            for own, kernels, features, input_size, size in parts:
                 best = self._suppress(self._candidates(own.nan_to_num(0), kernels, features, self.config.nms_candidates))
                 best = best[best.scores >= threshold][:limit]
                 once, again = best.cells.unique(return_inverse=True)  # paint a cell's mask once, however many classes it has
                 drawn = dynamic_conv(features, kernels[once]).sigmoid()
-                masks = paint_probabilities(drawn, _STRIDE, shown, size)[again.tolist()]
+                masks = paint_probabilities(drawn, _STRIDE, input_size, size)[again.tolist()]
                 detections.append(Instances(best.labels.cpu(), masks.boxes(), masks, best.scores.cpu(), self.categories))
         return detections
 
@@ -280,12 +280,12 @@ class Candidates:
 
 def point_nms(scores: Float[Tensor, "B N K"], grids: Sequence[int]) -> Float[Tensor, "B N K"]:
     """Return the scores of cells that are no worse than those above, to the left and to the upper left, and 0 for others."""
-    kept = []
+    maxima = []
     for grid, side in zip(scores.split([side**2 for side in grids], 1), grids, strict=True):
         square = grid.transpose(1, 2).unflatten(2, (side, side))
         best = F.max_pool2d(square, 2, stride=1, padding=1)[:, :, :-1, :-1]
-        kept.append((square * (square == best)).flatten(2).transpose(1, 2))
-    return torch.cat(kept, 1)
+        maxima.append((square * (square == best)).flatten(2).transpose(1, 2))
+    return torch.cat(maxima, 1)
 
 
 @dataclass(frozen=True)
@@ -317,14 +317,14 @@ def assign(targets: Instances, size: tuple[int, int], settings: SotrConfig) -> P
     scales = sides.prod(1).sqrt()
     cells, objects, before = [], [], 0
     for side, low, high in zip(settings.grids, settings.scale_from, settings.scale_to, strict=True):
-        chosen = ((scales >= low) & (scales <= high) & (areas > 0)).nonzero()[:, 0]
+        on_grid = ((scales >= low) & (scales <= high) & (areas > 0)).nonzero()[:, 0]
         (rows, in_rows), (columns, in_columns) = (
-            _neighbours(centres[chosen, axis], 0.5 * sides[chosen, axis] * settings.centre_share, _STRIDE * size[axis], side)
+            _neighbours(centres[on_grid, axis], 0.5 * sides[on_grid, axis] * settings.centre_share, _STRIDE * size[axis], side)
             for axis in (0, 1)
         )
         inside = in_rows[:, :, None] & in_columns[:, None]
         cells.append((before + side * rows[:, :, None] + columns[:, None])[inside])
-        objects.append(chosen[:, None, None].expand(inside.shape)[inside])
+        objects.append(on_grid[:, None, None].expand(inside.shape)[inside])
         before += side**2
     return Pairs(torch.cat(cells), torch.cat(objects))
 

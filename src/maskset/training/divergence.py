@@ -43,11 +43,11 @@ def save_diverged_batch(
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, out / "batch.safetensors", {})
     (out / "batch.json").write_text(json.dumps(facts, indent=2) + "\n")
-    shown = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+    lrs = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     start = f", which may start from this one's last checkpoint with --init {folder}" if (folder / LAST).is_file() else ""
     return TrainingDiverged(
-        f"training diverged in step {step}: {problem.why} Learning rates: {shown}. Images: {listed}. The batch is in {out}. "
+        f"training diverged in step {step}: {problem.why} Learning rates: {lrs}. Images: {listed}. The batch is in {out}. "
         "Try a lower --train.learning-rate, a longer --train.warmup-steps, a smaller --train.clip-norm, or another "
         f"--train.precision than fp16, in a new run{start}."
     )

@@ -110,13 +110,13 @@ class Log:
         learning_rates = {("learning_rate" if name == "rest" else f"learning_rate/{name}"): rate for name, rate in rates.items()}
         timing = {"seconds": seconds, "images_per_second": batch_size / seconds}
         self._write("train", epoch, step, {**learning_rates, **values, **timing})
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if "/" not in name)
+        losses = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if "/" not in name)
         if self._bar.disable:
             left = seconds * (self._last_step - step)
             place = f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._last_step}"
-            self.print(f"{place}  {shown}  lr {rates.get('rest', 0):.3g}  {seconds:.2f} s/step  {_clock(left)} left")
+            self.print(f"{place}  {losses}  lr {rates.get('rest', 0):.3g}  {seconds:.2f} s/step  {_clock(left)} left")
         else:
-            self._bar.update(self._task, description=f"epoch {epoch + 1}/{self._epochs}", losses=shown)
+            self._bar.update(self._task, description=f"epoch {epoch + 1}/{self._epochs}", losses=losses)
 
     def log_evaluation(self, step: int, epoch: int, metrics: Metrics, seconds: float, note: str) -> None:
         """Log an evaluation."""

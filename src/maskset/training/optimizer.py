@@ -93,8 +93,8 @@ def learning_rate_advice(config: TrainConfig) -> str:
     names = {"rest": "learning_rate", "backbone": "backbone_learning_rate", "offsets": "offset_learning_rate"}
     base = {group: getattr(config, name) for group, name in names.items()}
     scale, linear = learning_rate_scale(config), config.batch_size / config.reference_batch_size
-    shown = ", ".join(f"{group} {rate * scale:.3g}" for group, rate in base.items())
-    line = f"learning rates: {shown} at batch size {config.batch_size}"
+    rates = ", ".join(f"{group} {rate * scale:.3g}" for group, rate in base.items())
+    line = f"learning rates: {rates} at batch size {config.batch_size}"
     if linear == 1:
         return line + ", which they were chosen for"
     if config.scale_learning_rate:

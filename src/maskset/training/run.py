@@ -255,8 +255,7 @@ def _initialise(
     if backbone is not None and backbone.pretrained and any(belongs(name, model.BACKBONE_PARTS) for name in fresh):
         with accelerator.local_main_process_first():  # one process of each machine downloads, the others find it there
             lines.append(load_pretrained(model.get_submodule("backbone"), backbone.weights))  # type: ignore[arg-type]
-    if any(belongs(name, model.FITTED_PARTS) for name in fresh):  # a code is taken whole or learnt anew
-        # Nothing is shown where nothing reads them.
+    if any(belongs(name, model.FITTED_PARTS) for name in fresh):  # a mask code is copied whole or fitted again
         numbers = range(len(training))
         images = track(numbers, len(training), "fitting the mask code") if progress else numbers
         model.prepare(training.targets(index) for index in images)

@@ -173,10 +173,10 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as one, with names such as "model.input.mean"."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        flattened |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flattened
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -95,5 +95,5 @@ def transfer(
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return (shown or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
+    text = ", ".join(names[:most])
+    return (text or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
