@@ -15,7 +15,9 @@ from PIL import Image
 
 from maskset import cli
 from maskset.arguments import FIRST_SETTINGS
+from maskset.commands import SYSTEMS
 from maskset.errors import MasksetError
+from maskset.systems import CONFIGS
 
 
 def answer(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -364,6 +366,11 @@ def test_recipes_are_listed_with_what_they_are_for(capsys):
     lines = answer(capsys, "recipes")[1].splitlines()
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_the_help_of_convert_names_every_system():
+    *names, last = CONFIGS
+    assert f"{', '.join(names)} or {last}" == SYSTEMS
 
 
 def test_a_recipe_is_shown_with_every_setting(capsys):

@@ -14,6 +14,8 @@ from pathlib import Path
 from maskset.arguments import FIRST_SETTINGS, count, new_file, new_folder, new_json, usable_device
 from maskset.errors import ConfigError, MasksetError
 
+SYSTEMS = "solq, soit, isda, istr, istr-smt or sotr"  # maskset.systems.CONFIGS, whose import takes seconds
+
 
 def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the model and the images (default: demo)")
@@ -249,7 +251,7 @@ def _codecs_compare(options: Namespace) -> None:
 
 
 def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("system", metavar="SYSTEM", help="system of the checkpoint: solq, soit, isda, istr, istr-smt or sotr")
+    parser.add_argument("system", metavar="SYSTEM", help=f"system of the checkpoint: {SYSTEMS}")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
     parser.add_argument("out", type=new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep COCO's 80 classes of the 91 channels")

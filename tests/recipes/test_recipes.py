@@ -1,12 +1,15 @@
 """Recipes by name and by file."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from maskset import config, recipes
 from maskset.recipes import RECIPES
 from maskset.training.optimizer import learning_rate_scale, rate_factor
+
+FOLDER = Path(recipes.__file__).parent
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -23,6 +26,16 @@ def test_every_recipe_says_how_to_run_it_what_to_expect_and_what_of_it_is_known(
     assert f"train {name} --data" in text
     assert "Expect: " in text
     assert "Status: " in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_function_of_the_package(name):
+    assert getattr(recipes, name.replace("-", "_")) is RECIPES[name]
+
+
+def test_every_function_of_a_recipe_file_that_returns_a_recipe_is_listed():
+    functions = [line for file in FOLDER.glob("*.py") for line in file.read_text().splitlines() if line.endswith("() -> Recipe:")]
+    assert len(functions) == len(RECIPES)
 
 
 def test_the_official_recipe_is_the_default_of_every_setting():

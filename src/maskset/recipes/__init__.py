@@ -1,47 +1,33 @@
 """Recipes: experiments as Python functions. Each docstring gives the command, the time it takes and the result to expect.
 
-A variant of your own calls one of these and changes it with `dataclasses.replace`; no list needs to know of it.
+`maskset.recipes.solq_r50()` is the recipe "solq-r50". A variant of your own calls one of these functions and changes its result with
+`dataclasses.replace`; no list needs to know of it.
 """
 
 import difflib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from maskset import config
 from maskset.recipe import Recipe
-from maskset.recipes.isda import isda_r50, isda_small, isda_tiny
-from maskset.recipes.istr import istr_r50, istr_r101, istr_small, istr_smt_r50, istr_smt_r101, istr_tiny
-from maskset.recipes.soit import soit_r50, soit_r101, soit_small, soit_swin_l, soit_tiny
-from maskset.recipes.solq import solq_r50, solq_r101, solq_small, solq_swin_l, solq_swin_t, solq_tiny
-from maskset.recipes.sotr import sotr_r50, sotr_r101, sotr_r101_dcn, sotr_rt, sotr_small, sotr_tiny
+from maskset.recipes import isda, istr, soit, solq, sotr
+from maskset.recipes.isda import *  # noqa: F403
+from maskset.recipes.istr import *  # noqa: F403
+from maskset.recipes.soit import *  # noqa: F403
+from maskset.recipes.solq import *  # noqa: F403
+from maskset.recipes.sotr import *  # noqa: F403
+
+
+def _recipes_in(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
+    """Return the functions that a module defines and that return a recipe, in its order: `solq_r50` as "solq-r50"."""
+    functions = [value for value in vars(module).values() if inspect.isfunction(value) and value.__module__ == module.__name__]
+    return {f.__name__.replace("_", "-"): f for f in functions if f.__annotations__.get("return") is Recipe}
+
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "solq-r50": solq_r50,
-    "solq-r101": solq_r101,
-    "solq-swin-t": solq_swin_t,
-    "solq-swin-l": solq_swin_l,
-    "solq-small": solq_small,
-    "solq-tiny": solq_tiny,
-    "soit-r50": soit_r50,
-    "soit-r101": soit_r101,
-    "soit-swin-l": soit_swin_l,
-    "soit-small": soit_small,
-    "soit-tiny": soit_tiny,
-    "isda-r50": isda_r50,
-    "isda-small": isda_small,
-    "isda-tiny": isda_tiny,
-    "istr-r50": istr_r50,
-    "istr-r101": istr_r101,
-    "istr-small": istr_small,
-    "istr-tiny": istr_tiny,
-    "istr-smt-r50": istr_smt_r50,
-    "istr-smt-r101": istr_smt_r101,
-    "sotr-r50": sotr_r50,
-    "sotr-r101": sotr_r101,
-    "sotr-r101-dcn": sotr_r101_dcn,
-    "sotr-rt": sotr_rt,
-    "sotr-small": sotr_small,
-    "sotr-tiny": sotr_tiny,
+    name: recipe for module in (solq, soit, isda, istr, sotr) for name, recipe in _recipes_in(module).items()
 }
 
 
@@ -72,36 +58,3 @@ def known(name: str | Path) -> bool:
 
 def _key(name: str | Path) -> str:
     return str(name).lower().replace("_", "-")
-
-
-__all__ = [
-    "RECIPES",
-    "get",
-    "isda_r50",
-    "isda_small",
-    "isda_tiny",
-    "istr_r101",
-    "istr_r50",
-    "istr_small",
-    "istr_smt_r101",
-    "istr_smt_r50",
-    "istr_tiny",
-    "known",
-    "soit_r50",
-    "soit_r101",
-    "soit_small",
-    "soit_swin_l",
-    "soit_tiny",
-    "solq_r50",
-    "solq_r101",
-    "solq_small",
-    "solq_swin_l",
-    "solq_swin_t",
-    "solq_tiny",
-    "sotr_r50",
-    "sotr_r101",
-    "sotr_r101_dcn",
-    "sotr_rt",
-    "sotr_small",
-    "sotr_tiny",
-]

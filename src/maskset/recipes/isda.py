@@ -38,6 +38,22 @@ def isda_r50() -> Recipe:
     )
 
 
+def isda_small() -> Recipe:
+    """A small ISDA from scratch for small data of your own, on few cores or one GPU.
+
+    Command: maskset train isda-small --data FOLDER --out RUN
+    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
+    Status: trained on a CPU for 3 epochs on 536 microscope images of nuclei, 20 minutes from scratch: mask AP 0.020, AP50 0.071
+    on 64 others (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
+    """
+    small = solq_small()
+    return Recipe(
+        model=replace(isda_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300),
+        data=small.data,
+        train=small.train,
+    )
+
+
 def isda_tiny() -> Recipe:
     """A very small ISDA from scratch for generated shapes.
 
@@ -64,20 +80,4 @@ def isda_tiny() -> Recipe:
         ),
         data=tiny.data,
         train=tiny.train,
-    )
-
-
-def isda_small() -> Recipe:
-    """A small ISDA from scratch for small data of your own, on few cores or one GPU.
-
-    Command: maskset train isda-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
-    Status: trained on a CPU for 3 epochs on 536 microscope images of nuclei, 20 minutes from scratch: mask AP 0.020, AP50 0.071
-    on 64 others (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
-    """
-    small = solq_small()
-    return Recipe(
-        model=replace(isda_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300),
-        data=small.data,
-        train=small.train,
     )

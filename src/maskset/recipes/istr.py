@@ -53,6 +53,48 @@ def istr_r101() -> Recipe:
     return replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(name="resnet101.tv_in1k")))
 
 
+def istr_small() -> Recipe:
+    """A small ISTR from scratch for small data of your own, on few cores or one GPU.
+
+    Command: maskset train istr-small --data FOLDER --out RUN
+    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
+    Status: not yet trained to the end.
+    """
+    small = solq_small()
+    return Recipe(
+        model=replace(istr_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300),
+        data=small.data,
+        train=small.train,
+    )
+
+
+def istr_tiny() -> Recipe:
+    """A very small ISTR from scratch for generated shapes.
+
+    Command: maskset train istr-tiny --data shapes --out RUN
+    Expect: mask AP 0.05, AP50 0.14 on the 200 images of shapes' val after 500 of its 1,750 steps, 4 minutes of one CPU core
+    (`maskset compare`, benchmarks/results/compare_cpu.json).
+    Status: the data and the schedule of solq-tiny; not yet trained to the end.
+    """
+    tiny = solq_tiny()
+    return Recipe(
+        model=IstrConfig(
+            input=InputConfig(short_side=96, long_side=160, divisor=32),
+            backbone=SCRATCH,
+            hidden_dim=80,
+            masked_pooling=True,
+            num_queries=30,
+            stages=3,
+            num_heads=4,
+            dynamic_dim=32,
+            feedforward_dim=512,
+            code_length=40,
+        ),
+        data=tiny.data,
+        train=tiny.train,
+    )
+
+
 def istr_smt_r50() -> Recipe:
     """ISTR-SMT with ResNet-50 on COCO: the official code of 2022.
 
@@ -83,45 +125,3 @@ def istr_smt_r101() -> Recipe:
     """
     recipe = istr_smt_r50()
     return replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(name="resnet101.tv_in1k", frozen_stages=0)))
-
-
-def istr_tiny() -> Recipe:
-    """A very small ISTR from scratch for generated shapes.
-
-    Command: maskset train istr-tiny --data shapes --out RUN
-    Expect: mask AP 0.05, AP50 0.14 on the 200 images of shapes' val after 500 of its 1,750 steps, 4 minutes of one CPU core
-    (`maskset compare`, benchmarks/results/compare_cpu.json).
-    Status: the data and the schedule of solq-tiny; not yet trained to the end.
-    """
-    tiny = solq_tiny()
-    return Recipe(
-        model=IstrConfig(
-            input=InputConfig(short_side=96, long_side=160, divisor=32),
-            backbone=SCRATCH,
-            hidden_dim=80,
-            masked_pooling=True,
-            num_queries=30,
-            stages=3,
-            num_heads=4,
-            dynamic_dim=32,
-            feedforward_dim=512,
-            code_length=40,
-        ),
-        data=tiny.data,
-        train=tiny.train,
-    )
-
-
-def istr_small() -> Recipe:
-    """A small ISTR from scratch for small data of your own, on few cores or one GPU.
-
-    Command: maskset train istr-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
-    Status: not yet trained to the end.
-    """
-    small = solq_small()
-    return Recipe(
-        model=replace(istr_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300),
-        data=small.data,
-        train=small.train,
-    )

@@ -45,6 +45,18 @@ def soit_swin_l() -> Recipe:
     return Recipe(model=SoitConfig(backbone=BackboneConfig(name="swin_large", frozen_stages=0, drop_path=0.3)), data=_DATA)
 
 
+def soit_small() -> Recipe:
+    """A small SOIT from scratch for small data of your own, on few cores or one GPU; data and schedule are solq-small's.
+
+    Command: maskset train soit-small --data FOLDER --out RUN
+    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
+    Status: trained on a CPU for 3 epochs on 536 microscope images of nuclei, 37 minutes from scratch: mask AP 0.079, AP50 0.240
+    on 64 others (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
+    """
+    small = solq_small()
+    return replace(small, model=replace(soit_tiny().model, input=small.model.input, num_queries=300))
+
+
 def soit_tiny() -> Recipe:
     """A very small SOIT from scratch for generated shapes; data and schedule are solq-tiny's.
 
@@ -71,15 +83,3 @@ def soit_tiny() -> Recipe:
             dice_weight=2.0,
         ),
     )
-
-
-def soit_small() -> Recipe:
-    """A small SOIT from scratch for small data of your own, on few cores or one GPU; data and schedule are solq-small's.
-
-    Command: maskset train soit-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
-    Status: trained on a CPU for 3 epochs on 536 microscope images of nuclei, 37 minutes from scratch: mask AP 0.079, AP50 0.240
-    on 64 others (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
-    """
-    small = solq_small()
-    return replace(small, model=replace(soit_tiny().model, input=small.model.input, num_queries=300))

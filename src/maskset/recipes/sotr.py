@@ -96,6 +96,28 @@ def sotr_rt() -> Recipe:
     )
 
 
+def sotr_small() -> Recipe:
+    """A small SOTR from scratch for small data of your own, on few cores or one GPU.
+
+    Command: maskset train sotr-small --data FOLDER --out RUN
+    Expect: depends on the data; images are seen at 256 pixels, and objects are told apart whose centres are a fortieth of the
+    image's sides apart.
+    Status: not yet trained to the end.
+    """
+    small = solq_small()
+    return Recipe(
+        model=replace(
+            sotr_tiny().model,
+            input=replace(small.model.input, divisor=32),
+            grids=(40, 36, 24, 16, 12),
+            scale_from=(1, 16, 32, 64, 96),
+            scale_to=(32, 64, 96, 192, 2048),
+        ),
+        data=small.data,
+        train=small.train,
+    )
+
+
 def sotr_tiny() -> Recipe:
     """A very small SOTR from scratch for generated shapes.
 
@@ -120,26 +142,4 @@ def sotr_tiny() -> Recipe:
         ),
         data=tiny.data,
         train=tiny.train,
-    )
-
-
-def sotr_small() -> Recipe:
-    """A small SOTR from scratch for small data of your own, on few cores or one GPU.
-
-    Command: maskset train sotr-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and objects are told apart whose centres are a fortieth of the
-    image's sides apart.
-    Status: not yet trained to the end.
-    """
-    small = solq_small()
-    return Recipe(
-        model=replace(
-            sotr_tiny().model,
-            input=replace(small.model.input, divisor=32),
-            grids=(40, 36, 24, 16, 12),
-            scale_from=(1, 16, 32, 64, 96),
-            scale_to=(32, 64, 96, 192, 2048),
-        ),
-        data=small.data,
-        train=small.train,
     )
