@@ -1,7 +1,7 @@
 """Recipes: experiments as Python functions. Each docstring gives the command, the time it takes and the result to expect.
 
-`maskset.recipes.solq_r50()` is the recipe "solq-r50". A variant of your own calls one of these functions and changes its result with
-`dataclasses.replace`; no list needs to know of it.
+`maskset.recipes.solq_r50()` is the recipe "solq-r50". A variant of your own calls one of these functions and changes its
+result with `dataclasses.replace`; no list needs to know of it.
 """
 
 import difflib
