@@ -35,3 +35,12 @@ def test_a_hidden_c_library_is_reported_with_the_variable_that_hides_it(monkeypa
     output = capsys.readouterr().out
     assert output.count("MASKSET_NATIVE=off disables it") == 2  # the library, and its attention
     assert "\nMASKSET_NATIVE" in output
+
+
+@pytest.mark.parametrize(("failure", "expected"), [(None, "works"), ("the output is wrong in torch.float16",) * 2])
+def test_on_a_gpu_the_triton_kernels_are_checked(failure, expected, monkeypatch, capsys):
+    monkeypatch.setattr("maskset.layers.deformable.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("maskset.layers.deformable._TRITON", True)
+    monkeypatch.setattr("maskset.layers.deformable.triton_failure", lambda device: failure)
+    assert cli.main(["info"]) == 0
+    assert f"attention, triton     {expected}\n" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 
@@ -53,3 +54,11 @@ def test_the_greatest_memory_of_a_process_is_seen_after_it_was_given_back():
     assert 190 < peak < 300
     assert after < 100
     assert threads == torch.get_num_threads()
+
+
+def test_the_profiler_still_lists_allocations_under_its_private_name():
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = torch.zeros(2**20)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert kept.nbytes in [event.nbytes() for event in events]
+    assert all(event.start_ns() > 0 for event in events)
