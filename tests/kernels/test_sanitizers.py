@@ -26,15 +26,16 @@ def built(folder: Path, *sources: Path, into: str) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_no_function_reads_or_writes_what_is_not_its_own_or_does_what_c_leaves_undefined(tmp_path):
+@pytest.mark.parametrize("rounds", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_function_reads_or_writes_what_is_not_its_own_or_does_what_c_leaves_undefined(tmp_path, rounds):
     (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
     built(tmp_path, tmp_path / "empty.c", into="empty")
     if not (tmp_path / "empty").exists() or subprocess.run([tmp_path / "empty"]).returncode:
         pytest.skip("the C compiler has no sanitizers, or they do not run here")
     compiled = built(tmp_path, DRIVER, *SOURCES, into="driver")
     assert compiled.returncode == 0, compiled.stderr
-    run = subprocess.run([tmp_path / "driver", "1000"], capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr[:2000]) == (0, "1000 rounds\n", "")
+    run = subprocess.run([tmp_path / "driver", str(rounds)], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr[:2000]) == (0, f"{rounds} rounds\n", "")
 
 
 def exported_functions() -> set[str]:
@@ -56,7 +57,8 @@ def test_the_driver_calls_every_function_of_the_library():
     assert not [name for name in sorted(exported) if f"{name}(" not in driver and f"{name}_##suffix(" not in driver]
 
 
-def test_every_function_refuses_what_it_cannot_read(tmp_path):
+@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_every_function_refuses_what_it_cannot_read(tmp_path, examples):
     pytest.importorskip("hypothesis")
     checked = built_with_address_sanitizer(tmp_path)
     spec = importlib.util.find_spec("maskset.kernels._kernels")
@@ -64,7 +66,7 @@ def test_every_function_refuses_what_it_cannot_read(tmp_path):
         pytest.skip("there is neither a C library nor a compiler for it")
     path, preload = (str(tmp_path / "checked.so"), checked) if checked else (spec.origin, "")
     environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, PROGRAM, path, "25"], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, PROGRAM, path, str(examples)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr[:3000]}\n{run.stderr[-3000:]}"
     lines = run.stdout.splitlines()
     assert len(lines) == len(listed())

@@ -62,8 +62,8 @@ def file_size_limit(size):
 
 
 def test_sigterm_to_the_whole_group_writes_a_checkpoint(tmp_path):
-    train(with_workers(2, epochs=6), data(), tmp_path / "whole")
-    process = start(tmp_path / "run", with_workers(2, epochs=6))
+    train(with_workers(2, epochs=3), data(), tmp_path / "whole")
+    process = start(tmp_path / "run", with_workers(2, epochs=3))
     wait_for_lines(process, tmp_path / "run", 2)
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)  # timeout sends it to the process and to its group
@@ -72,7 +72,7 @@ def test_sigterm_to_the_whole_group_writes_a_checkpoint(tmp_path):
     assert len(message.splitlines()) == 1, message
     done = [line for line in lines(tmp_path / "run") if line["split"] == "train"]
     assert f"stopped after step {len(done)}," in message
-    train(with_workers(2, epochs=6), data(), tmp_path / "run", resume=True)
+    train(with_workers(2, epochs=3), data(), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -152,7 +152,7 @@ def test_a_model_too_large_for_any_machine_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("reader", ["gone", "full"])
+@pytest.mark.parametrize("reader", ["gone", pytest.param("full", marks=pytest.mark.slow)])
 def test_training_goes_on_when_nobody_reads_its_output(tmp_path, reader):
     if reader == "full":
         with open("/dev/full", "w") as full:
@@ -167,6 +167,12 @@ def test_training_goes_on_when_nobody_reads_its_output(tmp_path, reader):
     assert (tmp_path / "run" / "best.safetensors").exists()
 
 
+def test_a_folder_that_is_being_written_to_is_refused(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(ConfigError, match="another process is writing to"):
+        train(recipe(), data(), tmp_path)
+
+
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_a_killed_one_does_not_keep_the_folder(tmp_path):
     process = start(tmp_path / "run", with_workers(1, epochs=50))
     wait_for_lines(process, tmp_path / "run", 1)
@@ -224,8 +230,8 @@ def test_accelerates_state_is_reset_through_a_private_function_that_still_exists
     ("variable", "value", "message"),
     [
         ("WORLD_SIZE", "abc", "WORLD_SIZE must be a number"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "ACCELERATE_USE_DEEPSPEED"),
-        ("ACCELERATE_TORCH_DEVICE", "x", "ACCELERATE_TORCH_DEVICE"),
+        pytest.param("ACCELERATE_USE_DEEPSPEED", "true", "ACCELERATE_USE_DEEPSPEED", marks=pytest.mark.slow),
+        pytest.param("ACCELERATE_TORCH_DEVICE", "x", "ACCELERATE_TORCH_DEVICE", marks=pytest.mark.slow),
     ],
 )
 def test_what_the_environment_asks_for_in_vain_is_named(tmp_path, variable, value, message):
