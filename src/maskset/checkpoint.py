@@ -52,7 +52,7 @@ def save(model: System, recipe: Recipe, path: str | Path, *, source: str | None 
     """Write the model as a checkpoint. It is written beside `path` and renamed, so nobody ever sees half of it.
 
     Args:
-        model: its weights, what its codec has learnt, its config and its categories are written.
+        model: its weights, its fitted codec, its config and its categories are written.
         recipe: how it was trained.
         path: the file, by custom ending in .safetensors.
         source: where the weights came from.

@@ -224,7 +224,7 @@ def refused(error: type[Exception], message: str, models, folder: Path, where=No
         (["solq-tinny"], "there is no recipe, recipe.json or run folder 'solq-tinny'; did you mean solq-tiny"),
         (["gone.json"], "gone.json cannot be read"),
         (["solq-tiny", "SOLQ_tiny"], "solq-tiny and SOLQ_tiny are both called solq-tiny: rename"),
-        ([], "nothing to compare: name recipes or trained models"),
+        ([], "nothing to compare: pass recipes or trained models"),
     ],
 )
 def test_models_that_cannot_be_compared_are_refused(tmp_path, models, message):

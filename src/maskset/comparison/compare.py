@@ -1,4 +1,4 @@
-"""Several recipes and models on the same data: trained with one budget, measured in one way, shown in one table and figure."""
+"""Compare recipes and models on the same data: same training budget, same evaluation, one table and one figure."""
 
 import gc
 import hashlib
@@ -49,35 +49,34 @@ def compare(
     skip_broken: bool = False,
     progress: bool = True,
 ) -> Comparison:
-    """Return how recipes and trained models do on the same data; `print` shows the table.
+    """Train recipes, evaluate them and trained models on the same data, and return the results; `print` shows the table.
 
-    Recipes are trained in runs of their own inside of `out`, trained models are only measured. `out` gets comparison.json,
-    comparison.md with the table, and comparison.png with a few images side by side. The same call goes on where it was stopped:
-    what is done is not done again, and models can be added. One that fails is noted, and the others go on.
+    Each recipe is trained in its own run folder inside `out`; trained models are only evaluated. `out` gets comparison.json,
+    comparison.md with the table, and comparison.png with a few images side by side. The same call resumes an
+    interrupted comparison without repeating finished models; models can be added. If a model fails, the others continue.
 
-    With `epochs` or `minutes` the schedule of a recipe is shrunk or stretched, so that learning rates come down at the end of
-    every run. Minutes become a number of optimiser steps before the run, by a trial of its speed: a schedule that followed the
-    clock would end on time more exactly, but no run could be repeated. So minutes are kept as far as the speed stays what it was
-    in the trial; the table has those that were needed. Trial and evaluations take time beyond them.
+    With `epochs` or `minutes` the schedule of a recipe is scaled to the budget. Minutes are converted to a number of optimiser
+    steps by measuring the speed of a few steps first, so that a run is reproducible. The table has the minutes that training
+    took; measuring the speed and evaluating take additional time.
 
     Args:
-        models: names of recipes, recipe.json files, or what `maskset.load` takes.
-        data: what `maskset.data.open_data` takes; recipes learn from its part "train".
+        models: recipe names, recipe.json files, checkpoints or run folders.
+        data: a data source for `maskset.data.open_data`; recipes are trained on its split "train".
         out: folder of the comparison.
-        epochs: how long each recipe is trained.
-        minutes: how long each recipe is trained. Without both, each has its own number of epochs.
+        epochs: number of epochs to train each recipe.
+        minutes: minutes to train each recipe. Without both, each has its own number of epochs.
         images: the folder of the images, where `data` is a JSON file.
-        split: the part of the data that the models are measured on.
-        max_detections: how many objects of an image count, best first.
+        split: the split that models are evaluated on.
+        max_detections: maximum number of detections per image, best first.
         skip_broken: leave out broken images and annotations, in training too.
-        progress: whether to print how far it is.
+        progress: whether to print progress.
 
     Raises:
-        ConfigError: there is no such recipe, two models have the same name, a budget is not possible, or `out` holds another
+        ConfigError: a recipe is unknown, two models have the same name, the budget is invalid, `out` holds another
             comparison, or another process writes into it.
         CheckpointError: a model is no checkpoint.
         DataError: the data cannot be used, or a trained model knows none of its classes.
-        KeyboardInterrupt: Ctrl-C came; the same call goes on.
+        KeyboardInterrupt: Ctrl-C; the same call resumes the comparison.
     """
     _check_call(epochs, minutes, max_detections)
     out, dataset = Path(out), open_data(data, split, images, skip_broken)
@@ -146,7 +145,7 @@ def _resolve(models: Sequence[str | Path], dataset: Dataset, skip_broken: bool) 
         else:
             entries[name] = Compared(name=name, source=source, recipe=_quiet(recipes.get(source), skip_broken))
     if not entries:
-        raise ConfigError("there is nothing to compare: name recipes or trained models.")
+        raise ConfigError("there is nothing to compare: pass recipes or trained models.")
     return entries
 
 
@@ -163,13 +162,13 @@ def _name(source: str) -> str:
 
 
 def _quiet(recipe: Recipe, skip_broken: bool) -> Recipe:
-    """Return the recipe without evaluations in between, which might end it early, and with a log that times can be taken from."""
+    """Return the recipe without intermediate evaluations and early stopping, and with a log frequent enough to time steps."""
     config = replace(recipe.train, log_every=min(recipe.train.log_every, _LOG_EVERY), evaluate_every=0, patience=0)
     return replace(recipe, train=config, data=replace(recipe.data, skip_broken=skip_broken or recipe.data.skip_broken))
 
 
 def _known(out: Path, terms: Terms) -> dict[str, Compared]:
-    """Return what the folder has of earlier calls, by name.
+    """Return the entries of earlier calls in the folder, by name.
 
     Raises:
         ConfigError: the folder holds something else, or a comparison with other terms.
@@ -186,16 +185,16 @@ def _known(out: Path, terms: Terms) -> dict[str, Compared]:
 
 
 def _changes(old: Any, new: Any) -> str:
-    """Return what differs between two of the same settings; nothing if they are equal."""
+    """Return the differences between two settings of the same type, or an empty string."""
     before, after = state.flat(settings.to_dict(old)), state.flat(settings.to_dict(new))
     return "; ".join(f"{key} was {before.get(key)}, is {value}" for key, value in after.items() if before.get(key) != value)
 
 
 def _continued(earlier: Compared | None, new: Compared, out: Path, terms: Terms) -> Compared:
-    """Return where to go on with a model: what an earlier call did, where that is still what is wanted.
+    """Return the entry to continue from: that of an earlier call if it fits, else the new one.
 
     Raises:
-        ConfigError: what is there under this name is something else.
+        ConfigError: the folder has another recipe or model of this name.
     """
     if earlier is None:
         return new
@@ -210,7 +209,7 @@ def _continued(earlier: Compared | None, new: Compared, out: Path, terms: Terms)
     changed = _changes(earlier.recipe, replace(new.recipe, train=replace(new.recipe.train, **budget)))
     if changed:
         raise ConfigError(
-            f"{out / new.name} was trained with another recipe: {changed}. Name the new one otherwise, or choose a new folder."
+            f"{out / new.name} was trained with another recipe: {changed}. Rename the new one, or choose a new folder."
         )
     return replace(earlier, source=new.source)
 
@@ -220,7 +219,7 @@ def _has_budget(terms: Terms) -> bool:
 
 
 def _advanced(entry: Compared, terms: Terms, dataset: Dataset, out: Path, progress: bool) -> Iterator[Compared]:
-    """Do what is still to do for a model, and yield the entry whenever there is something new to keep."""
+    """Train and evaluate a model as far as needed, and yield its entry after each stage, to be saved."""
     if entry.state == "done":
         return
     entry = replace(entry, state="begun", problem="")
@@ -250,7 +249,7 @@ def _advanced(entry: Compared, terms: Terms, dataset: Dataset, out: Path, progre
 
 
 def _tried(entry: Compared, recipe: Recipe, terms: Terms, progress: bool) -> Compared:
-    """Return the entry with what a step costs, and with the schedule brought to the steps that the budget is worth."""
+    """Return the entry with the cost of a step, and with the schedule scaled to the budget."""
     cost = measure_cost(recipe, terms.data, images=terms.images, seconds=_TRIAL * 60 * (terms.minutes or 0), progress=progress)
     if _has_budget(terms):
         steps = round(60 * terms.minutes / cost.seconds) if terms.minutes else (terms.epochs or 0) * cost.steps_per_epoch
@@ -261,7 +260,7 @@ def _tried(entry: Compared, recipe: Recipe, terms: Terms, progress: bool) -> Com
 
 
 def _trained(entry: Compared, terms: Terms, run: Path, progress: bool) -> Compared:
-    """Train, or go on, and return the entry with what the log says."""
+    """Train or resume, and return the entry with step count and times from the log."""
     assert entry.recipe is not None
     resume = (run / state.RECIPE).is_file()
     train(entry.recipe, terms.data, run, resume=resume, images=terms.images, progress=progress)
@@ -275,7 +274,7 @@ def _trained(entry: Compared, terms: Terms, run: Path, progress: bool) -> Compar
 
 
 def _measured(entry: Compared, dataset: Dataset, terms: Terms, out: Path, progress: bool) -> Compared:
-    """Evaluate, keep all numbers in the model's folder, and return the entry with the most important ones."""
+    """Evaluate, write all metrics to the model's folder, and return the entry with the most important ones."""
     model = load_model(_weights(entry, out))
     metrics = evaluate(model, dataset, max_detections=terms.max_detections, progress=progress)
     metrics.save(out / entry.name)
@@ -291,7 +290,7 @@ def _measured(entry: Compared, dataset: Dataset, terms: Terms, out: Path, progre
 
 
 def _weights(entry: Compared, out: Path) -> Path:
-    """Return the checkpoint of a model: of one that was trained here the last, so that evaluations in between change nothing."""
+    """Return the checkpoint of a model; for recipes the last one, not the best."""
     return find(entry.source) if entry.recipe is None else out / entry.name / state.LAST
 
 

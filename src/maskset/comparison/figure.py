@@ -1,4 +1,4 @@
-"""The same images side by side: what is annotated, and what each model finds."""
+"""The figure of a comparison: the same images with the annotations and each model's detections, side by side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from maskset.inference.predict import load_model
 from maskset.instances import Instances
 from maskset.systems.base import System
 
-_ROWS = 5  # images that are shown
-_CANDIDATES = 40  # images that they are chosen from, spread over the data
+_ROWS = 5  # images in the figure
+_CANDIDATES = 40  # images to choose them from, spread over the data
 _SIDE = 384  # longer side of a drawing, pixels
 _GAP = 12  # between drawings, pixels
 _LARGE, _SMALL = 18, 13  # height of names, and of other words, pixels
@@ -45,7 +45,7 @@ class Predicted:
 
 
 def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: Dataset, path: Path) -> None:
-    """Write a picture with a row for each of a few images: annotated objects, then what each model finds.
+    """Write a picture with a row for each of a few images: annotations, then each model's detections.
 
     The images are those in which the models differ most in F1 (at IoU 0.5), the most first; where they do not differ, those with
     the most objects. Models' scores are not on one scale, so each model's objects are drawn from the score on that gives it the

@@ -1,4 +1,4 @@
-"""What a comparison found: kept as JSON, so that it can go on, and shown as a table."""
+"""The results of a comparison: saved as JSON, so that it can be resumed, and printed as a table."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from maskset.training.log import counted
 
 JSON, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison.png"  # files of a comparison's folder
 
-# What a comparison keeps of the metrics; all of them are in the model's folder.
+# Metrics in the table; all metrics are in the model's folder.
 MEASURED = ("mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small", "mask_ap_medium", "mask_ap_large", "box_ap")
 
 _COLUMNS = (
@@ -27,25 +27,25 @@ A dash: not measured, because the model was not trained here, or the data has no
 
 @config
 class Compared:
-    """One model of a comparison. What was not measured is None.
+    """One model of a comparison. Values that were not measured are None.
 
     Attributes:
-        name: what it is called in table, figure and folder.
-        source: the recipe or model as it was given.
-        recipe: what is trained; None for a model that was trained before.
-        digest: of the file of such a model.
+        name: name in the table, the figure and the folder.
+        source: the recipe or model as the caller passed it.
+        recipe: the recipe to train; None for a trained model.
+        digest: SHA-256 of the checkpoint of a trained model.
         state: "begun" is anything but "done" and "failed".
         problem: why it failed.
-        parameters: how many the model has.
-        trained_parameters: how many of them training changes.
+        parameters: number of parameters.
+        trained_parameters: number of trainable parameters.
         steps: optimiser steps of training.
         seconds_per_step: median of those that the run's log has.
-        minutes: that the steps took, without evaluations.
-        gigabytes: greatest memory of tensors in a training step (10^9 bytes), see `maskset.training.dry_run`.
-        device: that it was trained on.
+        minutes: duration of training, without evaluations.
+        gigabytes: peak memory of tensors in a training step (10^9 bytes), see `maskset.training.dry_run`.
+        device: device it was trained on.
         mask_ap: average precision of masks; `mask_ap50` and `mask_ap75` at one IoU, `mask_ap_small` and so on by size.
         box_ap: average precision of boxes.
-        notes: what the evaluation had to say.
+        notes: notes of the evaluation.
     """
 
     name: str
@@ -86,18 +86,18 @@ class Compared:
 
 @config
 class Terms:
-    """What all models of a comparison have in common.
+    """The settings that all models of a comparison share.
 
     Attributes:
         data: the data, its path absolute.
         images: the folder of the images, where the data is a JSON file.
         split: the part that is measured.
-        epochs: of training for each recipe; None leaves them to the recipe or to `minutes`.
-        minutes: of training for each recipe; None leaves them to the recipe or to `epochs`.
-        max_detections: how many results of an image count.
+        epochs: epochs to train each recipe; None leaves them to the recipe or to `minutes`.
+        minutes: minutes to train each recipe; None leaves them to the recipe or to `epochs`.
+        max_detections: maximum number of detections per image.
         skip_broken: whether broken images and annotations are left out.
-        measured: how many images are measured.
-        classes: of the data.
+        measured: number of images.
+        classes: class names of the data.
     """
 
     data: str
@@ -116,8 +116,8 @@ class Comparison:
     """Models measured on the same data; `print` shows the table.
 
     Attributes:
-        terms: what they have in common.
-        models: one element for each, in the order in which they were given.
+        terms: settings that they share.
+        models: the models in the order of the arguments.
     """
 
     terms: Terms
@@ -129,7 +129,7 @@ class Comparison:
         return tuple(entry for entry in self.models if entry.state == "failed")
 
     def __str__(self) -> str:
-        """Return the table as Markdown, which can be read as it is."""
+        """Return the table as Markdown."""
         rows = [list(_COLUMNS), *(entry.cells() for entry in self.models)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [

@@ -1,4 +1,4 @@
-"""Recipes for ISDA: the published one, and two that learn from scratch on small data and few cores."""
+"""Recipes for ISDA: the published one, and two trained from scratch on small data and few cores."""
 
 from dataclasses import replace
 
@@ -42,9 +42,9 @@ def isda_small() -> Recipe:
     """A small ISDA from scratch for small data of your own, on few cores or one GPU.
 
     Command: maskset train isda-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
+    Expect: depends on the data; images are resized to 256 pixels, with at most 300 objects each.
     Status: trained on a CPU for 3 epochs on 536 microscope images of nuclei, 20 minutes from scratch: mask AP 0.020, AP50 0.071
-    on 64 others (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
+    on 64 other images (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
     """
     small = solq_small()
     return Recipe(
@@ -57,10 +57,10 @@ def isda_small() -> Recipe:
 def isda_tiny() -> Recipe:
     """A very small ISDA from scratch for generated shapes.
 
-    Command: maskset train isda-tiny --data shapes --out RUN
+    Command: maskset train isda-tiny --data shapes: --out RUN
     Expect: mask AP 0.26, AP50 0.34 on the 200 images of shapes' val, after 19 minutes of a CPU that had other work.
-    Status: trained to the end on a CPU. Nearly all masks are found, their classes are still being guessed: without proposals and
-    from scratch, ISDA takes longer to tell classes apart than solq-tiny and soit-tiny, whose data and schedule it has.
+    Status: trained to the end on a CPU. Nearly all objects are segmented, but often misclassified: without proposals and from
+    scratch, ISDA needs longer to learn the classes than solq-tiny and soit-tiny, whose data and schedule it has.
     """
     tiny = solq_tiny()
     return Recipe(

@@ -1,4 +1,4 @@
-"""Recipes for ISTR and ISTR-SMT: the published ones, and two ISTRs that learn from scratch on small data and few cores."""
+"""Recipes for ISTR and ISTR-SMT: the published ones, and two ISTRs trained from scratch on small data and few cores."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ def istr_r50() -> Recipe:
     rate drops after 210,000 and 250,000. The paper has 36 epochs, with drops after 27 and 33. Ablations: --train.epochs 12
     --train.drop-epochs 9 11 --train.steps none. All weights have the learning rate of the backbone.
     Start: torchvision's first ResNet-50, which detectron2 has as ImageNetPretrained/torchvision/R-50.pkl, is timm's tv_in1k.
-    The mask code is learnt from the first 20,000 masks before the first step, officially from all: `maskset codecs fit logit-pca
+    The mask code is fitted to the first 20,000 masks before the first step, officially from all: `maskset codecs fit logit-pca
     COCO CODE --max-masks 900000` and --model.codec-weights CODE.
     Expect: box / mask AP 46.8 / 38.6 on test-dev (paper, table 2); mask AP 34.2 on val2017 after 12 epochs (table 1).
     Status: the network, its losses and gradients are tested against the official code; not trained on COCO here. Warm-up is from
@@ -57,7 +57,7 @@ def istr_small() -> Recipe:
     """A small ISTR from scratch for small data of your own, on few cores or one GPU.
 
     Command: maskset train istr-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
+    Expect: depends on the data; images are resized to 256 pixels, with at most 300 objects each.
     Status: not yet trained to the end.
     """
     small = solq_small()
@@ -71,7 +71,7 @@ def istr_small() -> Recipe:
 def istr_tiny() -> Recipe:
     """A very small ISTR from scratch for generated shapes.
 
-    Command: maskset train istr-tiny --data shapes --out RUN
+    Command: maskset train istr-tiny --data shapes: --out RUN
     Expect: mask AP 0.05, AP50 0.14 on the 200 images of shapes' val after 500 of its 1,750 steps, 4 minutes of one CPU core
     (`maskset compare`, benchmarks/results/compare_cpu.json).
     Status: the data and the schedule of solq-tiny; not yet trained to the end.
@@ -101,9 +101,9 @@ def istr_smt_r50() -> Recipe:
     Command: accelerate launch -m maskset train istr-smt-r50 --data COCO --out RUN
     Official: ISTR-AE-R50-3x.yaml of March 2022; the schedule is that of istr-r50, images are larger, the crop is of 384 to 600
     pixels, and nothing of the backbone is frozen but its batch norms. --model.codec dct or logit-pca is the official DCT or PCA.
-    The autoencoder: officially from all masks in 30 epochs of batches of 1024. Here it is learnt before the first step, from the
+    The autoencoder: officially from all masks in 30 epochs of batches of 1024. Here it is fitted before the first step, to the
     first 20,000 masks in 3000 batches of 64, which takes hours on a CPU: --model.autoencoder-steps for others, and
-    `maskset codecs fit autoencoder` with --model.codec-weights to learn it once for several runs.
+    `maskset codecs fit autoencoder` with --model.codec-weights to fit it once for several runs.
     Expect: box / mask AP 47.4 / 41.7 (official README, which does not say of what; PCA 46.7 / 39.8, DCT 46.9 / 40.2).
     Status: the network and its losses are tested against the official code; not trained on COCO here.
     """

@@ -1,4 +1,4 @@
-"""Recipes for SOIT: the published ones, and two that learn from scratch on small data and few cores."""
+"""Recipes for SOIT: the published ones, and two trained from scratch on small data and few cores."""
 
 from dataclasses import replace
 
@@ -49,9 +49,9 @@ def soit_small() -> Recipe:
     """A small SOIT from scratch for small data of your own, on few cores or one GPU; data and schedule are solq-small's.
 
     Command: maskset train soit-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
+    Expect: depends on the data; images are resized to 256 pixels, with at most 300 objects each.
     Status: trained on a CPU for 3 epochs on 536 microscope images of nuclei, 37 minutes from scratch: mask AP 0.079, AP50 0.240
-    on 64 others (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
+    on 64 other images (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
     """
     small = solq_small()
     return replace(small, model=replace(soit_tiny().model, input=small.model.input, num_queries=300))
@@ -60,7 +60,7 @@ def soit_small() -> Recipe:
 def soit_tiny() -> Recipe:
     """A very small SOIT from scratch for generated shapes; data and schedule are solq-tiny's.
 
-    Command: maskset train soit-tiny --data shapes --out RUN
+    Command: maskset train soit-tiny --data shapes: --out RUN
     Expect: mask AP 0.64, AP50 0.86 on the 200 images of shapes' val, after 13 minutes of one CPU core.
     Status: trained to the end on a CPU; masks are coarse, since a map of 96 pixels has 12 x 12 cells at stride 8.
     """
@@ -79,7 +79,7 @@ def soit_tiny() -> Recipe:
             decoder_layers=3,
             num_queries=30,
             mask_loss_layers=3,
-            class_weight=4.0,  # masks are learnt sooner than classes: with the published weights classes are far behind
+            class_weight=4.0,  # masks are learned sooner than classes: with the published weights classes lag far behind
             dice_weight=2.0,
         ),
     )

@@ -1,4 +1,4 @@
-"""Recipes for SOLQ: the published ones, and two that learn from scratch on small data and few cores."""
+"""Recipes for SOLQ: the published ones, and two trained from scratch on small data and few cores."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def solq_swin_t() -> Recipe:
     """SOLQ with Swin-T on COCO, with the input sizes of the ResNets.
 
     Command: accelerate launch -m maskset train solq-swin-t --data COCO --out RUN
-    Expect: nothing is published; between solq-r50 and solq-swin-l.
+    Expect: no published result; between solq-r50 and solq-swin-l.
     Status: the backbone is tested against the official code; not trained on COCO here.
     """
     return Recipe(model=SolqConfig(backbone=BackboneConfig(name="swin_tiny", frozen_stages=0)))
@@ -63,9 +63,9 @@ def solq_small() -> Recipe:
     """A small SOLQ from scratch for small data of your own, on few cores or one GPU.
 
     Command: maskset train solq-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and at most 300 objects are told apart in one.
+    Expect: depends on the data; images are resized to 256 pixels, with at most 300 objects each.
     Status: trained on a CPU for 8 epochs (--train.epochs 8) on 536 microscope images of nuclei, 24 minutes from scratch: mask
-    AP 0.172, AP50 0.487 on 64 others. Not yet for all its epochs.
+    AP 0.172, AP50 0.487 on 64 other images. Not yet for all its epochs.
     """
     tiny = solq_tiny()
     return Recipe(
@@ -82,7 +82,7 @@ def solq_small() -> Recipe:
 def solq_tiny() -> Recipe:
     """A very small SOLQ from scratch for generated shapes: what `make demo` trains.
 
-    Command: maskset train solq-tiny --data shapes --out RUN
+    Command: maskset train solq-tiny --data shapes: --out RUN
     Expect: mask AP 0.35, AP50 0.69 on 200 unseen images (`make demo`), after 9 minutes on two CPU cores.
     Status: trained by `make demo`; with so little time, many steps of few small images beat fewer steps of larger ones.
     """

@@ -1,4 +1,4 @@
-"""Recipes for SOTR: the published ones, the real-time one, and two that learn from scratch on small data and few cores."""
+"""Recipes for SOTR: the published ones, the real-time one, and two trained from scratch on small data and few cores."""
 
 from dataclasses import replace
 
@@ -121,7 +121,7 @@ def sotr_small() -> Recipe:
 def sotr_tiny() -> Recipe:
     """A very small SOTR from scratch for generated shapes.
 
-    Command: maskset train sotr-tiny --data shapes --out RUN
+    Command: maskset train sotr-tiny --data shapes: --out RUN
     Expect: mask AP 0.22, AP50 0.33 on the 200 images of shapes' val after 500 of its 1,750 steps, 4 minutes of one CPU core
     (`maskset compare`, benchmarks/results/compare_cpu.json).
     Status: the data and the schedule of solq-tiny; not yet trained to the end.

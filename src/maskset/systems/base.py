@@ -18,12 +18,12 @@ from maskset.structures import ImageBatch, ModelOutput
 class InputConfig:
     """How an image becomes a model's input. Saved with the weights, since they were trained on it."""
 
-    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "of each channel, where white is 1")
-    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "of each channel, where white is 1")
-    channel_order: Literal["rgb", "bgr"] = setting("rgb", "which colour the first channel holds")
-    divisor: PositiveInt = setting(1, "the canvas is padded to a multiple of this, pixels")
-    short_side: PositiveInt = setting(800, "images are resized to this at inference, pixels ...")
-    long_side: PositiveInt = setting(1333, "... unless the longer side would exceed this, pixels")
+    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "mean of each channel, where white is 1")
+    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "standard deviation of each channel, where white is 1")
+    channel_order: Literal["rgb", "bgr"] = setting("rgb", "order of the colour channels")
+    divisor: PositiveInt = setting(1, "the input is padded to a multiple of this, pixels")
+    short_side: PositiveInt = setting(800, "shorter side of an image at inference, pixels")
+    long_side: PositiveInt = setting(1333, "maximum longer side at inference, pixels")
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.input")
@@ -33,16 +33,14 @@ class InputConfig:
 
 @config
 class BackboneConfig:
-    """Which backbone a system reads its features from, and what of it is trained."""
+    """The backbone of a system, and which of its stages are trained."""
 
     name: str = setting("resnet50.tv_in1k", "a timm model, or swin_tiny, swin_small, swin_base, swin_large")
     norm: Literal["frozen", "group"] = setting("frozen", "ResNets: frozen batch norm, or group norm for training from scratch")
     frozen_stages: int = setting(2, "ResNets: number of stages that are not trained, counting from the stem")
-    pretrained: bool = setting(True, "training starts from ImageNet weights")
-    weights: str | None = setting(
-        None, "a file with those weights, such as detectron2's R-50.pkl; None downloads them from timm's hub"
-    )
-    drop_path: float = setting(0.2, "Swin: greatest probability of skipping a block")
+    pretrained: bool = setting(True, "start training from ImageNet weights")
+    weights: str | None = setting(None, "file of the ImageNet weights, such as detectron2's R-50.pkl; None downloads timm's")
+    drop_path: float = setting(0.2, "Swin: maximum probability of skipping a block (stochastic depth)")
     stride_in_first: bool = setting(False, "ResNets: stride in the first convolution of a block, as MSRA's weights have it")
     deformable_stages: Annotated[int, Bounds(0, 4)] = setting(
         0, "ResNets: number of last stages whose 3x3 convolutions are deformable"
@@ -79,14 +77,14 @@ class SystemConfig(ABC):
     system: str  # name of the system that these settings belong to
     num_classes: PositiveInt = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(), "how images become the network's input")
-    backbone: BackboneConfig | None = setting(None, "the network that features are read from; None: the system has its own")
+    backbone: BackboneConfig | None = setting(None, "the backbone; None: the system has its own")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if not isinstance(cls.__dict__.get("system"), str):
             raise TypeError(f'{cls.__name__} needs the name of its system: system: Literal["name"] = "name".')
         for other in subclasses(SystemConfig):
-            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)  # it is defined anew
+            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)  # it is redefined
             if other is not cls and not same and other.__dict__["system"] == cls.__dict__["system"]:
                 raise TypeError(f"the name {cls.__dict__['system']!r} is that of {other.__module__}.{other.__qualname__}.")
 
@@ -243,8 +241,8 @@ class System(nn.Module, ABC):
             output: what `forward` returned.
             images: the batch it was computed from.
             sizes: height and width of the masks and boxes to return for each image, pixels.
-            limit: greatest number of detections per image.
-            threshold: least score of a detection.
+            limit: maximum number of detections per image.
+            threshold: minimum score of a detection.
         """
 
 

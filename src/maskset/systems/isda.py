@@ -41,21 +41,21 @@ _MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
 class IsdaConfig(SystemConfig):
     """Settings of ISDA; the defaults are those of the official ResNet-50 model."""
 
-    system: Literal["isda"] = "isda"  # which system these settings are of
+    system: Literal["isda"] = "isda"
     num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
-    backbone: BackboneConfig = setting(BackboneConfig(), "the network that features are read from")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
     hidden_dim: PositiveInt = setting(256, "width C of neck and transformer")
     num_heads: PositiveInt = setting(8, "attention heads")
     num_levels: int = setting(4, "feature levels of the transformer, strides 8, 16, 32, 64")
     num_points: PositiveInt = setting(4, "sampling points of an attention head in a level")
     feedforward_dim: PositiveInt = setting(1024, "hidden width of the transformer's MLPs")
-    dropout: Fraction = setting(0.1, "in the transformer")
+    dropout: Fraction = setting(0.1, "dropout in the transformer")
     encoder_layers: PositiveInt = setting(6, "deformable encoder layers")
     decoder_layers: PositiveInt = setting(6, "decoder layers")
-    num_queries: PositiveInt = setting(300, "N, the greatest number of objects that are told apart")
+    num_queries: PositiveInt = setting(300, "N, number of object queries: the maximum number of objects per image")
     mask_hidden_dim: PositiveInt = setting(128, "width inside the mask feature head")
-    mask_dim: int = setting(256, "D, width of the mask features and length of a kernel, its two numbers of position included")
+    mask_dim: int = setting(256, "D, width of the mask features and length of a kernel, including its two coordinates")
     mask_stride: int = setting(4, "ablation on mask resolution: pixels per cell of the mask features; 2, 4 or 8")
     feature_coordinates: bool = setting(
         True, "ablation on positional information, MP: x and y enter the mask features at stride 32"

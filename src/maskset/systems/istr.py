@@ -52,31 +52,33 @@ _MASK_THRESHOLD = 0.5
 class IstrConfig(SystemConfig):
     """Settings of ISTR; the defaults are those of the official ResNet-50 model."""
 
-    system: Literal["istr"] = "istr"  # which system these settings are of
+    system: Literal["istr"] = "istr"
     num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
-    backbone: BackboneConfig = setting(BackboneConfig(), "the network that features are read from")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
     hidden_dim: PositiveInt = setting(256, "d of the paper, width of pyramid and object features")
     image_feature: Literal["mean", "max", "none"] = setting("mean", "Table 1e: pooling for the initial object features")
     masked_pooling: bool = setting(
         False, "the image feature leaves out padding; officially it does not, and depends on the batch"
     )
     position_embedding: bool = setting(True, "Table 1e: a learned embedding of each query initialises its object feature")
-    num_queries: PositiveInt = setting(300, "k of the paper, the greatest number of objects that are told apart")
-    stages: PositiveInt = setting(6, "N of the paper, how often boxes are refined")
+    num_queries: PositiveInt = setting(300, "k of the paper, number of queries: the maximum number of objects per image")
+    stages: PositiveInt = setting(6, "N of the paper, number of refinement stages")
     num_heads: PositiveInt = setting(8, "attention heads")
     roi_size: PositiveInt = setting(7, "t of the paper, side of the grid on which a box's features are read, cells")
-    attention: Literal["dynamic", "multi-head"] = setting("dynamic", "Table 1d: how an object feature looks at its box")
+    attention: Literal["dynamic", "multi-head"] = setting("dynamic", "Table 1d: attention between an object feature and its box")
     dynamic_dim: PositiveInt = setting(64, "dynamic attention: width between its two layers")
     feedforward_dim: PositiveInt = setting(2048, "hidden width of the encoders' MLPs")
-    dropout: Fraction = setting(0.0, "in the encoders")
+    dropout: Fraction = setting(0.0, "dropout in the encoders")
     codec: Literal["logit-pca", "flatten"] = setting("logit-pca", "Table 1a: principal components, or the pixels themselves")
     mask_size: PositiveInt = setting(28, "s of the paper, side S of the box-local mask, pixels")
     code_length: int = setting(60, "Table 1a: l of the paper, D numbers for a mask")
     codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
-    target_noise: bool = setting(True, "logit-pca: the softness of the targets' pixels is drawn at every call; else fixed")
-    mask_cost: Literal["cosine", "l1", "dice", "none"] = setting("cosine", "Table 1b: what of the masks counts in the matching")
-    mask_losses: Literal["both", "code", "dice"] = setting("both", "Table 1c: compared are the codes, the decoded masks, or both")
+    target_noise: bool = setting(True, "logit-pca: draw the label smoothing of the target pixels at random at every call")
+    mask_cost: Literal["cosine", "l1", "dice", "none"] = setting("cosine", "Table 1b: mask cost in the matching")
+    mask_losses: Literal["both", "code", "dice"] = setting(
+        "both", "Table 1c: mask losses, on the codes, on the decoded masks (dice), or both"
+    )
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
     l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
     giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")

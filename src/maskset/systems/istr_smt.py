@@ -47,32 +47,30 @@ _MASK_THRESHOLD = 0.45
 class IstrSmtConfig(SystemConfig):
     """Settings of ISTR-SMT; the defaults are those of the official ResNet-50 model."""
 
-    system: Literal["istr-smt"] = "istr-smt"  # which system these settings are of
+    system: Literal["istr-smt"] = "istr-smt"
     num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
-    backbone: BackboneConfig = setting(BackboneConfig(frozen_stages=0), "the network that features are read from")
+    backbone: BackboneConfig = setting(BackboneConfig(frozen_stages=0), "the backbone")
     hidden_dim: PositiveInt = setting(256, "width C of pyramid and object features")
     masked_pooling: bool = setting(
         False, "the image feature leaves out padding; officially it does not, and depends on the batch"
     )
-    num_queries: PositiveInt = setting(300, "N, the greatest number of objects that are told apart")
-    stages: PositiveInt = setting(6, "how often boxes are refined")
-    averaged_stages: int = setting(4, "results have the mean class logits of this many last stages")
+    num_queries: PositiveInt = setting(300, "N, number of object queries: the maximum number of objects per image")
+    stages: PositiveInt = setting(6, "number of refinement stages")
+    averaged_stages: int = setting(4, "number of last stages whose class logits are averaged at inference")
     num_heads: PositiveInt = setting(8, "attention heads")
     roi_size: PositiveInt = setting(7, "side of the grid on which a box's features are read for class and box, cells")
     dynamic_dim: PositiveInt = setting(64, "dynamic attention: width between its two layers")
     feedforward_dim: PositiveInt = setting(2048, "hidden width of the encoders' MLPs")
-    dropout: Fraction = setting(0.0, "in the encoders")
+    dropout: Fraction = setting(0.0, "dropout in the encoders")
     codec: Literal["autoencoder", "dct", "logit-pca"] = setting(
-        "autoencoder", "how a mask becomes D numbers (README: SMT, DCT, PCA)"
+        "autoencoder", "mask codec (SMT, DCT, PCA of the official README)"
     )
     mask_size: int = setting(112, "side S of the box-local mask, pixels; features for it are read on a quarter of it, cells")
     code_length: PositiveInt = setting(256, "D numbers for a mask")
     codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
-    autoencoder_steps: PositiveInt = setting(
-        3000, "batches of 64 masks that the autoencoder is fitted to, if it has to be fitted"
-    )
-    target_noise: bool = setting(True, "logit-pca: the softness of the targets' pixels is drawn at every call; else fixed")
+    autoencoder_steps: PositiveInt = setting(3000, "batches of 64 masks to fit the autoencoder, where it has to be fitted")
+    target_noise: bool = setting(True, "logit-pca: draw the label smoothing of the target pixels at random at every call")
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
     l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
     giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")

@@ -41,7 +41,7 @@ from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_heads
 
-_UPSAMPLING = 4  # masks are drawn at stride 8 and seen at stride 2
+_UPSAMPLING = 4  # masks are predicted at stride 8 and upsampled to stride 2
 _SAMPLES_AT_ONCE = 2**22  # of the instance-aware transformer: about 200 MB while it is trained
 
 
@@ -49,25 +49,27 @@ _SAMPLES_AT_ONCE = 2**22  # of the instance-aware transformer: about 200 MB whil
 class SoitConfig(SystemConfig):
     """Settings of SOIT; the defaults are those of the official ResNet-50 model."""
 
-    system: Literal["soit"] = "soit"  # which system these settings are of
+    system: Literal["soit"] = "soit"
     num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(), "how images become the network's input")
-    backbone: BackboneConfig = setting(BackboneConfig(), "the network that features are read from")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
     hidden_dim: PositiveInt = setting(256, "width C of the transformer")
     num_heads: PositiveInt = setting(8, "attention heads")
     num_levels: PositiveInt = setting(4, "feature levels, strides 8, 16, 32, 64")
     num_points: PositiveInt = setting(4, "sampling points of an attention head in a level")
     feedforward_dim: PositiveInt = setting(1024, "hidden width of the transformer's MLPs")
-    dropout: Fraction = setting(0.1, "in the transformer")
+    dropout: Fraction = setting(0.1, "dropout in the transformer")
     encoder_layers: PositiveInt = setting(6, "deformable encoder layers")
     decoder_layers: PositiveInt = setting(6, "decoder layers")
-    num_queries: PositiveInt = setting(300, "N, the greatest number of objects that are told apart")
-    mask_encoder_layers: NonNegativeInt = setting(1, "Table 3b: layers of one head on the finest level, before the mask features")
+    num_queries: PositiveInt = setting(300, "N, number of object queries: the maximum number of objects per image")
+    mask_encoder_layers: NonNegativeInt = setting(
+        1, "Table 3b: one-head encoder layers on the finest level, for the mask features"
+    )
     mask_channels: PositiveInt = setting(8, "Table 3a: C of the instance-aware transformer")
     mask_heads: PositiveInt = setting(4, "Table 2: M of the instance-aware transformer")
     mask_points: PositiveInt = setting(4, "K, sampling points of each of its heads")
-    mask_positions: Literal["relative", "absolute", "none"] = setting("relative", "Table 4: how a pixel knows where it is")
-    mask_loss_layers: int = setting(6, "Table 5: how many of the last decoder layers have mask losses")
+    mask_positions: Literal["relative", "absolute", "none"] = setting("relative", "Table 4: position encoding of the pixels")
+    mask_loss_layers: int = setting(6, "Table 5: number of last decoder layers with mask losses")
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
     l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
     giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")

@@ -39,27 +39,27 @@ from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConf
 class SolqConfig(SystemConfig):
     """Settings of SOLQ; the defaults are those of the official ResNet-50 model."""
 
-    system: Literal["solq"] = "solq"  # which system these settings are of
+    system: Literal["solq"] = "solq"
     num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(), "how images become the network's input")
-    backbone: BackboneConfig = setting(BackboneConfig(), "the network that features are read from")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
     hidden_dim: PositiveInt = setting(384, "width C of the transformer (the paper does not say; the official code has 384)")
     num_heads: PositiveInt = setting(8, "attention heads")
     num_levels: PositiveInt = setting(4, "feature levels, strides 8, 16, 32, 64")
     num_points: PositiveInt = setting(4, "sampling points of an attention head in a level")
     feedforward_dim: PositiveInt = setting(1024, "hidden width of the transformer's MLPs")
-    dropout: Fraction = setting(0.1, "in the transformer")
+    dropout: Fraction = setting(0.1, "dropout in the transformer")
     encoder_layers: PositiveInt = setting(6, "deformable encoder layers")
     decoder_layers: PositiveInt = setting(6, "decoder layers")
-    num_queries: PositiveInt = setting(300, "N, the greatest number of objects that are told apart")
-    box_refinement: bool = setting(True, "each layer corrects the box of the layer before, with heads of its own")
+    num_queries: PositiveInt = setting(300, "N, number of object queries: the maximum number of objects per image")
+    box_refinement: bool = setting(True, "each decoder layer refines the boxes of the previous one, with its own heads")
     two_stage: bool = setting(False, "queries start from the encoder's best proposals")
-    codec: Literal["dct", "pca", "sparse", "flatten"] = setting("dct", "Table 3a: how a mask becomes D numbers")
+    codec: Literal["dct", "pca", "sparse", "flatten"] = setting("dct", "Table 3a: mask codec")
     mask_size: int = setting(128, "Table 3d: N of the paper, side S of the box-local mask, pixels")
     code_length: int = setting(256, "Table 3e: n_k of the paper, D numbers for a mask")
     codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
     mask_hidden_dim: PositiveInt = setting(1024, "hidden width of the mask head")
-    mask_loss_layers: int = setting(6, "Table 3c: how many of the last decoder layers have the vector loss")
+    mask_loss_layers: int = setting(6, "Table 3c: number of last decoder layers with the vector loss")
     mask_weight: NonNegativeFloat = setting(3.0, "Table 3b: weight of the vector loss")
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
     l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
@@ -142,7 +142,7 @@ class Solq(System):
             nn.init.constant_(self.mask_head.last.bias[2:], -2.0)  # meant for boxes, but part of the official recipe
 
     def prepare(self, targets: Iterable[Instances]) -> None:
-        """Fit the code to the masks of the data, or read it from a file, if it is one that is learnt (PCA, sparse coding)."""
+        """Fit the code to the masks of the data, or read it from a file, if it is a fitted one (PCA, sparse coding)."""
         if isinstance(self.codec, (PcaCodec, SparseCodec)):
             if self.config.codec_weights is None:
                 self.codec.fit(self._crops(targets))

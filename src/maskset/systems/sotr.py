@@ -54,20 +54,18 @@ _INPUT = InputConfig(  # what MSRA's weights expect, and the size that the offic
 class SotrConfig(SystemConfig):
     """Settings of SOTR; the defaults are those of the official ResNet-50 model."""
 
-    system: Literal["sotr"] = "sotr"  # which system these settings are of
+    system: Literal["sotr"] = "sotr"
     num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(_INPUT, "how images become the network's input")
-    backbone: BackboneConfig = setting(
-        BackboneConfig(stride_in_first=True, drop_path=0.0), "the network that features are read from"
-    )
+    backbone: BackboneConfig = setting(BackboneConfig(stride_in_first=True, drop_path=0.0), "the backbone")
     hidden_dim: PositiveInt = setting(256, "width C of pyramid and transformer")
     num_heads: PositiveInt = setting(8, "attention heads")
     transformer: Literal["released", "pure-twin", "hybrid-twin", "full"] = setting(
-        "released", "as in the code, or table 2 of the paper"
+        "released", "variant of the transformer: the released code's, or one of table 2"
     )
     depth: NonNegativeInt = setting(12, "layers of the transformer (table 3)")
     substituted: Literal["none", "p5", "p4+p5"] = setting(
-        "p5", "what of the mask features' levels the transformer makes (table 4)"
+        "p5", "levels of the mask features that come from the transformer (table 4)"
     )
     grids: tuple[int, ...] = setting((40, 36, 24, 16, 12), "cells along each side of the five grids")
     scale_from: tuple[int, ...] = setting(
@@ -81,14 +79,12 @@ class SotrConfig(SystemConfig):
     mask_dim: PositiveInt = setting(256, "D, width of the mask features and length of a kernel")
     mask_weight: NonNegativeFloat = setting(3.0, "weight of the dice loss")
     class_weight: NonNegativeFloat = setting(1.0, "weight of the focal loss")
-    score_threshold: Probability = setting(0.1, "probability that a class must exceed for its mask to be drawn")
+    score_threshold: Probability = setting(0.1, "minimum class probability of a candidate")
     nms: Literal["gaussian", "linear", "greedy"] = setting(
         "gaussian", "Matrix NMS with this decay, or greedy suppression of masks"
     )
-    nms_candidates: PositiveInt = setting(
-        500, "best masks that are compared with each other, and so the most results of an image"
-    )
-    kept_threshold: Probability = setting(0.05, "least score after Matrix NMS")
+    nms_candidates: PositiveInt = setting(500, "number of best masks that enter NMS: the maximum number of results per image")
+    kept_threshold: Probability = setting(0.05, "minimum score after Matrix NMS")
 
     def __post_init__(self) -> None:
         super().__post_init__()

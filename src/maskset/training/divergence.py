@@ -1,4 +1,4 @@
-"""What is saved and reported when the loss is not finite."""
+"""Save the batch and report the cause when the loss is not finite."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def save_diverged_batch(
         folder: of the run.
         step: optimiser steps done before.
         rates: learning rates by parameter group.
-        problem: what was found.
+        problem: the term or gradient that is not finite.
         names: of the images in the batch.
         process: number of this one; where the gradient is not finite all of them come here at once.
     """

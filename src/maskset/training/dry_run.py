@@ -27,12 +27,12 @@ _WARM_UP, _TIMED, _WEIGHED = 3, 10, 2  # optimiser steps: until all memory is th
 
 @dataclass(frozen=True)
 class Cost:
-    """What an optimiser step costs.
+    """The cost of an optimiser step.
 
     Attributes:
         seconds: mean time of a step with the reading of its images.
-        steps_per_epoch: how many make an epoch.
-        device: what computed it.
+        steps_per_epoch: optimiser steps per epoch.
+        device: name of the device.
         gigabytes: greatest memory that tensors take in a step (10^9 bytes): weights, gradients, the optimiser's moments and what
             the network keeps to compute gradients.
     """
@@ -48,17 +48,17 @@ class Cost:
 def measure_cost(
     recipe: Recipe, data: str | Path, *, images: str | Path | None = None, seconds: float = 0.0, progress: bool = True
 ) -> Cost:
-    """Return what a step of a recipe costs on the data, on this machine.
+    """Return the cost of a training step of a recipe on this data and machine.
 
     Memory is what torch's allocator gave out for tensors, on a GPU and on a CPU alike: neither Python and torch themselves, nor
     what an allocator keeps in reserve. It is measured on two steps, so larger images or more objects may yet need more.
 
     Args:
-        recipe: what would be trained.
+        recipe: the recipe to measure.
         data: see `maskset.train`, as `images`.
         images: see `maskset.train`.
-        seconds: how long to measure the time, at least.
-        progress: whether to show on stderr how far a code of masks is fitted.
+        seconds: minimum duration of the time measurement.
+        progress: whether to show the progress of fitting a mask code on stderr.
 
     Raises:
         ValueError: the run cannot be started, see `maskset.train`, or a loss is not finite.

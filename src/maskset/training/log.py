@@ -38,12 +38,12 @@ class Log:
     """Prints progress and writes metrics.jsonl. A context manager, inside of which the bar is shown.
 
     Args:
-        file: metrics.jsonl, which is cut back to where the run stands.
-        progress: where that is.
-        last_step: optimiser steps when all is done.
-        epochs: how many there will be.
-        send: gives numbers to the trackers.
-        active: False prints nothing and writes nothing; so it is in all processes but one.
+        file: metrics.jsonl, truncated to the progress of the run.
+        progress: progress of the run.
+        last_step: total number of optimiser steps.
+        epochs: total number of epochs.
+        send: sends numbers to the trackers.
+        active: False prints and writes nothing, as in all processes but one.
         prints: False prints nothing.
     """
 

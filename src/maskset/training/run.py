@@ -42,7 +42,7 @@ class Run:
     """The parts of a run. Only `progress`, and what `trained` and `step` hold, change.
 
     Attributes:
-        folder: where everything is written.
+        folder: output folder.
         recipe: with the class count of the data.
         train_data: split that the model is trained on.
         val_data: split that it is evaluated on.
@@ -51,7 +51,7 @@ class Run:
         step: the module to call, on its device and wrapped for several processes.
         batch_size: images that one process computes at once.
         steps: optimiser steps of an epoch.
-        progress: where the run stands.
+        progress: progress of the run.
     """
 
     folder: Path
@@ -72,12 +72,12 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """Optimiser steps when all is done."""
+        """Total number of optimiser steps."""
         return step_count(self.steps, self.recipe.train)
 
     @property
     def epochs(self) -> int:
-        """How many epochs that takes; the last one may be a part of one."""
+        """Total number of epochs; the last may be incomplete."""
         return -(-self.last_step // self.steps)
 
     @property
@@ -124,7 +124,7 @@ def open_run(
     images: str | Path | None,
     progress: bool = True,
 ) -> tuple[Run, list[str]]:
-    """Return a run that is ready to go (on), and what to tell the user about it. Nothing is written. See `maskset.train`."""
+    """Return a run that is ready to start or resume, and lines that describe it. Nothing is written. See `maskset.train`."""
     state.check_folder(folder, resume)
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
     check_trackers(recipe.train.trackers)
@@ -159,7 +159,7 @@ def open_run(
 
 @contextmanager
 def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
-    """Make the folder of the run and give its log, cut back to where the run stands; at the end say what could not be read."""
+    """Create the folder of the run and yield its log, truncated to its progress; at the end report what could not be read."""
     _create_folder(run, resume)
     config, accelerator = run.recipe.train, run.accelerator
     if config.trackers:
@@ -179,12 +179,12 @@ def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
 
 
 def _check_objects(training: Dataset, data: str | Path) -> None:
-    """Raise a DataError where there is nothing to learn from."""
+    """Raise a DataError if no training image has an object."""
     if not any(len(training.targets(index)) for index in range(len(training))):
         left_out = f" Left out as broken: {training.skipped[0]}" if training.skipped else ""
         raise DataError(
             f"{data} has nothing to train on: no training image has an annotation other than crowds. "
-            f"Annotate some, or give other data.{left_out}"
+            f"Annotate some, or use other data.{left_out}"
         )
 
 
@@ -232,11 +232,11 @@ def _batch_size(config: TrainConfig, processes: int) -> int:
 def _initialise(
     model: System, recipe: Recipe, training: Dataset, init: str | Path | None, accelerator: Accelerator, progress: bool
 ) -> list[str]:
-    """Give a new model the weights it starts from, and return what was taken from where.
+    """Initialise the weights of a new model, and return lines that say what was copied.
 
     Raises:
-        CheckpointError: `init` is none, or nothing of it fits.
-        ConfigError: there are no ImageNet weights to be had.
+        CheckpointError: `init` is not a checkpoint, or none of its weights fit.
+        ConfigError: the ImageNet weights are not available.
     """
     lines, fresh = [], set(model.state_dict())
     if init is not None:

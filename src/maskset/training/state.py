@@ -1,6 +1,6 @@
-"""What lets a stopped run go on, even one killed in the middle of a write: one file, always replaced whole.
+"""The state from which a run is resumed: one file, always replaced whole, so that a kill cannot damage it.
 
-It holds weights, averaged weights and the optimiser's moments as tensors, and where the run stands as JSON. It holds no
+It holds weights, averaged weights and the optimiser's moments as tensors, and the progress of the run as JSON. It holds no
 random states: before every step the generators are seeded with (seed, step, process), see `seed_everything`.
 """
 
@@ -23,7 +23,7 @@ from maskset.systems import System
 RECIPE, METRICS, STATE = "recipe.json", "metrics.jsonl", "state.safetensors"  # files of a run folder ...
 LAST, BEST = "last.safetensors", "best.safetensors"  # ... and its checkpoints
 
-# What a resumed run may set anew: nothing that the steps already done depended on. With schedule "cosine" another number of
+# Settings that a resumed run may change: the steps already done do not depend on them. With schedule "cosine" another number of
 # epochs gives the rest of the run another learning rate, as it must. A run that a broken image has stopped goes on without it.
 MAY_CHANGE = {
     "data.workers",
@@ -40,10 +40,10 @@ MAY_CHANGE = {
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
-        epoch: the epoch that it is in, from 0.
+        epoch: current epoch, from 0.
         step: optimiser steps done.
         best: greatest mask AP so far; None before the first evaluation that has one.
         stale: evaluations since then.
@@ -59,7 +59,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training changes.
+    """The objects that training changes.
 
     Attributes:
         model: the network.
@@ -91,8 +91,8 @@ def save_state(folder: Path, trained: Trained, progress: Progress, data: dict[st
     Args:
         folder: of the run.
         trained: what training has changed.
-        progress: where the run stands.
-        data: what the training data must be like for the run to continue; `load_state` compares it.
+        progress: progress of the run.
+        data: description of the training data; `load_state` compares it.
     """
     tensors = {f"model/{name}": tensor for name, tensor in trained.model.state_dict().items()}
     if trained.averaged is not None:
@@ -109,7 +109,7 @@ def save_state(folder: Path, trained: Trained, progress: Progress, data: dict[st
 
 
 def load_state(folder: Path, trained: Trained, data: dict[str, Any]) -> Progress:
-    """Put a run's state back and return where it stands.
+    """Restore the state of a run and return its progress.
 
     Raises:
         ConfigError: the training data is not that of the run.

@@ -17,7 +17,7 @@ Batch = tuple[ImageBatch, list[Instances]]
 
 
 class Step(nn.Module):
-    """Images and objects in, terms of the loss out. DDP wraps this, so that what only the loss uses is inside."""
+    """Computes the terms of the loss for a batch. DDP wraps this module, so that it also sees parameters only the loss uses."""
 
     def __init__(self, system: System) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class NotFinite(ArithmeticError):
     Args:
         why: a sentence.
         terms: of the loss, as far as they are known.
-        batch: that it was found in.
-        place: which of the step's batches that is.
+        batch: the batch in which it occurred.
+        place: index of this batch in the step.
     """
 
     def __init__(self, why: str, terms: Mapping[str, Tensor], batch: Batch, place: int) -> None:
@@ -51,11 +51,11 @@ def update(
     The gradient is the mean over batches and processes; each batch has its own divisors, as in the official code.
 
     Args:
-        accelerator: that has prepared the next two.
+        accelerator: has prepared `step` and `optimizer`.
         step: a `Step`.
         optimizer: over its parameters.
         batches: uint8 pixels and objects, on the CPU; they are computed one after the other.
-        clip_norm: greatest norm of the gradient; 0 leaves it alone.
+        clip_norm: maximum norm of the gradient; 0 disables clipping.
 
     Raises:
         NotFinite: a term or the gradient is not finite; no weight has changed.

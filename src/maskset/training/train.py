@@ -50,13 +50,13 @@ def train(
     and resumed ends with the same bits as one that was not.
 
     Args:
-        recipe: what to train and how: a recipe, the name of one, or a recipe.json.
-        data: what `maskset.data.open_data` takes, with splits "train" and "val".
+        recipe: a recipe, its name, or a recipe.json.
+        data: a data source for `maskset.data.open_data`, with splits "train" and "val".
         out: folder of the run.
-        init: what `maskset.load` takes; training starts from what of its weights fits.
+        init: checkpoint or run folder to start from; weights that do not fit are left out.
         resume: continue the run in `out`.
-        images: the folder of the images, where `data` is a JSON file; that is then both learnt from and evaluated on.
-        progress: whether to print how far it is.
+        images: the folder of the images, where `data` is a JSON file; it is then used for training and evaluation.
+        progress: whether to print progress.
 
     Raises:
         ConfigError: a setting is not possible, `out` holds a run and `resume` is False, or the reverse, or another process trains
@@ -66,7 +66,7 @@ def train(
         TrainingDiverged: the loss or its gradient is not finite.
         ResourceError: memory does not suffice, or a process that reads images was killed.
         OSError: a file cannot be written, for example because the disk is full.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; the message says how to go on, or that it was before anything was written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to continue, or that nothing was written.
     """
     out = Path(out)
     lock = lock_folder(out) if launched("RANK", 0) == 0 else nullcontext()
@@ -83,7 +83,7 @@ def train(
 
 
 def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
-    """Do all steps that are left, and return the last evaluation; None if there was nothing left to do."""
+    """Run the remaining steps and return the last evaluation; None if the run was already complete."""
     config, progress, trained = run.recipe.train, run.progress, run.trained
     metrics = None
     for epoch in range(progress.epoch, run.epochs):
@@ -134,7 +134,7 @@ def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
 
 
 def _evaluate(run: Run, epoch: int, log: Log) -> Metrics:
-    """Evaluate, keep the weights if they are the best so far, draw what they find, and return the metrics."""
+    """Evaluate, keep the weights if they are the best so far, draw sample images, and return the metrics."""
     start, progress = time.perf_counter(), run.progress
     metrics = evaluate(run.eval_model, run.val_data, max_detections=run.recipe.train.max_detections, progress=log.prints)
     better = metrics.mask_ap > (-1 if progress.best is None else progress.best)  # False for NaN: nothing to find
