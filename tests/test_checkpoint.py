@@ -213,7 +213,7 @@ def test_loading_asks_for_no_pretrained_weights(file, monkeypatch):
     settings = json.loads(json_of(file))
     settings["model"]["backbone"]["pretrained"] = True
     rewritten(file, recipe=json.dumps(settings))
-    monkeypatch.setattr("maskset.layers.backbone.load_pretrained", lambda *_: pytest.fail("downloads"))
+    monkeypatch.setattr("maskset.conversion.backbones.load_pretrained", lambda *_: pytest.fail("downloads"))
     assert load(file).config.backbone.pretrained
 
 

@@ -58,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "codec_tools": GROUND | {"masks", "data", "checkpoint", "evaluation", "codec_tools"},
     "inference": GROUND | {"systems", "data", "checkpoint", "inference"},
     "evaluation": GROUND | {"systems", "data", "checkpoint", "inference", "evaluation"},
-    "training": PARTS | {"systems", "data", "checkpoint", "inference", "evaluation", "recipe", "recipes", "training"},
+    "training": PARTS
+    | {"systems", "conversion", "data", "checkpoint", "inference", "evaluation", "recipe", "recipes", "training"},
     "comparison": GROUND
     | {"systems.base", "data", "checkpoint", "inference", "evaluation", "recipe", "recipes", "training", "comparison"},
     "flags": {"config", "errors"},

@@ -5,6 +5,7 @@ import torch
 from goldens import golden, image, notes, weights
 from torch import nn
 
+from maskset.conversion.backbones import rename_swin
 from maskset.layers.swin import (
     SWIN_SIZES,
     DropPath,
@@ -13,7 +14,6 @@ from maskset.layers.swin import (
     SwinTransformer,
     join_windows,
     relative_positions,
-    rename_swin,
     shift_mask,
     split_windows,
 )

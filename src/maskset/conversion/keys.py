@@ -59,6 +59,18 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], last_wins: bool =
     return renamed
 
 
+def rename_known(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Return every entry under the name that the first fitting rule gives it; a name that fits none stays as it is."""
+
+    def new_name(name: str) -> str | None:
+        for pattern, replacement in rules:
+            if matched := re.fullmatch(pattern, name):
+                return None if replacement is None else matched.expand(replacement)
+        return name
+
+    return {new: value for name, value in state.items() if (new := new_name(name)) is not None}
+
+
 def need(state: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
     """Return an entry of so many dimensions, or raise a ConversionError that names it."""
     if name not in state:

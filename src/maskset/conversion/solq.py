@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from maskset.conversion.backbones import SWIN_RULES
 from maskset.conversion.coco import raw_categories
 from maskset.conversion.keys import ATTENTION, NUM_HEADS, RESNETS, Rule, count, need, proposal_class_head, rename
 from maskset.errors import ConversionError
-from maskset.layers.swin import SWIN_RULES
 from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.solq import SolqConfig
 

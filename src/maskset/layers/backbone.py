@@ -2,9 +2,7 @@
 
 import difflib
 import math
-import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,16 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskset.errors import ConfigError
-from maskset.layers import detectron2
-from maskset.layers.swin import SWIN_SIZES, SwinTransformer, rename_swin
+from maskset.layers.swin import SWIN_SIZES, SwinTransformer
 
 STRIDES = [4, 8, 16, 32]
-PRETRAINED_SWIN = {  # which of timm's weights a Swin starts from
-    "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
-    "swin_small": "swin_small_patch4_window7_224.ms_in1k",
-    "swin_base": "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
-    "swin_large": "swin_large_patch4_window7_224.ms_in22k_ft_in1k",
-}
 
 
 class Backbone(nn.Module):
@@ -177,58 +168,6 @@ def check_start(name: str, norm: Literal["frozen", "group"], frozen_stages: int,
         )
 
 
-def load_pretrained(backbone: Backbone, weights: str | None) -> str:
-    """Fill the backbone with ImageNet weights and return one line that says what was taken from where.
-
-    Group norms keep their initial values (no weights for them are published), and so do the output norms of a Swin that
-    was trained as a classifier, and what moves the samples of deformable convolutions.
-
-    Args:
-        backbone: made by `build_backbone`.
-        weights: a .safetensors, .pth or .pkl file in the layout of timm, torchvision, detectron2 or the authors of Swin; None
-            asks timm's hub.
-
-    Raises:
-        ConfigError: the weights cannot be had, or are not those of this backbone; the backbone is unchanged.
-    """
-    if weights is None and backbone.stride_in_first:
-        raise ConfigError(
-            f"timm's hub has no weights for the backbone {backbone.name} with strides in the first convolutions of its blocks: "
-            "give a file, such as detectron2's ImageNetPretrained/MSRA/R-50.pkl, with --model.backbone.weights FILE, or do "
-            "without with --model.backbone.pretrained false."
-        )
-    source = weights or "timm's hub"
-    state = _fetch(backbone.name, len(backbone.strides)) if weights is None else _read(Path(weights))
-    if detectron2.is_msra(state) != backbone.stride_in_first and "layer4" in dict(backbone.body.named_children()):
-        raise ConfigError(
-            f"the weights of {source} and the backbone {backbone.name} have their strides in different convolutions, though "
-            "shapes fit: MSRA's weights need --model.backbone.stride-in-first true, all others false."
-        )
-    if detectron2.is_detectron2(state):
-        state = detectron2.rename_resnet(state)
-    state = rename_swin(state) if backbone.name in SWIN_SIZES else _flatten_stages(state, backbone.body)
-    modules, own = dict(backbone.body.named_modules()), backbone.body.state_dict()
-    norms = {path for path, module in modules.items() if isinstance(module, (FrozenBatchNorm, GroupNorm))}
-    fresh = {key for key in own if isinstance(modules[key.rpartition(".")[0]], GroupNorm)}
-    fresh |= {key for key in own if ("output_norm" in key or ".offset." in key) and key not in state}
-    expected = {key: value for key, value in own.items() if key not in fresh}
-
-    wrong = [f"{key} is missing" for key in expected if key not in state]
-    for key, value in state.items():
-        if key in expected and value.shape != expected[key].shape:
-            wrong.append(f"{key} is {list(value.shape)} instead of {list(expected[key].shape)}")
-        # The classifier is not needed, but anything else that is left over is of a larger network.
-        if key not in own and key.partition(".")[0] in modules and key.rpartition(".")[0] not in norms:
-            wrong.append(f"{key} has no place")
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {'; '.join(wrong[:3])}{more}.")
-    backbone.body.load_state_dict({key: state[key] for key in expected}, strict=False)
-    kinds = {"sampling offsets" if ".offset." in key else "norms" for key in fresh}
-    rest = f"; the {len(fresh)} others belong to {' and '.join(sorted(kinds))}, which start anew" if fresh else ""
-    return f"backbone {backbone.name}: took {len(expected)} of {len(own)} tensors from {source}{rest}."
-
-
 def _activation(norm: nn.BatchNorm2d) -> nn.Module:
     """Return what some of timm's batch norms apply after normalising."""
     return getattr(norm, "act", nn.Identity())
@@ -265,52 +204,3 @@ def _freeze(name: str, body: nn.Module, count: int) -> None:
     for path, parameter in body.named_parameters():
         if count and not path.startswith(trained):
             parameter.requires_grad_(False)
-
-
-def _fetch(name: str, maps: int) -> dict[str, Tensor]:
-    import timm
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    file = "model.safetensors"
-    try:
-        settings: Any = timm.models.get_pretrained_cfg(PRETRAINED_SWIN.get(name, name))
-        repository = settings.hf_hub_id
-        if try_to_load_from_cache(repository, file) is None:
-            HfApi().file_exists(repository, file)  # fails at once without a network, where a download tries for a minute
-        if name in SWIN_SIZES:
-            return timm.create_model(PRETRAINED_SWIN[name], pretrained=True).state_dict()
-        return timm.create_model(name, pretrained=True, features_only=True, out_indices=tuple(range(-maps, 0))).state_dict()
-    except Exception as error:  # no network, no such file, a proxy's answer: each library in between raises its own
-        raise ConfigError(
-            f"the ImageNet weights of the backbone {name} cannot be fetched from timm's hub ({type(error).__name__}): "
-            "give a file with --model.backbone.weights FILE, or do without with --model.backbone.pretrained false."
-        ) from None
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    problem = "it holds something else"
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about pickles that are refused anyhow
-            if path.suffix == ".pkl":
-                return detectron2.read_pickle(path)
-            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise almost anything at a file that is damaged or is not theirs
-        state, problem = None, type(error).__name__
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(
-            f"{path} cannot be read as weights ({problem}): --model.backbone.weights takes a .safetensors file, a .pth file of "
-            "nothing but tensors, or a .pkl file of nothing but arrays."
-        )
-    return state
-
-
-def _flatten_stages(state: Mapping[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
-    """Return a whole timm model's weights under the names of its feature extractor, where stages.0 is called stages_0."""
-    children = dict(body.named_children())
-    flat = {name: name.replace(".", "_", 1) for name in state}
-    return {flat[name] if flat[name].partition(".")[0] in children else name: value for name, value in state.items()}

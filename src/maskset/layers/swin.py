@@ -5,8 +5,6 @@ windows. The zeros of that padding take part in attention, as in the authors' de
 numbers come; implementations that roll before they pad, or mask the padding, differ at the right and bottom border.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -281,37 +279,3 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     if isinstance(module, WindowAttention):
         nn.init.trunc_normal_(module.bias_table, std=0.02)
-
-
-# How the names in other weight files become ours: a pattern for a whole name, and its replacement (None: not needed).
-_SHARED_RULES: list[tuple[str, str | None]] = [
-    (r"patch_embed\.proj\.(weight|bias)", r"patches.projection.\1"),
-    (r"patch_embed\.norm\.(weight|bias)", r"patches.norm.\1"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.norm1\.(weight|bias)", r"stages.\1.blocks.\2.attention_norm.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.relative_position_bias_table", r"stages.\1.blocks.\2.attention.bias_table"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.(attn\.relative_position_index|attn_mask)", None),  # computed, not learnt
-    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"stages.\1.blocks.\2.attention.qkv.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"stages.\1.blocks.\2.attention.output.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.norm2\.(weight|bias)", r"stages.\1.blocks.\2.mlp_norm.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.mlp\.fc1\.(weight|bias)", r"stages.\1.blocks.\2.mlp.up.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.mlp\.fc2\.(weight|bias)", r"stages.\1.blocks.\2.mlp.down.\3"),
-    (r"norm([1-3])\.(weight|bias)", r"stages.\1.output_norm.\2"),  # only detectors have these
-]
-# The authors' code merges patches at the end of the stage before; the paper's figure, timm and we, at the start.
-SWIN_RULES = _SHARED_RULES + [(rf"layers\.{s}\.downsample\.(.*)", rf"stages.{s + 1}.merge.\1") for s in range(3)]
-TIMM_SWIN_RULES = [*_SHARED_RULES, (r"layers\.([1-3])\.downsample\.(.*)", r"stages.\1.merge.\2")]
-
-
-def rename_swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of the authors' or timm's Swin under our names; what has no place here (the classifier) keeps its name."""
-    official = "layers.0.downsample.reduction.weight" in state
-    rules = SWIN_RULES if official else TIMM_SWIN_RULES
-    renamed = {_rename(name, rules): value for name, value in state.items()}
-    return {name: value for name, value in renamed.items() if name is not None}
-
-
-def _rename(name: str, rules: list[tuple[str, str | None]]) -> str | None:
-    for pattern, replacement in rules:
-        if match := re.fullmatch(pattern, name):
-            return None if replacement is None else match.expand(replacement)
-    return name

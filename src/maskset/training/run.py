@@ -17,12 +17,12 @@ from torch import nn
 from maskset import config as settings
 from maskset import recipes
 from maskset.checkpoint import check_weights, find, read, save
+from maskset.conversion.backbones import load_pretrained
 from maskset.data import Dataset, open_data
 from maskset.data.loading import batch_order, steps_per_epoch, training_batches, warn_about_slots
 from maskset.distributed import launched
 from maskset.errors import CheckpointError, ConfigError, DataError
 from maskset.files import atomic_write
-from maskset.layers.backbone import load_pretrained
 from maskset.layers.blocks import recompute
 from maskset.progress import track
 from maskset.recipe import Recipe, TrainConfig

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskset.conversion.backbones import load_pretrained
+from maskset.conversion.detectron2 import read_pickle
 from maskset.errors import ConfigError
-from maskset.layers.backbone import build_backbone, load_pretrained
-from maskset.layers.detectron2 import read_pickle
+from maskset.layers.backbone import build_backbone
 from maskset.layers.resnet import DeformableConvolution, deform, stride_in_first
 
 
