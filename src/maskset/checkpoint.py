@@ -1,4 +1,4 @@
-"""A checkpoint is one .safetensors file that says everything about itself: weights, recipe, categories, where it came from.
+"""A checkpoint is one self-contained .safetensors file: weights, recipe, categories and source.
 
 Nothing is ever unpickled: a file that could run code is refused, not opened.
 """
@@ -33,7 +33,7 @@ _RUN_FILES = ("best.safetensors", "last.safetensors")  # what a run folder is lo
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a checkpoint says about its weights.
+    """The metadata of a checkpoint.
 
     Attributes:
         recipe: how they were trained; `recipe.model` builds the network that they belong to.
@@ -49,7 +49,7 @@ class Metadata:
 
 
 def save(model: System, recipe: Recipe, path: str | Path, *, source: str | None = None, license: str = "unknown") -> None:
-    """Write the model as a checkpoint. It is written beside `path` and renamed, so nobody ever sees half of it.
+    """Write the model as a checkpoint. The file is replaced atomically.
 
     Args:
         model: its weights, its fitted codec, its config and its categories are written.
@@ -111,12 +111,12 @@ def find(source: str | Path) -> Path:
 
 
 def is_model(source: str) -> bool:
-    """Return whether `find` is to be asked for it: whether it is written as a model, unlike a recipe."""
+    """Return whether a text names a model for `find`: a hub name, a .safetensors file or a folder."""
     return source.startswith("hub:") or source.endswith(".safetensors") or Path(source).is_dir()
 
 
 def read_metadata(path: str | Path) -> Metadata:
-    """Return what the checkpoint file says about itself, without reading the weights.
+    """Return the metadata of a checkpoint file, without reading the weights.
 
     Raises:
         CheckpointError: the file is no checkpoint.
@@ -126,7 +126,7 @@ def read_metadata(path: str | Path) -> Metadata:
 
 
 def read(path: str | Path) -> tuple[Metadata, dict[str, Tensor]]:
-    """Return what a checkpoint file says about itself, and its weights by name, on the CPU.
+    """Return the metadata of a checkpoint file, and its weights by name, on the CPU.
 
     Raises:
         CheckpointError: the file is no checkpoint.
@@ -153,7 +153,7 @@ def check_weights(weights: Mapping[str, Tensor], model: System, path: Path) -> N
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Give the open safetensors file.
+    """Yield the open safetensors file.
 
     Raises:
         CheckpointError: it is not one, or is damaged.

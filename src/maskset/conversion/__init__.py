@@ -43,7 +43,7 @@ class Conversion:
 
 
 def convert(system: str, state_dict: Mapping[str, Tensor], last_wins: bool = False) -> tuple[SystemConfig, dict[str, Tensor]]:
-    """Return the config and state dict that an official state dict becomes; `build(config)` loads it strictly.
+    """Return the config and the converted state dict of official weights; `build(config)` loads it strictly.
 
     Args:
         system: "solq", "soit", "isda", "istr", "istr-smt" or "sotr".
@@ -66,7 +66,7 @@ def convert_file(
     last_wins: bool = False,
     license: str = "unknown",
 ) -> Conversion:
-    """Write an official checkpoint file as one of maskset's.
+    """Convert an official checkpoint file to maskset's format.
 
     Args:
         system: "solq", "soit", "isda", "istr", "istr-smt" or "sotr".

@@ -28,13 +28,13 @@ RULES: list[Rule] = [
 
 @dataclass(frozen=True)
 class Start:
-    """A model that starts from Deformable DETR, and what became of every tensor.
+    """A model initialised from Deformable DETR, and the fate of every tensor.
 
     Attributes:
-        model: with COCO's classes; what nothing fits is as `build` made it, from seed 0.
+        model: with COCO's classes; tensors without a counterpart have their random initial values, from seed 0.
         copied: names of the model's tensors that were in the file.
-        new: names of the model's tensors that nothing fits.
-        left: names of the file's entries that the model has no use for.
+        new: names of the model's tensors without a counterpart in the file.
+        left: names of the file's entries without a counterpart in the model.
     """
 
     model: System

@@ -72,7 +72,7 @@ def rename_known(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str
 
 
 def need(state: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
-    """Return an entry of so many dimensions, or raise a ConversionError that names it."""
+    """Return an entry with `dims` dimensions, or raise a ConversionError that names it."""
     if name not in state:
         raise ConversionError(f"there is no entry for our {name}. Is this a checkpoint of another system, or of a variant?")
     if state[name].dim() != dims:

@@ -100,8 +100,8 @@ def sotr_small() -> Recipe:
     """A small SOTR from scratch for small data of your own, on few cores or one GPU.
 
     Command: maskset train sotr-small --data FOLDER --out RUN
-    Expect: depends on the data; images are seen at 256 pixels, and objects are told apart whose centres are a fortieth of the
-    image's sides apart.
+    Expect: depends on the data; images are resized to 256 pixels; objects are separated if their centres are at least a
+    fortieth of the image sides apart.
     Status: not yet trained to the end.
     """
     small = solq_small()
