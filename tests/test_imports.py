@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "pictures": {"errors"},
     "rle": {"errors", "kernels"},
     "instances": {"errors", "files", "kernels", "pictures", "rle", "tensors", "instances"},
-    "structures": {"errors", "rle", "tensors"},
+    "structures": {"errors", "instances", "rle", "tensors"},
     "layers": GROUND | {"layers"},
     "matching": GROUND,
     "losses": GROUND,

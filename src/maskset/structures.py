@@ -23,7 +23,10 @@ from torch import Tensor
 
 from maskset import rle
 from maskset.errors import MasksetError
+from maskset.instances import Category, Instances, Masks
 from maskset.tensors import TensorRecord, register
+
+__all__ = ["Category", "ImageBatch", "Instances", "Masks", "ModelOutput", "Normalisation", "SlotPredictions"]
 
 
 @runtime_checkable

@@ -15,6 +15,8 @@ from maskset.errors import AttentionError, MasksetError
 from maskset.instances import Masks
 from maskset.kernels import library, targets
 from maskset.kernels.attention import check_attention
+from maskset.masks.paint import paste_soft
+from maskset.masks.targets import crop
 
 
 @pytest.mark.parametrize("boxes", [torch.ones(3, 0), torch.ones(3, 3), torch.ones(3), torch.ones(3, 4, dtype=torch.bool)])
@@ -67,6 +69,25 @@ def test_a_library_built_from_other_sources_is_refused(stamp, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: other)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace(origin="library"))
     assert "built from other sources" in library._load()
+
+
+@pytest.mark.parametrize("native", ["on", "off"])
+@pytest.mark.parametrize("shape", [(3, 0), (3, 3), (2, 4), (3,)])
+def test_both_paths_refuse_to_crop_to_wrong_boxes(shape, native, monkeypatch):
+    monkeypatch.setenv(library.NATIVE_ENV, native)
+    masks = Masks.from_dense(torch.ones(3, 5, 6, dtype=torch.bool))
+    with pytest.raises(MasksetError, match=rf"shape \[3, 4\], got {re.escape(str(list(shape)))}"):
+        without_shape_checks(crop)(masks, torch.ones(shape), 28)
+
+
+@pytest.mark.parametrize("native", ["on", "off"])
+@pytest.mark.parametrize(
+    ("fields", "boxes"), [((2, 4, 5), (2, 4)), ((2, 0, 0), (2, 4)), ((4, 4), (4, 4)), ((2, 4, 4), (2, 3)), ((2, 4, 4), (3, 4))]
+)
+def test_both_paths_refuse_to_paste_wrong_fields_and_boxes(fields, boxes, native, monkeypatch):
+    monkeypatch.setenv(library.NATIVE_ENV, native)
+    with pytest.raises(MasksetError, match=re.escape(f"got shapes {list(fields)} and {list(boxes)}")):
+        without_shape_checks(paste_soft)(torch.ones(fields), torch.ones(boxes), (20, 30), 0.5)
 
 
 def without_shape_checks(function):

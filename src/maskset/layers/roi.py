@@ -37,7 +37,7 @@ def pyramid_roi_align(
 
     A cell is the mean of 2 x 2 bilinear samples (RoIAlign; He et al., ICCV 2017; half-pixel convention) on the box's own level.
     Samples more than a cell outside of the padded map are zero; a box that is not finite shows the first cell. No gradient goes
-    to the boxes. Computed in the type of the boxes, float32 as a rule: torchvision's kernels take one type, and none is lower.
+    to the boxes. Computed in the type of the boxes, float32 as a rule: its kernels take one type, and on CPUs not bfloat16.
 
     Args:
         levels: strides 4, 8, ..., finest first.

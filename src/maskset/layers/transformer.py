@@ -227,5 +227,5 @@ class Proposals(nn.Module):
         works at C = 256 only.
         """
         encoded = frequencies(boxes.sigmoid() * (2 * torch.pi), self.width // 2).flatten(-2)
-        position, content = self.query_norm(self.query(encoded)).chunk(2, -1)
+        position, content = self.query_norm(self.query(encoded.to(self.query.weight.dtype))).chunk(2, -1)
         return position, content

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from maskset import rle
+from maskset.errors import MasksetError
 from maskset.instances import Masks
 from maskset.kernels import fields as c_fields
 from maskset.kernels import library
@@ -50,8 +51,16 @@ def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size
 
     Fields are sampled first and thresholded afterwards; `paste` samples fields that are already binary. Only the pixels that
     a box can reach are computed.
+
+    Raises:
+        MasksetError: the fields are not squares of at least one cell, or there is not one box of four numbers for each field.
     """
     height, width = rle.check_pixel_count(size)
+    if fields.ndim != 3 or fields.shape[1] != fields.shape[2] or fields.shape[1] < 1 or boxes.shape != (len(fields), 4):
+        raise MasksetError(
+            "pasting needs square fields [n S S] of at least one cell and a box x0 y0 x1 y1 for each [n 4], "
+            f"got shapes {list(fields.shape)} and {list(boxes.shape)}."
+        )
     if library.handle() is not None:  # Fast path: kernels/csrc/fields.c, fields_paste; results of a GPU go to the CPU anyway
         return Masks(c_fields.paste(fields.float().cpu(), boxes.cpu(), size, threshold), size)
     counts = []

@@ -44,10 +44,12 @@ def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "
         size: side S of the result, pixels.
 
     Raises:
-        MasksetError: the numbers of boxes and masks differ.
+        MasksetError: there is not one box of four numbers for each mask.
     """
-    if len(boxes) != len(masks):
-        raise MasksetError(f"crop needs a box for each mask, got {len(boxes)} boxes and {len(masks)} masks.")
+    if boxes.shape != (len(masks), 4):
+        raise MasksetError(
+            f"crop needs a box x0 y0 x1 y1 for each mask, a tensor of shape [{len(masks)}, 4], got {list(boxes.shape)}."
+        )
     if library.supports(masks.device) and library.supports(boxes.device):
         return c_targets.crop(masks.view(), boxes, size)  # Fast path: kernels/csrc/targets.c, targets_crop
     crops = torch.zeros(len(masks), size, size, dtype=torch.bool, device=boxes.device)

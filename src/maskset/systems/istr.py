@@ -160,15 +160,17 @@ class Istr(System):
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return, for every stage, class logits [B N K], boxes [B N 4] and mask embeddings [B N D]."""
         check_canvas(images, self.input.divisor)
-        levels = to_roi_dtype(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
-        objects = self._object_features(levels, images)  # [B N C]
+        dtype = self.query_boxes.dtype
+        box_dtype = torch.promote_types(dtype, torch.float32)  # pixel coordinates need more than 8 or 11 bits
+        levels = to_roi_dtype(self.pyramid(self.backbone(images.pixels)), box_dtype)  # strides 4 ... 32; [B C h w]
+        objects = self._object_features(levels, images).to(dtype)  # [B N C]
         # Width, height, width, height of each image
-        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)
-        boxes = box_ops.to_corners(self.query_boxes) * pixels  # [B N 4], absolute
+        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, box_dtype)
+        boxes = box_ops.to_corners(self.query_boxes.to(box_dtype)) * pixels  # [B N 4], absolute
         layers = []
         for stage, class_head in zip(self.stages, self.class_heads, strict=True):
             assert isinstance(stage, Stage)
-            objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
+            objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size).to(dtype))
             moved = apply_deltas(boxes, stage.box_head(objects).to(boxes.dtype))
             fractions = box_ops.to_centres(moved) / pixels
             logits = class_head(stage.class_tower(objects))

@@ -176,17 +176,19 @@ class IstrSmt(System):
         Results need codes and context of the last stage only: in evaluation mode the others have none.
         """
         check_canvas(images, self.input.divisor)
-        levels = to_roi_dtype(self.pyramid(self.backbone(images.pixels)), self.query_boxes.dtype)  # strides 4 ... 32; [B C h w]
+        dtype = self.query_boxes.dtype
+        box_dtype = torch.promote_types(dtype, torch.float32)  # pixel coordinates need more than 8 or 11 bits
+        levels = to_roi_dtype(self.pyramid(self.backbone(images.pixels)), box_dtype)  # strides 4 ... 32; [B C h w]
         paddings = None
         if self.config.masked_pooling:
             paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
-        objects = image_feature(levels, "mean", paddings)[:, None] + self.query_position  # [B N C]
-        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, self.query_boxes.dtype)  # w, h, w, h
-        boxes = box_ops.to_corners(self.query_boxes) * pixels  # [B N 4], absolute
+        objects = (image_feature(levels, "mean", paddings)[:, None] + self.query_position).to(dtype)  # [B N C]
+        pixels = images.sizes.flip(1).repeat(1, 2)[:, None].to(objects.device, box_dtype)  # w, h, w, h
+        boxes = box_ops.to_corners(self.query_boxes.to(box_dtype)) * pixels  # [B N 4], absolute
         layers = []
         for i, (stage, class_head) in enumerate(zip(self.stages, self.class_heads, strict=True)):
             assert isinstance(stage, Stage)
-            objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size))
+            objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size).to(dtype))
             moved = apply_deltas(boxes, stage.box_head(objects).to(boxes.dtype))
             layer = StagePredictions(class_head(stage.class_tower(objects)), boxes=box_ops.to_centres(moved) / pixels)
             if self.training or i == len(self.stages) - 1:
@@ -199,7 +201,7 @@ class IstrSmt(System):
         self, stage: Stage, levels: Sequence[Float[Tensor, "B C _ _"]], boxes: Float[Tensor, "B N 4"]
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N c s s"] | None]:
         """Return codes, and context for the autoencoder, from a second look at the boxes that the stage has predicted."""
-        regions = pyramid_roi_align(levels, boxes, self.config.mask_size // 4)  # [B*N C s s]
+        regions = pyramid_roi_align(levels, boxes, self.config.mask_size // 4).to(self.query_boxes.dtype)  # [B*N C s s]
         codes = stage.mask_head(regions)[:, :, 0, 0].unflatten(0, boxes.shape[:2])
         if self.config.codec != "autoencoder":
             return codes, None

@@ -72,3 +72,13 @@ def test_an_empty_mask_stays_empty():
 def test_a_length_that_is_not_there_is_refused(length):
     with pytest.raises(ConfigError, match="1 to 64"):
         DctCodec(8, length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_codec_stays_in_float32_in_a_module_of_another_dtype_and_still_moves(dtype):
+    codec, codes = DctCodec(8, 12), torch.rand(2, 12)
+    expected = codec.decode(codes)
+    module = torch.nn.Sequential(codec, torch.nn.Linear(1, 1)).to(dtype)
+    assert module[1].weight.dtype == dtype
+    assert torch.equal(codec.decode(codes), expected)
+    assert {buffer.device.type for buffer in module.to("meta", dtype).buffers()} == {"meta"}

@@ -4,9 +4,10 @@ import math
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskset.errors import ConfigError
+from maskset.masks.codecs.float32 import Float32Module
 
 
 def zigzag(size: int) -> list[int]:
@@ -28,7 +29,7 @@ def dct_basis(size: int) -> Float[Tensor, "S S"]:
     return scale * torch.cos(position * math.pi / size * frequency)
 
 
-class DctCodec(nn.Module):
+class DctCodec(Float32Module):
     """Turns box-local masks into their low frequencies and back.
 
     The first D cells of the zig-zag lie in few rows and columns of the spectrum (23 and 22 of 128 for D = 256), and only
