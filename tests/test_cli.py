@@ -436,6 +436,7 @@ def test_a_model_is_evaluated_on_a_data_folder(capsys, tmp_path, untrained):
     assert (tmp_path / "out" / "per_class.csv").exists()
 
 
+@pytest.mark.slow  # by default a SIGTERM to the whole group is tested, in training/test_reliability.py
 def test_ctrl_c_while_training_ends_with_130_and_something_to_resume(tmp_path):
     out = tmp_path / "run"
     flags = ["--data.workers", "0", "--train.log-every", "1", "--train.batch-size", "1"]
