@@ -91,7 +91,7 @@ def test_a_run_folder_means_its_best_weights_else_its_last(file):
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no best\.safetensors or last\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"does not contain best\.safetensors or last\.safetensors"):
         load(tmp_path)
 
 
@@ -139,7 +139,7 @@ def test_a_cached_model_of_the_hub_loads_without_a_network(file, monkeypatch):
 @pytest.mark.parametrize("length", [0, 3, 8, 100, -1])
 def test_a_file_cut_short_is_refused(file, length):
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file, or is damaged or cut short"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file, or is damaged or cut short"):
         load(file)
 
 
@@ -161,14 +161,14 @@ def test_a_pickle_is_never_loaded_whatever_it_is_called(tmp_path, name, write):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello " * 100)
-    with pytest.raises(CheckpointError, match=r"notes\.txt is no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt is not a safetensors file"):
         load(tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_tensors_of_other_programs_are_refused(tmp_path, metadata):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors", metadata)
-    with pytest.raises(CheckpointError, match="no maskset checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a maskset checkpoint"):
         load(tmp_path / "other.safetensors")
 
 

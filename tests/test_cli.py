@@ -197,7 +197,7 @@ def test_a_folder_that_is_not_there_is_named(capsys, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_named(capsys, tmp_path):
     (tmp_path / "model.safetensors").write_text("not a model")
     message = refusal(capsys, "evaluate", str(tmp_path / "model.safetensors"), "--data", "shapes:")
-    assert "model.safetensors is no safetensors file" in message
+    assert "model.safetensors is not a safetensors file" in message
 
 
 def test_a_device_that_is_not_there_is_named(capsys, untrained):

@@ -139,7 +139,7 @@ def test_a_file_of_another_codec_is_refused(data, tmp_path):
     fit_codec("pca", data, tmp_path / "pca.safetensors", size=14, length=10, progress=False)
     with pytest.raises(ConfigError, match="another mask codec: kind pca instead of sparse, length 10 instead of 12"):
         codec_files.load(SparseCodec(14, 12), tmp_path / "pca.safetensors")
-    with pytest.raises(CheckpointError, match="no maskset checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a maskset checkpoint"):
         load(tmp_path / "pca.safetensors")
 
 

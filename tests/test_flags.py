@@ -58,6 +58,13 @@ def test_yes_and_no_are_written_true_and_false():
     assert parsed("--frozen", "false").frozen is False
 
 
+def test_none_is_an_empty_list_and_the_default_that_the_help_shows():
+    assert parsed("--inner.sides", "none").inner.sides == ()
+    parser = ArgumentParser()
+    flags.add(parser, Outer(inner=Inner(sides=())))
+    assert "pixels (default: none)" in parser.format_help()
+
+
 def test_none_is_a_value_only_where_the_setting_may_be_none():
     assert parsed("--file", "none").file is None
     assert parsed("--kind", "none").kind == "none"

@@ -18,7 +18,9 @@ FIRST_SETTINGS = {
     "train.ema_decay": "decay of the weight average that is evaluated and saved; 0 disables it",
     "train.evaluate_every": "epochs between evaluations; 0 evaluates only at the end",
     "train.seed": "random seed of initialisation, dropout, order and augmentation",
-    "data.augmentation": "detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: scale jitter; none: unchanged",
+    "data.augmentation": (
+        "detr: flip, resize, crop; mmdet: detr without the first resize; flip: no crop; lsj: scale jitter; none: unchanged"
+    ),
     "data.workers": "processes that read images; results do not depend on it",
 }
 

@@ -102,7 +102,8 @@ def find(source: str | Path) -> Path:
         checkpoints = [path / name for name in _RUN_FILES if (path / name).is_file()]
         if not checkpoints:
             raise CheckpointError(
-                f"the folder {path} holds no {' or '.join(_RUN_FILES)}: it is no run folder, or nothing was saved."
+                f"the folder {path} does not contain {' or '.join(_RUN_FILES)}: "
+                "it is not a run folder, or the run has not saved a checkpoint."
             )
         return checkpoints[0]
     if not path.is_file():
@@ -192,7 +193,9 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 def _metadata(texts: dict[str, str], path: Path) -> Metadata:
     name, _, version = texts.get("format", "").partition(" ")
     if name != "maskset" or not version.isdigit():
-        raise CheckpointError(f"{path} holds tensors but no maskset checkpoint: for official weights there is 'maskset convert'.")
+        raise CheckpointError(
+            f"{path} contains tensors but is not a maskset checkpoint: for official weights there is 'maskset convert'."
+        )
     if int(version) > FORMAT:
         raise CheckpointError(
             f"{path} was written by a newer maskset (format {version}, this one reads up to {FORMAT}): upgrade maskset."
@@ -220,7 +223,7 @@ def _why_unreadable(path: Path, reason: str) -> str:
             f"{path} is a PyTorch pickle, which could run code and is never loaded. "
             f"An official .pth checkpoint becomes one of ours with: maskset convert SYSTEM {path} OUT.safetensors"
         )
-    return f"{path} is no safetensors file, or is damaged or cut short ({reason})."
+    return f"{path} is not a safetensors file, or is damaged or cut short ({reason})."
 
 
 def _hint(source: str | Path, path: Path) -> str:

@@ -22,7 +22,7 @@ def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _demo(options: Namespace) -> None:
-    """Train a small model on generated images and draw its predictions (9 minutes on a CPU)."""
+    """Train a small model on generated images and draw its predictions (about 10 minutes on a CPU)."""
     from maskset.demo import demo
 
     demo(options.out)
@@ -272,7 +272,7 @@ def _convert(options: Namespace) -> None:
 
     settings = {"classes": options.classes, "last_wins": options.last_wins, "license": options.license}
     if options.start and options.coco80:
-        raise MasksetError("--coco80 does not go with --from: mmdetection's Deformable DETR has 80 classes.")
+        raise MasksetError("--coco80 cannot be combined with --from: mmdetection's Deformable DETR has 80 classes.")
     if options.start:
         print(start_file(options.system, options.source, options.out, **settings))
     else:
@@ -315,14 +315,14 @@ def _info(options: Namespace) -> None:
 
 
 def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a run folder or a checkpoint file (.safetensors)")
+    parser.add_argument("model", metavar="MODEL", help='a run folder, a checkpoint file (.safetensors) or "hub:owner/name"')
 
 
 def _add_data(parser: ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="a data folder, a COCO JSON file, or shapes: (generated images)")
     parser.add_argument(
-        "--data", required=True, help="a data folder, a COCO JSON file (with --images), or shapes: (generated images)"
+        "--images", type=Path, metavar="FOLDER", help="folder of the images of a JSON file, if they are not beside it"
     )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="folder of the images of a JSON file")
 
 
 def _add_max_detections(parser: ArgumentParser) -> None:

@@ -35,7 +35,7 @@ class Setting:
     def text(self) -> str:
         """The value as it is typed on the command line."""
         if isinstance(self.value, (tuple, list)):
-            return " ".join(map(str, self.value))
+            return " ".join(map(str, self.value)) or "none"
         return str(self.value).lower() if self.value is None or isinstance(self.value, bool) else str(self.value)
 
 
@@ -63,7 +63,7 @@ def add(parser: ArgumentParser, settings: Any, visible: Container[str] | None = 
         part = setting.name.split(".")[0]
         if part not in groups:
             groups[part] = parser.add_argument_group(f"{part} settings")
-        help = f"{setting.help} (default: {setting.text or 'nothing'})".replace("%", "%%")
+        help = f"{setting.help} (default: {setting.text})".replace("%", "%%")
         groups[part].add_argument(
             setting.flag,
             dest=setting.name,
@@ -91,7 +91,7 @@ def changed(settings: Settings, options: Mapping[str, Any]) -> Settings:
             target = values
             for part in parts:
                 target = target[part]
-            target[last] = None if setting.optional and text == "none" else text
+            target[last] = [] if text == ["none"] else None if setting.optional and text == "none" else text
     return from_dict(type(settings), values, "command line")
 
 

@@ -23,7 +23,8 @@ class DataConfig:
     """How annotated images become training batches."""
 
     augmentation: Augmentation = setting(
-        "detr", "detr: flip, scale, crop; mmdet: scale once; flip: no crop; lsj: scale jitter; none: unchanged"
+        "detr",
+        "detr: flip, resize, crop; mmdet: detr without the first resize; flip: no crop; lsj: scale jitter; none: unchanged",
     )
     short_sides: tuple[int, ...] = setting(tuple(range(480, 801, 32)), "detr, mmdet, flip: shorter sides to draw from, pixels")
     long_side: int = setting(1333, "detr, mmdet, flip: maximum longer side, pixels")
@@ -47,9 +48,9 @@ class DataConfig:
         if min(self.long_side, self.jitter_size, *self.crop_short_sides) < 1:
             raise ConfigError("data.long_side, data.jitter_size and data.crop_short_sides must be at least 1.")
         if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
-            raise ConfigError(f"data.jitter_scale must rise from above 0, got {self.jitter_scale}.")
+            raise ConfigError(f"data.jitter_scale must be (low, high) with 0 < low <= high, got {self.jitter_scale}.")
         if self.crop_range[0] > self.crop_range[1] or self.crop_range[0] < 1:
-            raise ConfigError(f"data.crop_range must rise from at least 1, got {self.crop_range}.")
+            raise ConfigError(f"data.crop_range must be (low, high) with 1 <= low <= high, got {self.crop_range}.")
 
 
 @config

@@ -301,7 +301,7 @@ def test_another_budget_other_data_and_another_recipe_are_refused_in_a_folder_th
 def test_a_folder_with_other_things_and_a_file_are_refused(capsys, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("")
-    refused(ConfigError, "out is not empty and holds no comparison: choose a new folder", ["solq-tiny"], tmp_path)
+    refused(ConfigError, "out is not empty and does not contain a comparison: choose a new folder", ["solq-tiny"], tmp_path)
     assert cli.main(["compare", "solq-tiny", "--data", "shapes", "--out", str(tmp_path / "out" / "notes.txt")]) == 2
     assert "notes.txt is a file" in capsys.readouterr().err
 

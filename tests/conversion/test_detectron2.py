@@ -100,7 +100,7 @@ def test_a_pickle_of_anything_else_is_refused_and_never_run(tmp_path, content):
 
 def test_what_a_pickle_names_beside_arrays_is_told(tmp_path):
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(pickle.UnpicklingError, match=r"it names builtins\.exec, which is no array"):
+    with pytest.raises(pickle.UnpicklingError, match=r"it names builtins\.exec, which is not an array"):
         read_pickle(tmp_path / "R-50.pkl")
 
 

@@ -64,14 +64,14 @@ def test_what_was_taken_and_what_was_not_is_said(tmp_path):
 
 
 def test_weights_in_a_place_that_is_not_known_are_named(tmp_path):
-    with pytest.raises(ConversionError, match=r"holds no state dict.* its tensors are under 'net', 'optimizer'\. Save"):
+    with pytest.raises(ConversionError, match=r"does not contain a state dict.* its tensors are under 'net', 'optimizer'\. Save"):
         read_weights(saved(tmp_path, {"net": STATE, "optimizer": {"state": {0: torch.zeros(1)}}, "epoch": 3}))
 
 
 def test_a_file_that_holds_itself_ends(tmp_path):
     content: dict = {"epoch": 3}
     content["model"] = content
-    with pytest.raises(ConversionError, match="holds no state dict"):
+    with pytest.raises(ConversionError, match="does not contain a state dict"):
         read_weights(saved(tmp_path, content))
 
 

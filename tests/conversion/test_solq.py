@@ -119,7 +119,7 @@ def test_a_file_becomes_a_checkpoint_that_loads(tmp_path):
     assert hashlib.sha256(source.read_bytes()).hexdigest() in metadata.source
     assert metadata.license == "Apache-2.0"
     torch.save({"epoch": 3}, source)
-    with pytest.raises(ConversionError, match="holds no state dict"):
+    with pytest.raises(ConversionError, match="does not contain a state dict"):
         read_state_dict(source)
 
 

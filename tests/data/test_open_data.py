@@ -86,12 +86,14 @@ def test_a_path_to_a_folder_named_shapes_never_means_generated_data(
 def test_an_unknown_layout_is_explained(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"Looked for .*The folder holds: notes.txt, pictures/\.$"):
+    with pytest.raises(DataError, match=r"Looked for .*The folder contains: notes.txt, pictures/\.$"):
         open_data(tmp_path, "val")
 
 
 def test_a_missing_split_names_what_is_there(plain: Path) -> None:
-    with pytest.raises(DataError, match=r"no annotations of 'val'.*The folder holds: instances_train.json, train/"):
+    with pytest.raises(
+        DataError, match=r"does not contain annotations of 'val'.*The folder contains: instances_train.json, train/"
+    ):
         open_data(plain, "val")
 
 
@@ -115,5 +117,5 @@ def test_annotations_without_their_image_folder_are_an_error(plain: Path) -> Non
 
 
 def test_images_go_with_a_json_file_only(plain: Path) -> None:
-    with pytest.raises(DataError, match="--images goes with a JSON file"):
+    with pytest.raises(DataError, match="--images cannot be combined with a folder"):
         open_data(plain, "train", images=plain / "train")

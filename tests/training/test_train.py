@@ -283,12 +283,12 @@ def test_a_run_may_be_made_longer(whole, tmp_path):
 
 
 def test_a_folder_with_a_run_is_refused(whole):
-    with pytest.raises(ConfigError, match=r"already holds a run: continue it with --resume, or choose another folder"):
+    with pytest.raises(ConfigError, match=r"already contains a run: continue it with --resume, or choose another folder"):
         train(recipe(), data(), whole[0])
 
 
 def test_a_folder_without_a_run_is_not_resumed(tmp_path):
-    with pytest.raises(ConfigError, match="holds no run to resume"):
+    with pytest.raises(ConfigError, match="does not contain a run to resume"):
         train(recipe(), data(), tmp_path / "nothing", resume=True)
 
 
@@ -335,7 +335,10 @@ def test_a_loss_that_is_not_finite_names_its_terms_and_keeps_the_batch(tmp_path,
 
     solqs_loss = Solq.loss
     monkeypatch.setattr(Solq, "loss", loss)
-    with pytest.raises(TrainingDiverged, match=r"in step 0: box_giou is nan\. Learning rates: rest 0\.000333.*Images: .*\.png"):
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"in step 0: non-finite loss terms: box_giou is nan\. Learning rates: rest 0\.000333.*Images: .*\.png",
+    ):
         train(recipe(), data(), tmp_path / "run")
     kept = load_file(tmp_path / "run" / "diverged" / "batch.safetensors")
     assert kept["pixels"].dtype == torch.uint8

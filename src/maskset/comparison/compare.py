@@ -175,12 +175,12 @@ def _known(out: Path, terms: Terms) -> dict[str, Compared]:
     """
     if not (out / JSON).is_file():
         if any(file.name != LOCK_FILE for file in out.iterdir()):
-            raise ConfigError(f"{out} is not empty and holds no comparison: choose a new folder with --out.")
+            raise ConfigError(f"{out} is not empty and does not contain a comparison: choose a new folder with --out.")
         return {}
     earlier = settings.read(Comparison, out / JSON)
     changed = _changes(earlier.terms, terms)
     if changed:
-        raise ConfigError(f"{out} holds another comparison: {changed}. Repeat its settings, or choose a new folder with --out.")
+        raise ConfigError(f"{out} contains another comparison: {changed}. Repeat its settings or choose a new folder with --out.")
     return {entry.name: entry for entry in earlier.models}
 
 

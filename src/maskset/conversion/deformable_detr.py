@@ -61,7 +61,8 @@ def start(config: SystemConfig, state: Mapping[str, Tensor], last_wins: bool = F
     backbone = config.backbone
     if backbone is not None and backbone.stride_in_first:
         raise ConversionError(
-            f"{config.system} cannot start from a Deformable DETR: its ResNet has strides elsewhere, which shapes do not tell."
+            f"{config.system} cannot start from a Deformable DETR: its ResNet puts the stride in a different convolution, "
+            "which tensor shapes cannot reveal."
         )
     tensors = rename(state, RULES, last_wins)
     position, content = need(tensors, "query", 2).chunk(2, dim=1)

@@ -57,7 +57,7 @@ def read_weights(source: Path) -> OfficialWeights:
     except _NoWeights as error:
         raise ConversionError(f"{source} {error}") from None
     if not weights.state:
-        raise ConversionError(f"{source} holds no state dict: there is no tensor in it.")
+        raise ConversionError(f"{source} does not contain a state dict: there is no tensor in it.")
     return weights
 
 
@@ -92,7 +92,7 @@ def unwrap(content: Any) -> OfficialWeights:
         content = _with_tensors(groups[wrapper])
     if not all(isinstance(value, Tensor) for value in content.values()):
         raise _NoWeights(
-            f"holds no state dict, neither at the top nor under {', '.join(WRAPPERS)}; its tensors are under "
+            f"does not contain a state dict, at the top or under {', '.join(WRAPPERS)}; its tensors are under "
             f"{', '.join(map(repr, content))}. Save the dict of weights alone as a .pth file and convert that."
         )
     return OfficialWeights(content, tuple(path), tuple(unused))

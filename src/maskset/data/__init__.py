@@ -41,7 +41,7 @@ def open_data(
         logging.getLogger("maskset").warning("note: reading %s; for generated data give shapes:", path.absolute())
     if path.is_dir():
         if images is not None:
-            raise DataError(f"{path} is a folder, where the images are known; --images goes with a JSON file.")
+            raise DataError(f"{path} is a folder: --images cannot be combined with a folder, only with a COCO JSON file.")
         file, folder = _find_split(path, split)
     elif path.is_file():
         file, folder = path, Path(images) if images is not None else _images_beside(path)
@@ -58,7 +58,9 @@ def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
     files = [file for file in files if file.stem == f"instances_{split}"] or files
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise DataError(f"{folder / 'annotations'} holds several files for {split!r} ({names}): give one of them, with --images.")
+        raise DataError(
+            f"{folder / 'annotations'} contains several files for {split!r} ({names}): give one of them, with --images."
+        )
     if (folder / f"instances_{split}.json").is_file():
         files.append(folder / f"instances_{split}.json")
     if files:
@@ -70,9 +72,9 @@ def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
     listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     also = " or valid/_annotations.coco.json" if split == "val" else ""
     raise DataError(
-        f"{folder} holds no annotations of {split!r}. Looked for annotations/instances_{split}*.json with an image folder "
-        f"{split}*/, for instances_{split}.json with {split}/, and for {split}/_annotations.coco.json{also}. "
-        f"The folder holds: {listed or 'nothing'}."
+        f"{folder} does not contain annotations of {split!r}. Looked for annotations/instances_{split}*.json with an image "
+        f"folder {split}*/, for instances_{split}.json with {split}/, and for {split}/_annotations.coco.json{also}. "
+        f"The folder contains: {listed or 'nothing'}."
     )
 
 

@@ -44,8 +44,8 @@ def augment(
     """Return an augmented image with its targets.
 
     "detr" is the policy of DETR's family as SOLQ's code has it: flip; resize; then, in half of the cases each, resize again,
-    or resize to one of `crop_short_sides`, crop and resize. "mmdet" is the same without the first resize, as Deformable DETR
-    and ISDA have it. "flip" stops after the first resize. "lsj" is large-scale jitter (Ghiasi et al., CVPR 2021): flip, scale,
+    or resize to one of `crop_short_sides`, crop and resize. "mmdet" is the same without the first resize, as in the code
+    of SOIT and ISDA. "flip" stops after the first resize. "lsj" is large-scale jitter (Ghiasi et al., CVPR 2021): flip, scale,
     and crop to a square canvas; the batch pads smaller images. "none" changes nothing.
     """
     if config.augmentation == "none":

@@ -68,7 +68,7 @@ class View:
         library.check_size((self.height, 1))
         library.check_size((len(rows), len(columns)))
         if len(rows) and (int(rows[0]) < 0 or int(rows[-1]) > self.height or bool((rows.diff() < 0).any())):
-            raise MasksetError(f"rows of a view must not decrease and lie in 0 to {self.height}.")
+            raise MasksetError(f"rows of a view must be non-decreasing and within 0..{self.height}.")
         if len(columns) and (int(columns.min()) < -1 or int(columns.max()) >= 2**31):
             raise MasksetError("columns of a view must be -1 (background) or a column of the masks.")
         above = torch.searchsorted(rows, torch.arange(self.height + 1))
@@ -94,7 +94,9 @@ def check_counts(counts: Counts, starts: Int64[Tensor, "_"]) -> tuple[Tensor, Te
     counts = library.check("run lengths", counts, (None,), torch.int32)
     starts = library.check("starts", starts, (None,), torch.int64)
     if not len(starts) or int(starts[0]) < 0 or int(starts[-1]) > len(counts) or bool((starts.diff() < 0).any()):
-        raise MasksetError(f"starts of run lengths must not decrease and lie in 0 to {len(counts)}, got {starts.tolist()[:8]}.")
+        raise MasksetError(
+            f"starts of run lengths must be non-decreasing and within 0..{len(counts)}, got {starts.tolist()[:8]}."
+        )
     return counts, starts
 
 

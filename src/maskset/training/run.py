@@ -244,7 +244,7 @@ def _initialise(
         metadata, weights = read(path)
         check_weights(weights, model, path)
         if _stride_in_first(metadata.recipe) != _stride_in_first(recipe):
-            lines.append("the backbone's weights are left out: they are of a ResNet with its strides elsewhere.")
+            lines.append("the backbone's weights are left out: they are of a ResNet with the stride in a different convolution.")
             weights = {name: value for name, value in weights.items() if not belongs(name, model.BACKBONE_PARTS)}
         done = transfer(model, training.categories, weights, metadata.categories)
         if not done.copied:

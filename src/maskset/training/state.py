@@ -148,9 +148,9 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise ConfigError(f"{folder} is a file; a run needs a folder.")
     there = (folder / RECIPE).is_file()
     if there and not resume:
-        raise ConfigError(f"{folder} already holds a run: continue it with --resume, or choose another folder with --out.")
+        raise ConfigError(f"{folder} already contains a run: continue it with --resume, or choose another folder with --out.")
     if resume and not there:
-        raise ConfigError(f"{folder} holds no run to resume: leave --resume out to start one.")
+        raise ConfigError(f"{folder} does not contain a run to resume: leave --resume out to start one.")
 
 
 def check_recipe(folder: Path, recipe: Recipe) -> None:

@@ -89,7 +89,8 @@ def _terms(accelerator: Accelerator, step: nn.Module, batch: Batch, place: int) 
     if not torch.isfinite(total):
         values = {name: term.detach() for name, term in terms.items()}
         bad = [f"{name} is {value.item()}" for name, value in values.items() if not torch.isfinite(value)]
-        raise NotFinite(f"{', '.join(bad) or 'the sum of the terms is infinite'}.", values, batch, place)
+        reason = f"non-finite loss terms: {', '.join(bad)}." if bad else "the sum of the loss terms is infinite."
+        raise NotFinite(reason, values, batch, place)
     return {"loss": total, **terms}
 
 
