@@ -49,18 +49,15 @@ def generalised_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
 
 def clip(boxes: Boxes, size: tuple[int, int]) -> Boxes:
     """Return corner boxes in pixels clipped to an image of `size` (height, width)."""
-    height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
-    return torch.minimum(boxes.clamp(min=0), limit)
+    return torch.minimum(boxes.clamp(min=0), scale_of(size, boxes))
 
 
 def fractions(boxes: Boxes, size: Sequence[int]) -> Boxes:
     """Return corner boxes in pixels as cx cy w h in fractions of an image of `size` (height, width)."""
-    height, width = size
-    return to_centres(boxes) / boxes.new_tensor([width, height, width, height])
+    return to_centres(boxes) / scale_of(size, boxes)
 
 
-def scale_of(size: tuple[int, int], like: Tensor) -> Float[Tensor, "4"]:
+def scale_of(size: Sequence[int], like: Tensor) -> Float[Tensor, "4"]:
     """Return width, height, width, height: the factors between fractions of an image of `size` (height, width) and pixels."""
     height, width = size
     return like.new_tensor([width, height, width, height])
