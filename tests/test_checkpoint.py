@@ -182,7 +182,8 @@ def rewritten(file, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "maskset 2"}, "written by a newer maskset"),
+        ({"format": "maskset 3"}, "written by a newer maskset"),
+        ({"format": "maskset 1"}, "written before the first release"),
         ({"recipe": None}, "is damaged"),
         ({"recipe": "{"}, "is damaged"),
         ({"recipe": json.dumps({"model": {"system": "solq", "num_querys": 3}})}, "did you mean 'num_queries'"),

@@ -23,7 +23,7 @@ from maskset.instances import Category
 from maskset.recipe import Recipe
 from maskset.systems import System, build
 
-FORMAT = 1  # counts up when older versions of maskset could not read the file
+FORMAT = 2  # counts up when older versions of maskset could not read the file
 HUB_FILE = "model.safetensors"  # what a repository on the hub calls its checkpoint
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -200,6 +200,11 @@ def _metadata(texts: dict[str, str], path: Path) -> Metadata:
         raise CheckpointError(
             f"{path} was written by a newer maskset (format {version}, this one reads up to {FORMAT}): upgrade maskset."
         )
+    if int(version) < FORMAT:
+        raise CheckpointError(
+            f"{path} was written before the first release of maskset (format {version}, this version reads {FORMAT}): "
+            "train or convert again."
+        )
     try:
         recipe = from_dict(Recipe, json.loads(texts["recipe"]), f"{path}: recipe")
         categories = tuple(Category(row["name"], row["coco_id"]) for row in json.loads(texts["categories"]))
@@ -209,7 +214,7 @@ def _metadata(texts: dict[str, str], path: Path) -> Metadata:
         raise CheckpointError(f"{path}: what it says about its weights is damaged ({error}).") from None
     if len(categories) != recipe.model.num_classes:
         raise CheckpointError(f"{path} names {len(categories)} categories but has {recipe.model.num_classes} class channels.")
-    return Metadata(recipe, categories, texts.get("source"), texts.get("license", texts.get("licence", "unknown")))
+    return Metadata(recipe, categories, texts.get("source"), texts.get("license", "unknown"))
 
 
 def _why_unreadable(path: Path, reason: str) -> str:

@@ -64,7 +64,11 @@ def read(picture: Picture) -> UInt8[Tensor, "3 h w"]:
         rgb = picture[:, :, None].repeat(3, 2) if picture.ndim == 2 else picture[:, :, :3]
         pixels = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)
     elif isinstance(picture, Image.Image):
-        pixels = torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB"))).permute(2, 0, 1)
+        check_size((picture.height, picture.width))
+        try:
+            pixels = torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB"))).permute(2, 0, 1)
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow reads the file only now
+            raise DataError(f"the Pillow image cannot be read: {error}") from error
     else:
         return _decode(io.BytesIO(picture) if isinstance(picture, bytes) else picture, "the file in memory", None)
     check_size((pixels.shape[1], pixels.shape[2]))
@@ -179,6 +183,8 @@ def _decode(file: str | Path | io.IOBase, name: str, size: tuple[int, int] | Non
                 raise DataError("EPS is a program, which is not run.")
             check_size((picture.height, picture.width))
             pixels = np.array(_rgb(_upright(picture, size)))
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise errors of every kind for damaged files
         raise DataError(f"{name} cannot be read as an image: {error}") from error
     if size is not None and pixels.shape[:2] != size:

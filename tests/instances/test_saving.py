@@ -11,7 +11,7 @@ from fakes import discs, found
 from PIL import Image
 
 from maskset.data import CocoDataset
-from maskset.errors import ConfigError
+from maskset.errors import ConfigError, DataError
 from maskset.instances import Category, Instances, Masks
 from maskset.instances.saving import save_predictions
 
@@ -140,6 +140,36 @@ def test_earlier_predictions_in_the_folder_are_replaced_and_other_files_are_left
         "drawings/mine.jpg",
         "results.json",
     ]
+
+
+def test_earlier_predictions_survive_a_run_that_fails(tmp_path):
+    answers, out = several(tmp_path / "in"), tmp_path / "out"
+    save_predictions(answers, out, labels=True)
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+
+    def broken():
+        yield answers[0]
+        raise DataError("broken.png cannot be read")
+
+    with pytest.raises(DataError, match="broken.png"):
+        save_predictions(broken(), out, labels=True)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_drawings_can_be_sources_of_the_next_run(tmp_path):
+    answers, out = several(tmp_path / "in"), tmp_path / "out"
+    save_predictions(answers, out)
+    drawings = sorted((out / "drawings").iterdir())
+    nothing = Instances.empty((640, 800), CLASSES)
+    save_predictions(((file, nothing) for file in drawings if file.read_bytes()), out)
+    assert sorted((out / "drawings").iterdir()) == drawings
+
+
+@pytest.mark.parametrize("content", ["[]", '{"images": [{"file_name": 5}]}', "no json"])
+def test_a_results_json_of_another_program_is_replaced(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    save_predictions(several(tmp_path / "in"), tmp_path)
+    assert "annotations" in json.loads((tmp_path / "results.json").read_text())
 
 
 def test_a_second_process_that_writes_to_the_same_folder_is_refused(tmp_path):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,10 +116,16 @@ def _with_tensors(content: Any) -> dict[str, Any]:
     return {str(name): value for name, value in content.items() if _holds_tensors(value)} if isinstance(content, dict) else {}
 
 
-def _holds_tensors(value: Any, depth: int = _DEPTH) -> bool:
-    if isinstance(value, dict) and depth:
-        return any(_holds_tensors(entry, depth - 1) for entry in value.values())
-    return isinstance(value, Tensor)
+def _holds_tensors(value: Any) -> bool:
+    values, visited = [value], set[int]()
+    while values:
+        value = values.pop()
+        if isinstance(value, Tensor):
+            return True
+        if isinstance(value, dict) and id(value) not in visited:  # a dict may hold itself
+            visited.add(id(value))
+            values += value.values()
+    return False
 
 
 class _Settings:
@@ -142,11 +147,6 @@ _STAND_INS: dict[Any, tuple[str, ...]] = {
     argparse.Namespace: ("argparse.Namespace", "types.SimpleNamespace"),
     PurePosixPath: ("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath"),
     PureWindowsPath: ("pathlib.WindowsPath", "pathlib.PureWindowsPath", "pathlib._local.WindowsPath"),
-    np.float64(0).__reduce__()[0]: ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
-    np.zeros(0).__reduce__()[0]: ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-    np.ndarray: ("numpy.ndarray",),
-    np.dtype: ("numpy.dtype",),
-    **{type(np.dtype(code)): (f"numpy.dtypes.{type(np.dtype(code)).__name__}",) for code in "?bBhHiIlLqQefdgFDSU"},
     OrderedDict: (
         "addict.addict.Dict",
         "detectron2.config.config.CfgNode",
@@ -168,6 +168,9 @@ _STAND_INS: dict[Any, tuple[str, ...]] = {
         "omegaconf.listconfig.ListConfig",
         *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")),
         "typing.Any",
+        *(f"{core}.multiarray.{name}" for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
+        "numpy.ndarray",
+        "numpy.dtype",
         *(f"builtins.{name}" for name in ("bool", "dict", "float", "getattr", "int", "list", "str", "tuple")),
     ),
 }

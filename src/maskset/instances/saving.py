@@ -17,7 +17,8 @@ def save_predictions(
 
     `results.json` is one COCO file of all images, whose names are relative to their common folder. `drawings/` gets a drawing
     of each image, and `labels/` a label image of each (see `Instances.save`), named like the image files; a number is appended
-    to names that are taken. The folder is created when the first image is done. Earlier predictions in it are replaced.
+    to names that are taken. The folder is created when the first image is done. Earlier predictions in it are replaced when
+    all images are done.
 
     Args:
         predictions: image files and their objects, as from `maskset.inference.predict.predict_files`.
@@ -32,36 +33,36 @@ def save_predictions(
     first = next(predictions, None)  # may fail, for example for a broken file: nothing is written before
     images: list[tuple[Path, Instances]] = []
     stems: set[str] = set()
+    written: set[Path] = set()
     with lock_folder(folder):
-        _remove_earlier(folder)
+        earlier = _earlier_files(folder)
         for name, enabled in (("drawings", drawings), ("labels", labels)):
             if enabled and first is not None:
                 (folder / name).mkdir(exist_ok=True)
         for file, instances in chain([] if first is None else [first], predictions):
             stem = _unused(file.stem, stems)
             if drawings:
-                instances.save(folder / "drawings" / f"{stem}.jpg", file)
+                written.add(instances.save(folder / "drawings" / f"{stem}.jpg", file))
             if labels:
-                instances.save(folder / "labels" / f"{stem}.png")
+                written.add(instances.save(folder / "labels" / f"{stem}.png"))
             images.append((Path(os.path.abspath(file)), instances))
         common = os.path.commonpath([file.parent for file, _ in images]) if images else ""
         named = [(file.relative_to(common).as_posix(), instances) for file, instances in images]
         write_json(coco_file(named, images[0][1].categories if images else ()), folder / "results.json")
+        for file in earlier - written:
+            file.unlink(missing_ok=True)
     return folder
 
 
-def _remove_earlier(folder: Path) -> None:
-    """Remove the results.json of earlier predictions in the folder, and the drawings and label images that belong to it."""
-    results, stems = folder / "results.json", set[str]()
+def _earlier_files(folder: Path) -> set[Path]:
+    """Return the drawings and label images that belong to the results.json of earlier predictions in the folder."""
+    stems: set[str] = set()
     try:
-        names = [image["file_name"] for image in json.loads(results.read_bytes())["images"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in names:
-        stem = _unused(Path(name).stem, stems)
-        (folder / "drawings" / f"{stem}.jpg").unlink(missing_ok=True)
-        (folder / "labels" / f"{stem}.png").unlink(missing_ok=True)
-    results.unlink()
+        images = json.loads((folder / "results.json").read_bytes())["images"]
+        names = [_unused(Path(image["file_name"]).stem, stems) for image in images]
+    except (OSError, ValueError, KeyError, TypeError):  # there are none, or the file is somebody else's
+        return set()
+    return {folder / kind / f"{name}{ending}" for name in names for kind, ending in (("drawings", ".jpg"), ("labels", ".png"))}
 
 
 def _unused(stem: str, used: set[str]) -> str:

@@ -7,6 +7,7 @@ function works on a range of its items; `parallel_for` distributes the ranges ov
 
 import ctypes
 import importlib.util
+import operator
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -115,11 +116,15 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     Raises:
         MasksetError: it is not two non-negative integers with a product below 2^31.
     """
-    if len(size) != 2 or not all(isinstance(side, int) and 0 <= side < 2**31 for side in size) or size[0] * size[1] >= 2**31:
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        height = width = -1
+    if min(height, width) < 0 or height * width >= 2**31 or max(height, width) >= 2**31:
         raise MasksetError(
             f"the image size must be height and width, integers of 0 or more with fewer than 2^31 pixels, got {size}."
         )
-    return size[0], size[1]
+    return height, width
 
 
 def _name(dtype: torch.dtype) -> str:

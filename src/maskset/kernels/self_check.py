@@ -44,6 +44,8 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str | None:
         kernels = importlib.import_module("maskset.kernels.attention_triton")
         results = kernels.forward(value, _SHAPES, locations, weights), *kernels.backward(grad, value, _SHAPES, locations, weights)
         results = [result.double().cpu() for result in results]
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernels
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__} in {dtype}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     names = "the output", "the gradient of value", "the gradient of locations", "the gradient of weights"
