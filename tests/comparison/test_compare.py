@@ -286,7 +286,7 @@ def test_a_model_that_knows_no_class_of_the_data_is_refused_before_anything_is_t
 def test_another_budget_other_data_and_another_recipe_are_refused_in_a_folder_that_holds_a_comparison(quick, untrained, tmp_path):
     mine = written(tmp_path, "mine")
     maskset.compare([mine], data(), tmp_path / "out", epochs=1)
-    refused(ConfigError, "epochs was 1, is 2. Repeat its settings, or choose a new folder", [mine], tmp_path, epochs=2)
+    refused(ConfigError, "epochs was 1, is 2. Repeat its settings or choose a new folder", [mine], tmp_path, epochs=2)
     refused(ConfigError, "epochs was 1, is None; minutes was None, is 2", [mine], tmp_path, minutes=2)
     refused(ConfigError, "data was .*, is shapes:; .*measured was 2, is 200", [mine], tmp_path, "shapes", epochs=1)
     written(tmp_path, "mine", learning_rate=0.5)
