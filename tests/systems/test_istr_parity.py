@@ -186,7 +186,9 @@ def test_targets_are_the_official_ones(name):
 
 @pytest.mark.parametrize("name", ["a", "bc"])
 def test_loss_terms_are_the_official_ones(name):
-    terms = run(name)[1]
+    layers = exact()[name][0].layers  # in float32 the boxes of the last stages depend on the processor
+    output = ModelOutput([SlotPredictions(p.class_logits.float(), p.mask_params.float(), p.boxes.float()) for p in layers])
+    terms = {key: value.item() for key, value in model().loss(output, batch(name), objects(name)).items()}
     assert len(terms) == len(TERMS) * STAGES
     for key, value in terms.items():
         term, _, stage = key.partition("/")

@@ -27,7 +27,7 @@ from maskset.training.state import (
 DATA = {"images": 3, "categories": [["a", 1]]}
 
 
-def log_step(seed, steps=0, **model):
+def trained(seed, steps=0, **model):
     torch.manual_seed(seed)
     network = build(replace(recipe().model, **model))
     optimizer = build_optimizer(network, recipe().train)

@@ -442,7 +442,7 @@ def test_fine_tuning_starts_from_the_weights_given(whole, tmp_path):
 
 def test_weights_of_which_nothing_fits_are_refused(tmp_path):
     asked = config.to_dict(replace(recipe(), model=replace(recipe().model, num_classes=1)))
-    facts = {"format": "maskset 1", "recipe": json.dumps(asked), "categories": '[{"name": "a", "coco_id": 1}]'}
+    facts = {"format": "maskset 2", "recipe": json.dumps(asked), "categories": '[{"name": "a", "coco_id": 1}]'}
     write_tensors({"nothing": torch.zeros(1)}, tmp_path / "odd.safetensors", facts)
     with pytest.raises(CheckpointError, match="nothing in .* fits the model"):
         train(recipe(), data(), tmp_path / "run", init=tmp_path / "odd.safetensors")
