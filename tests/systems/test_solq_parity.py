@@ -286,6 +286,7 @@ def test_the_post_processor_is_the_official_one():
     for i, (found, size) in enumerate(zip(model().postprocess(output, images, sizes), sizes, strict=True)):
         close(found.scores, golden("solq", f"unit.post.{i}.scores"), 1e-6)
         assert torch.equal(found.labels, golden("solq", f"unit.post.{i}.labels"))
-        close(found.boxes, golden("solq", f"unit.post.{i}.boxes"), 1e-3)
+        official, corner = golden("solq", f"unit.post.{i}.boxes"), torch.tensor([size[1], size[0]] * 2)
+        close(found.boxes, official.clamp(min=0).minimum(corner), 1e-3)  # the official boxes go beyond the image
         assert torch.equal(found.masks.areas(), golden("solq", f"unit.post.{i}.mask_area"))
         assert torch.equal(found.masks[:16].dense(), unpacked("solq", f"unit.post.{i}.masks_packed", size[1]))

