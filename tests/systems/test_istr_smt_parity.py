@@ -124,16 +124,21 @@ def steady(name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["a", "bc"])
-def test_boxes_and_logits_are_the_official_ones(name):
+def test_boxes_are_the_official_ones(name):
     layers, images = run(name)[0].layers, batch(name)
     expected = golden("istr-smt", f"{name}.stage_boxes")
     boxes = torch.stack([absolute(layer.boxes, images) for layer in layers])
     assert (boxes - expected).abs().max() < 2.4e-5 * expected.abs().max()
-    logits = torch.stack([layer.class_logits for layer in layers[2:]]).mean(0)
-    far = (logits - golden("istr-smt", f"{name}.class_logits")).abs()[steady(name)]
-    # Another float32 implementation came within 2.5e-5; the reference's own rounding is more for 3 of bc's 47,920 numbers
-    assert (far > 2.5e-5).sum() <= 3
-    assert far.max() < 3.1e-5
+
+
+@pytest.mark.parametrize("name", ["a", "bc"])
+def test_logits_from_the_official_boxes_are_the_official_ones(name, monkeypatch):
+    """Every stage starts from the reference's boxes, so the rounding of six stages does not add up."""
+    boxes = iter(golden("istr-smt", f"{name}.stage_boxes"))
+    monkeypatch.setattr("maskset.systems.istr_smt.apply_deltas", lambda *_: next(boxes))
+    with torch.no_grad():
+        layers = model()(batch(name)).layers
+    close(torch.stack([layer.class_logits for layer in layers[2:]]).mean(0), golden("istr-smt", f"{name}.class_logits"), 5e-6)
 
 
 @pytest.mark.parametrize("name", ["a", "bc"])

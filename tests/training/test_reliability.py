@@ -229,7 +229,7 @@ def test_accelerates_state_is_reset_through_a_private_function_that_still_exists
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("WORLD_SIZE", "abc", "WORLD_SIZE must be a number"),
+        ("WORLD_SIZE", "abc", "WORLD_SIZE must be a whole number"),
         pytest.param("ACCELERATE_USE_DEEPSPEED", "true", "ACCELERATE_USE_DEEPSPEED", marks=pytest.mark.slow),
         pytest.param("ACCELERATE_TORCH_DEVICE", "x", "ACCELERATE_TORCH_DEVICE", marks=pytest.mark.slow),
     ],

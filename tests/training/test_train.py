@@ -430,7 +430,7 @@ def test_fine_tuning_takes_what_fits_and_says_so(whole, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"start from {whole[0] / 'best.safetensors'}" in said
     assert "extended: query_content, 12 -> 20 rows" in said
-    assert "classes taken: ellipse, rectangle, triangle" in said
+    assert "classes in both: ellipse, rectangle, triangle" in said
 
 
 def test_fine_tuning_starts_from_the_weights_given(whole, tmp_path):
