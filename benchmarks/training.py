@@ -147,7 +147,7 @@ def example(model: System, size: tuple[int, int], objects: int, images: int) -> 
         masks = Masks.from_dense(torch.stack(discs))
         found.append(Instances(torch.arange(objects) % model.config.num_classes, masks.boxes(), masks))
         pixels.append(torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator))
-    return ImageBatch.from_images(pixels, model.input.divisor).normalised(model.input), found
+    return ImageBatch.from_images(pixels, model.input.divisor).normalized(model.input), found
 
 
 def total(model: System, batch: Batch) -> Tensor:
@@ -164,7 +164,7 @@ def seconds(report: Report, name: str, quick: bool) -> None:
     model = build(replace(config, num_classes=len(CATEGORIES)), CATEGORIES).train().to(device())
     data = ShapesDataset("train", count, (side, side))
     examples = [data.read(i) for i in range(count)]
-    images = ImageBatch.from_images([pixels for pixels, _ in examples], model.input.divisor).normalised(model.input)
+    images = ImageBatch.from_images([pixels for pixels, _ in examples], model.input.divisor).normalized(model.input)
     batch = on_device((images, [found for _, found in examples]))
     with straightforward():
         expected = total(model, batch).item()

@@ -12,27 +12,27 @@ def random_corners(count, seed=0):
 
 def test_formats_are_torchvisions_and_turn_back():
     corners = random_corners(20)
-    centres = box_ops.to_centres(corners)
-    torch.testing.assert_close(centres, ops.box_convert(corners, "xyxy", "cxcywh"))
-    torch.testing.assert_close(box_ops.to_corners(centres), corners)
+    centers = box_ops.to_centers(corners)
+    torch.testing.assert_close(centers, ops.box_convert(corners, "xyxy", "cxcywh"))
+    torch.testing.assert_close(box_ops.to_corners(centers), corners)
 
 
 def test_overlaps_are_torchvisions():
     a, b = random_corners(6), random_corners(9, seed=1)
     torch.testing.assert_close(box_ops.iou(a[:, None], b[None]), ops.box_iou(a, b))
-    torch.testing.assert_close(box_ops.generalised_iou(a[:, None], b[None]), ops.generalized_box_iou(a, b))
+    torch.testing.assert_close(box_ops.generalized_iou(a[:, None], b[None]), ops.generalized_box_iou(a, b))
     torch.testing.assert_close(box_ops.area(a), ops.box_area(a))
 
 
-def test_generalised_iou_is_the_official_one():
+def test_generalized_iou_is_the_official_one():
     boxes = box_ops.to_corners(golden("solq", "unit.boxes"))
-    found = box_ops.generalised_iou(boxes[0, :6, None], boxes[1, None, :5])
+    found = box_ops.generalized_iou(boxes[0, :6, None], boxes[1, None, :5])
     torch.testing.assert_close(found, golden("solq", "unit.giou"), atol=1e-6, rtol=1e-6)
 
 
 def test_boxes_without_area_give_finite_overlaps_and_gradients():
     boxes = torch.zeros(3, 4, requires_grad=True)
-    overlap = box_ops.generalised_iou(boxes, torch.zeros(3, 4)).sum() + box_ops.iou(boxes, torch.zeros(3, 4)).sum()
+    overlap = box_ops.generalized_iou(boxes, torch.zeros(3, 4)).sum() + box_ops.iou(boxes, torch.zeros(3, 4)).sum()
     overlap.backward()
     assert overlap.isfinite()
     assert boxes.grad is not None

@@ -91,8 +91,8 @@ def test_the_json_holds_the_numbers_and_null_for_what_could_not_be_measured(comp
 
 def test_an_exact_codec_has_ap_1_with_more_than_100_objects():
     # Discs of 16 pixels in boxes of 16 pixels: cropping and pasting move nothing.
-    centres = [(16.0 * column + 8, 16.0 * row + 8, 8) for row in range(11) for column in range(11)]
-    scenes = [found([0] * 121, discs(centres, (176, 176)), None, CLASSES)]
+    centers = [(16.0 * column + 8, 16.0 * row + 8, 8) for row in range(11) for column in range(11)]
+    scenes = [found([0] * 121, discs(centers, (176, 176)), None, CLASSES)]
     [score] = _scores("grid", Listed(scenes), {CodecSpec("dct", 16, 256): DctCodec(16, 256)}, False)
     assert (score.objects, score.iou, score.mask_ap, score.iou_small) == (121, 1, 1, 1)
     assert math.isnan(score.iou_medium)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskset.boxes import generalised_iou, to_corners
+from maskset.boxes import generalized_iou, to_corners
 from maskset.errors import MatchingError
 from maskset.losses import focal_loss
 from maskset.matching import focal_cost, giou_cost, l1_cost, match, pad, soft_iou_cost
@@ -29,7 +29,7 @@ def test_costs_are_those_of_each_pair_alone():
             box = boxes[layer, image, slot]
             torch.testing.assert_close(classes[layer, image, slot, t], expected)
             torch.testing.assert_close(l1[layer, image, slot, t], (box - target).abs().sum())
-            torch.testing.assert_close(giou[layer, image, slot, t], -generalised_iou(to_corners(box), to_corners(target)))
+            torch.testing.assert_close(giou[layer, image, slot, t], -generalized_iou(to_corners(box), to_corners(target)))
 
 
 def test_the_soft_iou_cost_is_that_of_each_pair_alone():

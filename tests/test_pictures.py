@@ -38,10 +38,10 @@ def test_every_kind_of_picture_gives_the_same_pixels(tmp_path):
         assert torch.equal(read(picture), expected)
 
 
-def test_grey_becomes_three_equal_channels():
-    grey = RGB[:, :, 0]
-    assert torch.equal(read(grey), torch.from_numpy(grey).expand(3, 5, 7))
-    assert torch.equal(read(Image.fromarray(grey)), torch.from_numpy(grey).expand(3, 5, 7))
+def test_gray_becomes_three_equal_channels():
+    gray = RGB[:, :, 0]
+    assert torch.equal(read(gray), torch.from_numpy(gray).expand(3, 5, 7))
+    assert torch.equal(read(Image.fromarray(gray)), torch.from_numpy(gray).expand(3, 5, 7))
 
 
 def test_a_pillow_image_is_turned_as_its_exif_says():

@@ -68,7 +68,7 @@ def test_a_mask_that_would_harm_pycocotools_is_refused(segmentation, message):
         rle.from_coco(segmentation, (3, 4))
 
 
-def test_polygons_are_rasterised_as_pycocotools_does():
+def test_polygons_are_rasterized_as_pycocotools_does():
     polygons = (np.array([[1.5, 1], [8, 2], [5, 7.5]]), np.array([[10.0, 10], [14, 10], [14, 13]]))
     counts = rle.from_polygons(polygons, (16, 20))
     merged = coco_mask.merge(coco_mask.frPyObjects([p.reshape(-1).tolist() for p in polygons], 16, 20))

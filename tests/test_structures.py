@@ -144,30 +144,30 @@ def test_supervision_reads_the_same_objects():
     assert detections.data["class_name"].tolist() == found.names
 
 
-def test_padding_is_zero_after_normalising_and_known_at_every_scale():
+def test_padding_is_zero_after_normalizing_and_known_at_every_scale():
     images = [torch.full((3, 10, 7), 255, dtype=torch.uint8), torch.full((3, 5, 12), 255, dtype=torch.uint8)]
     batch = ImageBatch.from_images(images, divisor=4)
     assert batch.pixels.shape == (2, 3, 12, 12)
-    normalised = batch.normalised(InputConfig())
+    normalized = batch.normalized(InputConfig())
     white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-    assert torch.allclose(normalised.pixels[0, :, :10, :7], white.view(3, 1, 1).expand(3, 10, 7))
-    assert normalised.pixels[0, :, 10:].abs().sum() == 0
-    assert normalised.pixels[1, :, :, 5:].shape == (3, 12, 7)
+    assert torch.allclose(normalized.pixels[0, :, :10, :7], white.view(3, 1, 1).expand(3, 10, 7))
+    assert normalized.pixels[0, :, 10:].abs().sum() == 0
+    assert normalized.pixels[1, :, :, 5:].shape == (3, 12, 7)
     full = torch.ones(2, 12, 12)
     full[0, :10, :7] = 0
     full[1, :5, :12] = 0
     for size in ((12, 12), (6, 6), (5, 7), (1, 1)):
         expected = F.interpolate(full[:, None], size=size, mode="nearest")[:, 0] > 0
         assert torch.equal(batch.padding(size), expected)
-    with pytest.raises(ValueError, match="normalised before"):
-        normalised.normalised(InputConfig())
+    with pytest.raises(ValueError, match="normalized before"):
+        normalized.normalized(InputConfig())
 
 
 def test_bgr_models_get_blue_first():
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     image[0] = 255
     config = InputConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), channel_order="bgr")
-    assert ImageBatch.from_images([image]).normalised(config).pixels[0, :, 0, 0].tolist() == [0, 0, 1]
+    assert ImageBatch.from_images([image]).normalized(config).pixels[0, :, 0, 0].tolist() == [0, 0, 1]
 
 
 def things():

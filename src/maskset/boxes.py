@@ -1,4 +1,4 @@
-"""Box formats and overlaps. Corner boxes are x0 y0 x1 y1, centre boxes cx cy w h, in pixels or fractions."""
+"""Box formats and overlaps. Corner boxes are x0 y0 x1 y1, center boxes cx cy w h, in pixels or fractions."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ Boxes = Float[Tensor, "... 4"]
 
 
 def to_corners(boxes: Boxes) -> Boxes:
-    """Return centre boxes cx cy w h as corner boxes x0 y0 x1 y1."""
-    centre, size = boxes.split(2, dim=-1)
-    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+    """Return center boxes cx cy w h as corner boxes x0 y0 x1 y1."""
+    center, size = boxes.split(2, dim=-1)
+    return torch.cat([center - 0.5 * size, center + 0.5 * size], dim=-1)
 
 
-def to_centres(boxes: Boxes) -> Boxes:
-    """Return corner boxes x0 y0 x1 y1 as centre boxes cx cy w h."""
+def to_centers(boxes: Boxes) -> Boxes:
+    """Return corner boxes x0 y0 x1 y1 as center boxes cx cy w h."""
     low, high = boxes.split(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
@@ -33,8 +33,8 @@ def iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
     return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def generalised_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
-    """Return the generalised IoU of corner boxes in [-1, 1], element by element; shapes broadcast.
+def generalized_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
+    """Return the generalized IoU of corner boxes in [-1, 1], element by element; shapes broadcast.
 
     IoU minus the share of the smallest enclosing box that neither covers (Rezatofighi et al., CVPR 2019, algorithm 1).
     """
@@ -54,7 +54,7 @@ def clip(boxes: Boxes, size: tuple[int, int]) -> Boxes:
 
 def fractions(boxes: Boxes, size: Sequence[int]) -> Boxes:
     """Return corner boxes in pixels as cx cy w h in fractions of an image of `size` (height, width)."""
-    return to_centres(boxes) / scale_of(size, boxes)
+    return to_centers(boxes) / scale_of(size, boxes)
 
 
 def scale_of(size: Sequence[int], like: Tensor) -> Float[Tensor, "4"]:

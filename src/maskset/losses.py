@@ -27,8 +27,8 @@ def l1_loss(boxes: Float[Tensor, "n 4"], targets: Float[Tensor, "n 4"]) -> Float
 
 
 def giou_loss(boxes: Float[Tensor, "n 4"], targets: Float[Tensor, "n 4"]) -> Float[Tensor, "n"]:
-    """Return 1 - generalised IoU of each pair of boxes, given as cx cy w h."""
-    return 1 - box_ops.generalised_iou(box_ops.to_corners(boxes), box_ops.to_corners(targets))
+    """Return 1 - generalized IoU of each pair of boxes, given as cx cy w h."""
+    return 1 - box_ops.generalized_iou(box_ops.to_corners(boxes), box_ops.to_corners(targets))
 
 
 def dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s"]) -> Float[Tensor, "n"]:

@@ -74,7 +74,7 @@ def l1_cost(boxes: Float[Tensor, "L B N D"], targets: Float[Tensor, "B T D"]) ->
 def giou_cost(boxes: Float[Tensor, "L B N 4"], targets: Float[Tensor, "B T 4"]) -> Float[Tensor, "L B N T"]:
     """Return minus the generalised IoU of two boxes in the form cx cy w h."""
     a, b = box_ops.to_corners(boxes)[:, :, :, None], box_ops.to_corners(targets)[None, :, None]
-    return -box_ops.generalised_iou(a, b)
+    return -box_ops.generalized_iou(a, b)
 
 
 def soft_iou_cost(masks: Float[Tensor, "n *s"], targets: Float[Tensor, "T *s"]) -> Float[Tensor, "n T"]:

@@ -1,10 +1,10 @@
 """Reading images from whatever a user has: files, folders, patterns, bytes, Pillow, NumPy, PyTorch. All become RGB pixels.
 
 - EXIF orientation is applied, unless only the stored orientation fits the annotated size.
-- Grey is repeated three times, palettes are looked up, CMYK is converted. Transparency is ignored.
-- Grey of 16 or 32 bits or floats: the image's own range becomes 0 to 255. Cameras of 10 to 14 bits fill only part of a 16-bit
-  file, so a fixed scale would leave few grey levels. Convert to 8 bits yourself for another scale.
-- Colour of 16 bits is divided by 256 (by Pillow). Of several frames, the first is read.
+- Gray is repeated three times, palettes are looked up, CMYK is converted. Transparency is ignored.
+- Gray of 16 or 32 bits or floats: the image's own range becomes 0 to 255. Cameras of 10 to 14 bits fill only part of a 16-bit
+  file, so a fixed scale would leave few gray levels. Convert to 8 bits yourself for another scale.
+- Color of 16 bits is divided by 256 (by Pillow). Of several frames, the first is read.
 """
 
 import glob
@@ -26,9 +26,9 @@ from maskset.errors import DataError, SourceError
 Picture = str | Path | bytes | io.IOBase | Image.Image | np.ndarray | Tensor
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # read from folders and by patterns
 MAX_PIXELS = 2**26  # 8192 x 8192, a little below the size at which Pillow warns of decompression bombs
-MAX_SIDE = 2**15  # the rasteriser of polygons takes memory in proportion to the longer side
+MAX_SIDE = 2**15  # the rasterizer of polygons takes memory in proportion to the longer side
 _ACCEPTED = (
-    "An image is a file name, bytes, a file opened in binary mode, a Pillow image, a uint8 array [h w 3] (RGB) or [h w] (grey), "
+    "An image is a file name, bytes, a file opened in binary mode, a Pillow image, a uint8 array [h w 3] (RGB) or [h w] (gray), "
     "or a uint8 tensor [3 h w]; several images are a list of these, a folder, or a pattern such as 'photos/*.jpg'."
 )
 _ORIENTATION_TAG = 0x0112

@@ -262,15 +262,15 @@ def from_list(counts: Sequence[Any]) -> Counts:
 
 
 def from_polygons(polygons: Polygons, size: tuple[int, int]) -> Counts:
-    """Return the run lengths of the union of polygons, rasterised as COCO does, in an image of `size` (height, width).
+    """Return the run lengths of the union of polygons, rasterized as COCO does, in an image of `size` (height, width).
 
     Raises:
         MaskError: a coordinate is not finite or far outside of the image, see `check_polygons`.
     """
-    return rasterise([polygons], size)[0]
+    return rasterize([polygons], size)[0]
 
 
-def rasterise(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
+def rasterize(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
     """Return the run lengths of each mask, see `from_polygons`."""
     check_pixel_count(size)
     for polygons in masks:
@@ -278,7 +278,7 @@ def rasterise(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
     if library.supports(torch.device("cpu")):  # Fast path: kernels/csrc/polygons.c
         parts = [part for polygons in masks for part in polygons]
         points = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *parts]))
-        return runs.rasterised(points, [len(part) for part in parts], [len(polygons) for polygons in masks], size)
+        return runs.rasterized(points, [len(part) for part in parts], [len(polygons) for polygons in masks], size)
     from pycocotools import mask as coco_mask
 
     drawn = [coco_mask.frPyObjects([part.reshape(-1).tolist() for part in polygons], *size) for polygons in masks]
@@ -286,7 +286,7 @@ def rasterise(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
 
 
 def check_polygons(polygons: Polygons, size: tuple[int, int]) -> Polygons:
-    """Return `polygons` if pycocotools, which checks nothing, can rasterise them in an image of `size` (height, width).
+    """Return `polygons` if pycocotools, which checks nothing, can rasterize them in an image of `size` (height, width).
 
     Raises:
         MaskError: there is no polygon, one has fewer than three points, or a coordinate is not finite or far outside.
@@ -339,7 +339,7 @@ def from_coco(segmentation: Any, size: tuple[int, int]) -> Counts | Polygons:
 
 
 def nearest_index(length: int, new: int) -> Int64[Tensor, "new"]:
-    """Return the source index of each of `new` cells when `length` cells are resized by nearest neighbour (torch's rule)."""
+    """Return the source index of each of `new` cells when `length` cells are resized by nearest neighbor (torch's rule)."""
     cells: Float[Tensor, "1 1 length"] = torch.arange(length, dtype=torch.float32)[None, None]
     return torch.nn.functional.interpolate(cells, size=new, mode="nearest")[0, 0].long()
 
@@ -354,9 +354,9 @@ Index = Int[Tensor, "_"] | Bool[Tensor, "_"] | slice
 
 
 def outlines(counts: Counts, size: tuple[int, int]) -> list[np.ndarray]:
-    """Return the outer outline of each connected part (4-neighbours) of a mask, [n 2] of x and y along the pixels' edges.
+    """Return the outer outline of each connected part (4-neighbors) of a mask, [n 2] of x and y along the pixels' edges.
 
-    Every outline is clockwise on the screen, without points on straight lines. Holes are not outlined. Rasterised as COCO
+    Every outline is clockwise on the screen, without points on straight lines. Holes are not outlined. Rasterized as COCO
     does, the outlines of a mask without holes give the mask back, pixel for pixel.
     """
     padded = np.pad(decode([counts.cpu()], size)[0].numpy(), 1)

@@ -26,12 +26,12 @@ from maskset.errors import MasksetError
 from maskset.instances import Category, Instances, Masks
 from maskset.tensors import TensorRecord, register
 
-__all__ = ["Category", "ImageBatch", "Instances", "Masks", "ModelOutput", "Normalisation", "SlotPredictions"]
+__all__ = ["Category", "ImageBatch", "Instances", "Masks", "ModelOutput", "Normalization", "SlotPredictions"]
 
 
 @runtime_checkable
-class Normalisation(Protocol):
-    """The input settings that `ImageBatch.normalised` reads; mean and std are on the scale where white is 1."""
+class Normalization(Protocol):
+    """The input settings that `ImageBatch.normalized` reads; mean and std are on the scale where white is 1."""
 
     @property
     def mean(self) -> tuple[float, float, float]: ...
@@ -46,7 +46,7 @@ class ImageBatch(TensorRecord):
     """Images padded at the bottom and the right to a common size.
 
     Attributes:
-        pixels: uint8 RGB from the data loader, or floats from `normalised`; the padding is zero.
+        pixels: uint8 RGB from the data loader, or floats from `normalized`; the padding is zero.
         sizes: height and width of each image before padding.
     """
 
@@ -74,14 +74,14 @@ class ImageBatch(TensorRecord):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def normalised(self, input: Normalisation) -> "ImageBatch":
+    def normalized(self, input: Normalization) -> "ImageBatch":
         """Return the model's input: float32 planes of (pixel / 255 - mean) / std, channels in the model's order, padding zero.
 
         Raises:
             MasksetError: the pixels are not uint8.
         """
         if self.pixels.dtype != torch.uint8:
-            raise MasksetError(f"normalised() takes uint8 pixels, got {self.pixels.dtype}: was this batch normalised before?")
+            raise MasksetError(f"normalized() takes uint8 pixels, got {self.pixels.dtype}: was this batch normalized before?")
         pixels = self.pixels.flip(1) if input.channel_order == "bgr" else self.pixels
         mean = torch.tensor(input.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(input.std, device=pixels.device).view(3, 1, 1)
@@ -89,7 +89,7 @@ class ImageBatch(TensorRecord):
         return ImageBatch(planes.masked_fill_(self.padding((pixels.shape[2], pixels.shape[3]))[:, None], 0.0), self.sizes)
 
     def padding(self, size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
-        """Return the padding mask, resized to `size` (height, width) by nearest neighbour (as F.interpolate does)."""
+        """Return the padding mask, resized to `size` (height, width) by nearest neighbor (as F.interpolate does)."""
         inside = []
         for axis, cells in enumerate(size):
             index = rle.nearest_index(self.pixels.shape[2 + axis], cells).to(self.sizes.device)

@@ -122,7 +122,7 @@ def polygons_draw(draw: Arguments) -> None:
     corners = [draw.number(draw.int(0, 5)) for _ in range(draw.int(0, 4))]
     parts = [draw.number(1) for _ in corners]
     points = draw.tensor((sum(corners) if 0 <= sum(corners) < 100 else 9, 2), torch.float64, -20, 60)
-    runs.rasterised(points, corners, parts, draw.size(draw.int(0, 50), draw.int(0, 50)))
+    runs.rasterized(points, corners, parts, draw.size(draw.int(0, 50), draw.int(0, 50)))
 
 
 def fields_paste(draw: Arguments) -> None:

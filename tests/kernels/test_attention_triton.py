@@ -24,7 +24,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def case(dtype, width, shapes=LEVELS, batch=2, queries=9, heads=2, points=2, device="cpu"):
-    """Return grad, value, shapes, locations and weights. No place is near a cell's centre, where the gradient jumps."""
+    """Return grad, value, shapes, locations and weights. No place is near a cell's center, where the gradient jumps."""
     generator = torch.Generator(device).manual_seed(0)
     exact = dtype if dtype == torch.float64 else torch.float32
     samples = (batch, queries, heads, len(shapes), points)
@@ -203,8 +203,8 @@ from maskset.kernels.attention_triton import forward
 wide, cells = 2**13, 2**27
 value = torch.empty(2, cells, 1, 16, dtype=torch.bfloat16)  # 2**31 in each image
 value[0, 0], value[0, -1], value[1, 0], value[1, -1] = 1.0, 2.0, 3.0, 4.0
-centre = torch.tensor([0.5 / wide, 0.5 * wide / cells])
-locations = torch.stack([centre, 1 - centre.double()]).float().view(1, 2, 1, 1, 1, 2).expand(2, -1, -1, -1, -1, -1)
+center = torch.tensor([0.5 / wide, 0.5 * wide / cells])
+locations = torch.stack([center, 1 - center.double()]).float().view(1, 2, 1, 1, 1, 2).expand(2, -1, -1, -1, -1, -1)
 seen = forward(value, [(cells // wide, wide)], locations, torch.ones(2, 2, 1, 1, 1))
 print(seen.amin(-1).flatten().tolist(), seen.amax(-1).flatten().tolist())
 """

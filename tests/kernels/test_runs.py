@@ -120,7 +120,7 @@ def test_polygons_are_drawn_as_pycocotools_draws_them(both, seed):
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 60, 2).tolist()
     masks = [tuple(polygon(rng, width, height) for _ in range(rng.integers(1, 4))) for _ in range(150)]
-    found, expected = both(lambda: rle.rasterise(masks, (height, width)))
+    found, expected = both(lambda: rle.rasterize(masks, (height, width)))
     wrong = [one for one, a, b in zip(masks, found, expected, strict=True) if a.tolist() != b.tolist()]
     assert not wrong
 
@@ -139,10 +139,10 @@ def polygon(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 def test_corners_as_far_out_as_is_allowed_cost_nothing(both):
     far = 2 * 480 + 100
     outline = np.array([[-far, -far], [far, 200.5], [-far, far], [300, -far], [far, far]], dtype=np.float64)
-    found, expected = both(lambda: rle.rasterise([(outline,), (outline, 0.9 * outline[::-1] + 3)], (480, 480)))
+    found, expected = both(lambda: rle.rasterize([(outline,), (outline, 0.9 * outline[::-1] + 3)], (480, 480)))
     assert [one.tolist() for one in found] == [one.tolist() for one in expected]
     farther, size = torch.from_numpy(1e6 * outline), (480, 480)  # nobody may ask for it, and yet it costs nothing
-    assert rle.runs.rasterised(farther, [5], [1], size)[0].sum() == 480 * 480
+    assert rle.runs.rasterized(farther, [5], [1], size)[0].sum() == 480 * 480
 
 
 def test_how_many_threads_work_changes_nothing():

@@ -5,7 +5,7 @@ import torch
 from maskset.layers.refinement import DynamicAttention, RegionAttention, Tower, apply_deltas, image_feature, reset_stage
 
 
-def test_a_correction_moves_the_centre_by_half_sides_and_scales_the_sides():
+def test_a_correction_moves_the_center_by_half_sides_and_scales_the_sides():
     boxes = torch.tensor([[[10.0, 20, 30, 60]]])
     moved = apply_deltas(boxes, torch.tensor([[[1.0, -1.0, math.log(2), math.log(0.5)]]]))
     torch.testing.assert_close(moved, torch.tensor([[[10.0, 10, 50, 30]]]))

@@ -73,8 +73,8 @@ def test_timms_weights_give_timms_features_where_nothing_is_padded():
         expected = theirs.forward_intermediates(pixels, indices=[1, 2, 3], intermediates_only=True)
         found = ours(pixels)
     for ours_, theirs_ in zip(found, expected, strict=True):
-        normalised = nn.functional.layer_norm(theirs_.permute(0, 2, 3, 1), theirs_.shape[1:2]).permute(0, 3, 1, 2)
-        torch.testing.assert_close(ours_, normalised, atol=1e-4, rtol=1e-4)
+        normalized = nn.functional.layer_norm(theirs_.permute(0, 2, 3, 1), theirs_.shape[1:2]).permute(0, 3, 1, 2)
+        torch.testing.assert_close(ours_, normalized, atol=1e-4, rtol=1e-4)
 
 
 def test_swin_large_has_the_official_number_of_parameters():
@@ -124,7 +124,7 @@ def test_windows_are_cut_row_by_row_and_joined_again():
     assert torch.equal(join_windows(windows, x.shape), x)
 
 
-def test_the_mask_parts_what_only_rolling_made_neighbours():
+def test_the_mask_parts_what_only_rolling_made_neighbors():
     mask = shift_mask(13, 14, torch.device("cpu"))
     assert mask.shape == (4, 49, 49)
     assert not mask[0].any()

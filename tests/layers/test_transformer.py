@@ -4,7 +4,7 @@ from goldens import golden, notes
 
 from maskset.layers.blocks import Mlp, sine_positions
 from maskset.layers.pyramid import LevelProjection
-from maskset.layers.transformer import Proposals, cell_centres, flatten_levels, inverse_sigmoid, refine
+from maskset.layers.transformer import Proposals, cell_centers, flatten_levels, inverse_sigmoid, refine
 from maskset.structures import ImageBatch
 
 SIZES = {"a": [(192, 256)], "bc": [(160, 224), (192, 160)]}
@@ -44,15 +44,15 @@ def test_positions_know_only_the_valid_part():
     torch.testing.assert_close(found[0, :3, :4], alone)
 
 
-def test_cell_centres_are_fractions_of_the_valid_part():
+def test_cell_centers_are_fractions_of_the_valid_part():
     found, paddings = memory("bc")
-    centres = cell_centres(found)
+    centers = cell_centers(found)
     height, width = found.shapes[0]
-    first = centres[1, : height * width].view(height, width, 2)
+    first = centers[1, : height * width].view(height, width, 2)
     rows, columns = (~paddings[0][1]).any(1).sum(), (~paddings[0][1]).any(0).sum()
     torch.testing.assert_close(first[0, 0], torch.tensor([0.5 / columns, 0.5 / rows]))
     torch.testing.assert_close(first[rows - 1, columns - 1], torch.tensor([(columns - 0.5) / columns, (rows - 0.5) / rows]))
-    references = found.references(centres)
+    references = found.references(centers)
     torch.testing.assert_close(references[1, 0, 0], torch.tensor([0.5 / width, 0.5 / height]))
 
 
@@ -90,7 +90,7 @@ def test_an_mlp_has_relu_between_its_layers_only():
     assert mlp.last is mlp.layers[1]
 
 
-def test_anchors_are_cell_centres_with_a_side_that_doubles_by_level():
+def test_anchors_are_cell_centers_with_a_side_that_doubles_by_level():
     found, _ = memory("a", width=8, levels=2)
     _, anchors, allowed = Proposals(8).anchored(found)
     height, width = found.shapes[0]

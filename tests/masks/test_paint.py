@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maskset.instances import Masks
-from maskset.masks.paint import binarise, paint, paste, paste_soft
+from maskset.masks.paint import binarize, paint, paste, paste_soft
 from maskset.masks.resize import align_corners, aligned_bilinear, half_pixel, resample
 
 
@@ -17,7 +17,7 @@ def random_boxes(count, height, width, seed=0):
 
 
 def paste_over_the_whole_image(masks, boxes, size):
-    """Sample the box-local mask at every pixel's centre, with zeros outside."""
+    """Sample the box-local mask at every pixel's center, with zeros outside."""
     height, width = size
     x = torch.arange(width)[None, :] + 0.5
     y = torch.arange(height)[None, :] + 0.5
@@ -50,7 +50,7 @@ def test_a_huge_box_covers_the_image():
 def test_the_threshold_is_the_middle_of_each_mask():
     fields = torch.tensor([[[0.0, 1], [0.4, 0.6]], [[-3.0, -1], [-2, -1.9]], [[5.0, 5], [5, 5]]])
     expected = [[[False, True], [False, True]], [[False, True], [False, True]], [[False, False], [False, False]]]
-    assert binarise(fields).tolist() == expected
+    assert binarize(fields).tolist() == expected
 
 
 @pytest.mark.parametrize("native", ["on", "off"])
@@ -59,7 +59,7 @@ def test_fields_of_nan_give_empty_masks(native, monkeypatch):
     fields = torch.full((1, 8, 8), torch.nan)
     boxes = torch.tensor([[2.0, 2, 20, 20]])
     resize = [(half_pixel(8, 30), half_pixel(8, 40))]
-    for masks in (paste(binarise(fields), boxes, (30, 40)), paste_soft(fields, boxes, (30, 40), 0.5), paint(fields, resize, 0.5)):
+    for masks in (paste(binarize(fields), boxes, (30, 40)), paste_soft(fields, boxes, (30, 40), 0.5), paint(fields, resize, 0.5)):
         assert masks.areas().tolist() == [0]
 
 

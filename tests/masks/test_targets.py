@@ -10,7 +10,7 @@ from maskset.errors import MasksetError
 from maskset.instances import Masks
 from maskset.masks import targets
 from maskset.masks.resize import align_corners, resample
-from maskset.masks.targets import central_means, centres_of_mass, crop, quarter_masks, resize_by_corners
+from maskset.masks.targets import centers_of_mass, central_means, crop, quarter_masks, resize_by_corners
 
 
 def noise(count: int, height: int, width: int) -> torch.Tensor:
@@ -98,26 +98,26 @@ def test_a_resize_by_corners_is_pytorchs_of_the_padded_mask(size):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (7, 5), (40, 33)])
-def test_the_centre_of_mass_is_the_mean_of_the_pixels(size):
+def test_the_center_of_mass_is_the_mean_of_the_pixels(size):
     torch.manual_seed(0)
     masks = torch.rand(6, *size) > torch.tensor([-1, 0.2, 0.5, 0.8, 0.99, 2])[:, None, None]
-    areas, centres = centres_of_mass(Masks.from_dense(masks))
-    for mask, area, centre in zip(masks, areas, centres, strict=True):
+    areas, centers = centers_of_mass(Masks.from_dense(masks))
+    for mask, area, center in zip(masks, areas, centers, strict=True):
         pixels = mask.nonzero()
         assert area == len(pixels)
-        assert torch.equal(centre, pixels.sum(0).float() / len(pixels) if len(pixels) else torch.zeros(2))
+        assert torch.equal(center, pixels.sum(0).float() / len(pixels) if len(pixels) else torch.zeros(2))
 
 
-def test_centres_of_mass_are_exact_beyond_what_float32_counts():
+def test_centers_of_mass_are_exact_beyond_what_float32_counts():
     masks = torch.ones(1, 3001, 4001, dtype=torch.bool)
-    areas, centres = centres_of_mass(Masks.from_dense(masks))
+    areas, centers = centers_of_mass(Masks.from_dense(masks))
     assert areas.tolist() == [3001 * 4001]
-    assert centres.tolist() == [[1500, 2000]]
+    assert centers.tolist() == [[1500, 2000]]
 
 
-def test_no_masks_have_no_centres_of_mass():
-    areas, centres = centres_of_mass(Masks([], (4, 5)))
-    assert (areas.shape, centres.shape) == ((0,), (0, 2))
+def test_no_masks_have_no_centers_of_mass():
+    areas, centers = centers_of_mass(Masks([], (4, 5)))
+    assert (areas.shape, centers.shape) == ((0,), (0, 2))
 
 
 def opencv_taps(pixels: int, cells: int) -> list[tuple[int, int, int, int]]:

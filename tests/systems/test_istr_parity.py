@@ -222,7 +222,7 @@ def test_results_are_the_official_ones(name):
     sizes = [tuple(size) for size in golden("istr", f"{name}.output_sizes").tolist()]
     logits, codes, boxes = (golden("istr", f"{name}.{key}") for key in ("class_logits", "mask_codes", "boxes"))
     pixels = batch(name).sizes.flip(1).repeat(1, 2)[:, None]
-    output = ModelOutput([SlotPredictions(logits, codes, box_ops.to_centres(boxes[-1] / pixels))])
+    output = ModelOutput([SlotPredictions(logits, codes, box_ops.to_centers(boxes[-1] / pixels))])
     for i, found in enumerate(model().postprocess(output, batch(name), sizes)):
         scores, labels, boxes, areas, masks = (
             golden("istr", f"{name}.result.{i}.{key}") for key in ("scores", "labels", "boxes", "mask_areas", "masks")

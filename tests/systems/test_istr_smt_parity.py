@@ -191,7 +191,7 @@ def test_results_are_the_official_ones(name):
     sizes = [tuple(size) for size in golden("istr-smt", f"{name}.output_sizes").tolist()]
     *earlier, last = run(name)[0].layers
     boxes = golden("istr-smt", f"{name}.boxes") / batch(name).sizes.flip(1).repeat(1, 2)[:, None]
-    output = ModelOutput([*earlier, dataclasses.replace(last, boxes=box_ops.to_centres(boxes))])  # without rounding's growth
+    output = ModelOutput([*earlier, dataclasses.replace(last, boxes=box_ops.to_centers(boxes))])  # without rounding's growth
     for i, found in enumerate(model().postprocess(output, batch(name), sizes)):
         scores, labels, boxes, areas, masks = (
             golden("istr-smt", f"{name}.result.{i}.{key}") for key in ("scores", "labels", "boxes", "mask_areas", "masks")

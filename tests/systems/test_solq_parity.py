@@ -14,7 +14,7 @@ from maskset.conversion.keys import rename
 from maskset.conversion.solq import RULES
 from maskset.detection import top_k_detections
 from maskset.instances import Instances, Masks
-from maskset.masks.paint import binarise
+from maskset.masks.paint import binarize
 from maskset.masks.targets import crop
 from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
@@ -244,7 +244,7 @@ def test_local_masks_are_the_official_ones(name):
     for i, vectors in enumerate(output.layers[-1].mask_params):
         queries = golden("solq", f"{name}.post.queries")[i, :10]
         fields = model().codec.decode(vectors[queries])
-        assert (iou(binarise(fields), unpacked("solq", f"{name}.post.local_packed", 128)[i]) > 0.999).all()
+        assert (iou(binarize(fields), unpacked("solq", f"{name}.post.local_packed", 128)[i]) > 0.999).all()
         close(fields[0, ::4, ::4], golden("solq", f"{name}.post.local0.soft")[i])
 
 

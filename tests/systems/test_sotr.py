@@ -485,7 +485,7 @@ def test_the_defaults_are_the_official_ones():
 def test_pixels_are_bgr_less_the_mean_and_not_scaled():
     pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
     pixels[0] = 200
-    seen = ImageBatch.from_images([pixels], 32).normalised(SotrConfig().input).pixels[0, :, 0, 0]
+    seen = ImageBatch.from_images([pixels], 32).normalized(SotrConfig().input).pixels[0, :, 0, 0]
     torch.testing.assert_close(seen, torch.tensor([-103.53, -116.28, 200 - 123.675]), atol=1e-4, rtol=0)
 
 

@@ -27,7 +27,7 @@ from maskset.masks.codecs.dct import DctCodec
 from maskset.masks.codecs.fittable import MAX_MASKS, FittableCodec
 from maskset.masks.codecs.flatten import FlattenCodec
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
-from maskset.masks.paint import binarise, paste, paste_soft
+from maskset.masks.paint import binarize, paste, paste_soft
 from maskset.masks.targets import crop
 from maskset.progress import track
 
@@ -212,7 +212,7 @@ def _scores(name: str, data: Dataset, codecs: Mapping[CodecSpec, MaskCodec], pro
     areas = torch.cat([data.areas(index) for index in range(len(data))])
     for index in track(range(len(data)), len(data), f"reconstructing {name}") if progress else range(len(data)):
         targets = data.targets(index)
-        masks = Masks(targets.masks.rle(), targets.masks.size)  # polygons are rasterised once, not for every codec
+        masks = Masks(targets.masks.rle(), targets.masks.size)  # polygons are rasterized once, not for every codec
         for spec, codec in codecs.items():
             reconstructions = reconstruct(codec, masks, targets.boxes)
             ious[spec].append(_mask_iou(masks, reconstructions))
@@ -240,7 +240,7 @@ def reconstruct(codec: MaskCodec, masks: Masks, boxes: Float[Tensor, "T 4"]) -> 
     fields = codec.decode(codec.encode(crop(masks, boxes, codec.size).float()))
     if isinstance(codec, (LogitPcaCodec, AutoencoderCodec)):  # ISTR pastes probabilities, SOLQ binary masks
         return paste_soft(fields, boxes, masks.size, 0.5 if isinstance(codec, LogitPcaCodec) else 0.45)
-    return paste(binarise(fields), boxes, masks.size)
+    return paste(binarize(fields), boxes, masks.size)
 
 
 def _mask_iou(a: Masks, b: Masks) -> Float[Tensor, "T"]:

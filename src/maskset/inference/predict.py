@@ -232,7 +232,7 @@ def _predict_batch(
     """Return the objects of images that are given by their original size and their pixels at the model's size."""
     sizes, pixels = zip(*batch, strict=True)
     with _evaluation_mode(model):
-        images = ImageBatch.from_images(pixels, model.input.divisor).to(_device(model)).normalised(model.input)
+        images = ImageBatch.from_images(pixels, model.input.divisor).to(_device(model)).normalized(model.input)
         images = replace(images, pixels=images.pixels.to(_dtype(model)))
         output = model(images)
         if ignored_classes:

@@ -1,4 +1,4 @@
-"""Drawing masks, boxes, names and scores in colours that colour-blind people can distinguish."""
+"""Drawing masks, boxes, names and scores in colors that color-blind people can distinguish."""
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from maskset.errors import MasksetError
 from maskset.instances.masks import Masks
 from maskset.pictures import Picture
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # x0 y0 x1 y1, pixels of the drawing, inclusive
 
-# Okabe and Ito's colours (Color Universal Design, 2008) without black, those easiest to confuse far apart in the list.
-PALETTE: tuple[Colour, ...] = (
+# Okabe and Ito's colors (Color Universal Design, 2008) without black, those easiest to confuse far apart in the list.
+PALETTE: tuple[Color, ...] = (
     (230, 159, 0),  # orange
     (86, 180, 233),  # sky blue
     (204, 121, 167),  # reddish purple
@@ -24,8 +24,8 @@ PALETTE: tuple[Colour, ...] = (
     (213, 94, 0),  # vermillion
     (0, 114, 178),  # blue
 )
-_FILL = 0.4  # share of an object's colour in the pixels of its mask
-_COMFORTABLE = 800  # longer side, pixels: smaller images are enlarged towards it
+_FILL = 0.4  # share of an object's color in the pixels of its mask
+_COMFORTABLE = 800  # longer side, pixels: smaller images are enlarged toward it
 
 
 def draw_objects(
@@ -39,8 +39,8 @@ def draw_objects(
 ) -> Image.Image:
     """Return the image with masks, boxes and captions drawn on it.
 
-    With two to seven classes, each class has a colour and neighbouring objects of a class have shades of it. Otherwise
-    neighbouring objects differ in colour. Small objects are drawn over large ones. Captions without room and boxes of very
+    With two to seven classes, each class has a color and neighboring objects of a class have shades of it. Otherwise
+    neighboring objects differ in color. Small objects are drawn over large ones. Captions without room and boxes of very
     small objects are omitted.
 
     Args:
@@ -64,7 +64,7 @@ def draw_objects(
         )
     scale = scale or max(1, _COMFORTABLE // max(picture.size))
     picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-    runs, colours = masks.to("cpu").rle(), _colours(labels.cpu(), boxes.cpu(), num_classes)
+    runs, colors = masks.to("cpu").rle(), _colors(labels.cpu(), boxes.cpu(), num_classes)
     corners = [_pixel_box(box, picture.size) for box in (boxes.cpu() * scale).tolist()]
     order = sorted(range(len(runs)), key=lambda i: -rle.area(runs[i]))
 
@@ -72,14 +72,14 @@ def draw_objects(
     for i in order:
         x0, y0, x1, y1 = corners[i]
         line = min(round(max(picture.size) / 300), min(x1 - x0, y1 - y0) // 16)  # thin on small objects
-        _paint(pixels, runs[i], scale, colours[i], max(1, line))
+        _paint(pixels, runs[i], scale, colors[i], max(1, line))
     picture = Image.fromarray(pixels)
     pen = ImageDraw.Draw(picture, "RGBA")
     for i in order:
         x0, y0, x1, y1 = corners[i]
         if max(x1 - x0, y1 - y0) > max(picture.size) / 16:
-            pen.rectangle(corners[i], outline=(*colours[i], 160))
-    _write(picture, [(captions[i], corners[i], colours[i]) for i in order if captions[i]])
+            pen.rectangle(corners[i], outline=(*colors[i], 160))
+    _write(picture, [(captions[i], corners[i], colors[i]) for i in order if captions[i]])
     return picture
 
 
@@ -90,28 +90,28 @@ def _pixel_box(box: list[float], size: tuple[int, int]) -> Box:
     return min(x0, size[0] - 1), min(y0, size[1] - 1), max(x0, x1 - 1), max(y0, y1 - 1)
 
 
-def _colours(labels: Int[Tensor, "T"], boxes: Float[Tensor, "T 4"], num_classes: int) -> list[Colour]:
-    """Return a colour for each object, where possible different from its neighbours'."""
+def _colors(labels: Int[Tensor, "T"], boxes: Float[Tensor, "T 4"], num_classes: int) -> list[Color]:
+    """Return a color for each object, where possible different from its neighbors'."""
     low, high = boxes[:, :2] - 2, boxes[:, 2:] + 2
     beside = ((low[:, None] < high[None]) & (low[None] < high[:, None])).all(-1).tolist()
     by_class = 1 < num_classes <= len(PALETTE)
-    colours: list[Colour] = []
+    colors: list[Color] = []
     for i, label in enumerate(labels.tolist()):
         candidates = _shades(PALETTE[label]) if by_class else PALETTE
-        near = [colour for colour, is_near in zip(colours, beside[i], strict=False) if is_near]
-        used = [] if by_class else colours  # spreads the colours evenly
-        colours.append(min(candidates, key=lambda colour: (near.count(colour), used.count(colour))))
-    return colours
+        near = [color for color, is_near in zip(colors, beside[i], strict=False) if is_near]
+        used = [] if by_class else colors  # spreads the colors evenly
+        colors.append(min(candidates, key=lambda color: (near.count(color), used.count(color))))
+    return colors
 
 
-def _shades(colour: Colour) -> tuple[Colour, Colour, Colour]:
-    """Return the colour, a lighter shade and a darker shade."""
-    red, green, blue = colour
+def _shades(color: Color) -> tuple[Color, Color, Color]:
+    """Return the color, a lighter shade and a darker shade."""
+    red, green, blue = color
     lighter = (red + (255 - red) // 2, green + (255 - green) // 2, blue + (255 - blue) // 2)
-    return colour, lighter, (red * 2 // 3, green * 2 // 3, blue * 2 // 3)
+    return color, lighter, (red * 2 // 3, green * 2 // 3, blue * 2 // 3)
 
 
-def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, colour: Colour, line: int) -> None:
+def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, color: Color, line: int) -> None:
     """Draw one mask into pixels [h w 3]: a translucent fill, a solid line inside its edge, and a dark rim outside."""
     height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
     x0, y0, x1, y1 = (int(value) for value in rle.box(counts, height))
@@ -122,13 +122,13 @@ def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, colour: Colour, l
         mask = np.array(soft.resize(((x1 - x0) * scale, (y1 - y0) * scale), Image.Resampling.BICUBIC)) > 127
     window = pixels[y0 * scale : y1 * scale, x0 * scale : x1 * scale]
     inside, rim = mask & ~_dilate(~mask, line), _dilate(mask, 1) & ~mask
-    window[inside] = (window[inside] * (1 - _FILL) + np.array(colour) * _FILL).astype(np.uint8)
-    window[mask & ~inside] = colour
+    window[inside] = (window[inside] * (1 - _FILL) + np.array(color) * _FILL).astype(np.uint8)
+    window[mask & ~inside] = color
     window[rim] //= 2
 
 
 def _dilate(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Return the mask dilated `steps` times by its 4-neighbours."""
+    """Return the mask dilated `steps` times by its 4-neighbors."""
     for _ in range(steps):
         wider = mask.copy()
         wider[1:] |= mask[:-1]
@@ -139,17 +139,17 @@ def _dilate(mask: np.ndarray, steps: int) -> np.ndarray:
     return mask
 
 
-def _write(picture: Image.Image, labels: list[tuple[str, Box, Colour]]) -> None:
-    """Write each label on a background of its object's colour, where there is room."""
+def _write(picture: Image.Image, labels: list[tuple[str, Box, Color]]) -> None:
+    """Write each label on a background of its object's color, where there is room."""
     size = max(11, round(max(picture.size) / 54))
     font, margin = ImageFont.load_default(size), size // 5
     pen = ImageDraw.Draw(picture)
     sizes = [(round(font.getlength(text)) + 2 * margin, size + margin + 1) for text, _, _ in labels]
     plates = label_places(sizes, [box for _, box, _ in labels], picture.size)
-    for (text, _, colour), plate in zip(labels, plates, strict=True):
+    for (text, _, color), plate in zip(labels, plates, strict=True):
         if plate is not None:
-            pen.rectangle(plate, fill=colour)
-            dark = np.dot(colour, (0.299, 0.587, 0.114)) < 110
+            pen.rectangle(plate, fill=color)
+            dark = np.dot(color, (0.299, 0.587, 0.114)) < 110
             middle = (plate[1] + plate[3] + 1) / 2
             pen.text((plate[0] + margin, middle), text, "white" if dark else "black", font, anchor="lm")
 

@@ -143,7 +143,7 @@ class Instances(TensorRecord):
         return image
 
     def draw(self, image: Picture, scale: int | None = None) -> Image.Image:
-        """Return the image with masks, boxes, names and scores drawn in colours that colour-blind people can distinguish.
+        """Return the image with masks, boxes, names and scores drawn in colors that color-blind people can distinguish.
 
         Args:
             image: see `maskset.pictures.read`.

@@ -17,7 +17,7 @@ from maskset.tensors import Device, TensorRecord, register
 class Masks(TensorRecord):
     """The masks of one image as polygons or run lengths; `dense()` computes pixels.
 
-    Flips, crops and nearest-neighbour scaling move whole rows and columns. They are stored as two index maps from this view to
+    Flips, crops and nearest-neighbor scaling move whole rows and columns. They are stored as two index maps from this view to
     the original image, and cost nothing until the pixels are needed.
 
     Attributes:
@@ -136,7 +136,7 @@ class Masks(TensorRecord):
         return self._view(self._shapes, self._all_rows()[y0:y1], self._all_columns()[x0:x1])
 
     def scaled(self, size: tuple[int, int]) -> "Masks":
-        """Return the masks resized to `size` (height, width) by nearest neighbour."""
+        """Return the masks resized to `size` (height, width) by nearest neighbor."""
         rows, columns = self._all_rows(), self._all_columns()
         rows = rows[rle.nearest_index(len(rows), size[0]).to(rows.device)]
         columns = columns[rle.nearest_index(len(columns), size[1]).to(columns.device)]
@@ -167,14 +167,14 @@ class Masks(TensorRecord):
         """Return the outlines of each mask, [n 2] of x and y in pixels.
 
         These are the original polygons where there are any. Otherwise outlines are traced along pixel edges around each
-        connected part (4-neighbours); holes are filled, since COCO's polygons have none.
+        connected part (4-neighbors); holes are filled, since COCO's polygons have none.
         """
         if self._is_source and all(not isinstance(shape, Tensor) for shape in self._shapes):
             return [list(shape) for shape in self._shapes]  # type: ignore[arg-type]
         return [rle.outlines(counts, self.size) for counts in self.rle()]
 
     def to(self, device: Device, non_blocking: bool = False) -> "Masks":
-        """Return the masks on a device. Polygons are rasterised first, since they exist on the CPU only."""
+        """Return the masks on a device. Polygons are rasterized first, since they exist on the CPU only."""
         device = torch.device(device)
         if device == self.device and (device.type == "cpu" or all(isinstance(shape, Tensor) for shape in self._shapes)):
             return self
@@ -193,7 +193,7 @@ class Masks(TensorRecord):
 
     def _source_runs(self) -> list[Counts]:
         polygons = {id(shape): shape for shape in self._shapes if not isinstance(shape, Tensor)}  # each is drawn once
-        drawn = rle.rasterise(list(polygons.values()), self._source_size) if polygons else []
+        drawn = rle.rasterize(list(polygons.values()), self._source_size) if polygons else []
         device, runs = self.device, dict(zip(polygons, drawn, strict=True))
         return [shape if isinstance(shape, Tensor) else runs[id(shape)].to(device) for shape in self._shapes]
 

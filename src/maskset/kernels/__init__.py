@@ -8,7 +8,7 @@ The plain twin defines the result; the test compares both. All tests are in test
 | `attention_triton` | `attention_plain.by_samples` | test_attention_triton.py; `self_check` at first use |
 | csrc/instances.c, by `instances` | `masks.heads.instance_transformer` | tests/masks/heads/test_instance_transformer.py |
 | csrc/runs.c, by `runs` | `rle` | test_runs.py |
-| csrc/polygons.c, by `runs.rasterised` | pycocotools, in `rle.rasterise` | test_runs.py |
+| csrc/polygons.c, by `runs.rasterized` | pycocotools, in `rle.rasterize` | test_runs.py |
 | csrc/fields.c, `fields_paste`, by `fields` | `masks.paint.paste_soft` | test_fields.py |
 | csrc/fields.c, the others, by `fields` | `masks.paint.paint` | test_fields.py |
 | csrc/targets.c, by `targets` | `masks.targets` | test_targets.py |

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention on a GPU: `plain.by_samples` and its gradient as Triton kernels.
 
-A program takes some neighbouring queries of one head of one image, so that what they see overlaps and stays in the nearest
+A program takes some neighboring queries of one head of one image, so that what they see overlaps and stays in the nearest
 cache, and each lane reads 16 bytes at a time. Programs of one image run side by side: its value stays in the cache behind.
 """
 
@@ -42,7 +42,7 @@ def _programs_share(queries, HEADS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 @no_type_check
 def _cell(fraction, extent):
-    """Return the cell whose centre is the last before each place along one axis, and how far behind that centre the place is.
+    """Return the cell whose center is the last before each place along one axis, and how far behind that center the place is.
 
     Clamping does not change a sample that lies outside, and keeps far ones within the range of int32. The share of NaN is
     NaN, so the output is; its cell is 0, since NaN must not become an index.

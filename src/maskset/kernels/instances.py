@@ -18,15 +18,15 @@ _TYPES = {torch.float32: "f32", torch.float64: "f64"}
 _GROUPS = 8  # of instances; each group sums the gradients of the map separately
 
 
-def usable(features: Tensor, weights: Tensor, centres: Tensor, heads: int, points: int) -> bool:
+def usable(features: Tensor, weights: Tensor, centers: Tensor, heads: int, points: int) -> bool:
     """Return whether the kernel supports a map [C h w], weights of its type, and this number of heads and points.
 
-    The kernel computes no gradient of the centres.
+    The kernel computes no gradient of the centers.
     """
     channels, height, width = features.shape
     fits = channels <= LIMIT and heads * points <= LIMIT and channels % 2 == 0 and channels * height * width < 2**31
     same_type = features.dtype in _TYPES and weights.dtype == features.dtype
-    differentiated = centres.requires_grad and torch.is_grad_enabled()
+    differentiated = centers.requires_grad and torch.is_grad_enabled()
     return same_type and fits and not differentiated and library.supports(features.device)
 
 

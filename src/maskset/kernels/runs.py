@@ -218,10 +218,10 @@ def from_string(text: bytes) -> Counts | int:
     return counts[:number].clone() if number >= 0 else number
 
 
-def rasterised(
+def rasterized(
     points: Float64[Tensor, "P 2"], corners: Sequence[int], parts: Sequence[int], size: tuple[int, int]
 ) -> list[Counts]:
-    """Return the run lengths of masks, each the union of polygons rasterised as COCO does.
+    """Return the run lengths of masks, each the union of polygons rasterized as COCO does.
 
     Args:
         points: x and y of the corners of all polygons, pixels.

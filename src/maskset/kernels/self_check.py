@@ -56,7 +56,7 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def _example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return grad, value, locations and weights. No location is near the centre of a cell, where the gradient jumps."""
+    """Return grad, value, locations and weights. No location is near the center of a cell, where the gradient jumps."""
     generator = torch.Generator().manual_seed(0)
     batch, queries, heads, points, width = 2, 9, 2, 2, 8
     samples = batch, queries, heads, len(_SHAPES), points

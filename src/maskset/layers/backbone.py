@@ -48,7 +48,7 @@ class Backbone(nn.Module):
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm as one fixed scale and shift per channel: nothing is learnt, and training and evaluation do not differ.
+    """Batch norm as one fixed scale and shift per channel: nothing is learned, and training and evaluation do not differ.
 
     Args:
         norm: the batch norm that this stands for.
@@ -110,7 +110,7 @@ class GroupNorm(nn.GroupNorm):
         self.activation = _activation(norm)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:  # type: ignore[override]
-        """Return x normalised over the cells and channels of each group."""
+        """Return x normalized over the cells and channels of each group."""
         return self.activation(super().forward(x))
 
 
@@ -169,7 +169,7 @@ def check_start(name: str, norm: Literal["frozen", "group"], frozen_stages: int,
 
 
 def _activation(norm: nn.BatchNorm2d) -> nn.Module:
-    """Return what some of timm's batch norms apply after normalising."""
+    """Return what some of timm's batch norms apply after normalizing."""
     return getattr(norm, "act", nn.Identity())
 
 

@@ -31,7 +31,7 @@ class Mlp(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The output layer, for the initialisation that a paper asks for."""
+        """The output layer, for the initialization that a paper asks for."""
         return self.layers[-1]  # type: ignore[return-value]
 
 
@@ -50,7 +50,7 @@ def frequencies(position: Float[Tensor, "*n"], channels: int, temperature: float
 def sine_positions(padding: Bool[Tensor, "B h w"], channels: int) -> Float[Tensor, "B h*w channels"]:
     """Return the encoding of each cell's place in the valid part of its map, y in the first half of the channels, then x.
 
-    A cell's place is its centre (the -0.5 is Deformable DETR's; DETR has none), as a fraction of the valid height and width
+    A cell's place is its center (the -0.5 is Deformable DETR's; DETR has none), as a fraction of the valid height and width
     times 2 pi (DETR, appendix A.4).
     """
     valid = ~padding

@@ -122,7 +122,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as Deformable DETR does: point p of a head lies p + 1 cells away in the direction of that head."""
+        """Initialize as Deformable DETR does: point p of a head lies p + 1 cells away in the direction of that head."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -162,10 +162,10 @@ class DeformableAttention(nn.Module):
         if reference.shape[-1] == 2:
             # In rows of L * P * 2 numbers: pairs are too short for vector instructions.
             cells = torch.tensor([(w, h) * self.points for h, w in shapes], device=query.device, dtype=offsets.dtype).flatten()
-            centres = reference.repeat(1, 1, 1, self.points).flatten(2)[:, :, None]
-            locations = torch.addcdiv(centres, offsets.flatten(3), cells).view(*per_head, 2)
+            centers = reference.repeat(1, 1, 1, self.points).flatten(2)[:, :, None]
+            locations = torch.addcdiv(centers, offsets.flatten(3), cells).view(*per_head, 2)
         else:
-            centre, side = reference[:, :, None, :, None].split(2, -1)
-            locations = centre + offsets / self.points * side * 0.5
+            center, side = reference[:, :, None, :, None].split(2, -1)
+            locations = center + offsets / self.points * side * 0.5
         value = value.view(batch, -1, self.heads, value.shape[-1] // self.heads)
         return self.output_projection(deformable_attention(value, shapes, locations, weights))

@@ -57,7 +57,7 @@ class LevelProjection(nn.Module):
 class FeaturePyramid(nn.Module):
     """Brings every map to one width and adds to each what the coarser ones saw (FPN; Lin et al., CVPR 2017, figure 3).
 
-    Detectron2's: convolutions with a bias and without a norm, the coarser map is doubled by nearest neighbour and added.
+    Detectron2's: convolutions with a bias and without a norm, the coarser map is doubled by nearest neighbor and added.
 
     Args:
         channels: widths of the backbone's maps, of which each has half the cells of the one before along each side.

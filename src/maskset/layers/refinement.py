@@ -146,11 +146,11 @@ def image_feature(
 
 
 def apply_deltas(boxes: Float[Tensor, "B N 4"], deltas: Float[Tensor, "B N 4"]) -> Float[Tensor, "B N 4"]:
-    """Return corner boxes corrected by predicted deltas: R-CNN's update of centre and size, not clipped to the image.
+    """Return corner boxes corrected by predicted deltas: R-CNN's update of center and size, not clipped to the image.
 
-    The centre moves by half of delta times the box's side; the side is multiplied by exp(delta), at most 6250 times.
+    The center moves by half of delta times the box's side; the side is multiplied by exp(delta), at most 6250 times.
     """
-    centre, side = box_ops.to_centres(boxes).split(2, -1)
+    center, side = box_ops.to_centers(boxes).split(2, -1)
     shift, growth = (deltas / deltas.new_tensor(_WEIGHTS)).split(2, -1)
     side_after = side * growth.clamp(max=_GREATEST_GROWTH).exp()
-    return box_ops.to_corners(torch.cat([centre + shift * side, side_after], -1))
+    return box_ops.to_corners(torch.cat([center + shift * side, side_after], -1))

@@ -61,10 +61,10 @@ class SwinTransformer(nn.Module):
         for stage, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
             self.stages.append(SwinStage(size.width * 2**stage, depth, heads, skip[:depth], stage > 0, stage >= silent))
             skip = skip[depth:]
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Return the normalised maps of the last stages, [B C h w]."""
+        """Return the normalized maps of the last stages, [B C h w]."""
         x = self.patches(pixels)
         maps = []
         for stage in self.stages:
@@ -127,7 +127,7 @@ class SwinStage(nn.Module):
         self.output_norm = nn.LayerNorm(width) if returns_map else None
 
     def forward(self, x: Float[Tensor, "B _ _ _"]) -> tuple[Float[Tensor, "B h w C"], Float[Tensor, "B h w C"] | None]:
-        """Return the features for the next stage, and the same, normalised, for the reader of the maps."""
+        """Return the features for the next stage, and the same, normalized, for the reader of the maps."""
         if self.merge is not None:
             x = self.merge(x)
         mask = shift_mask(x.shape[1], x.shape[2], x.device)
@@ -172,7 +172,7 @@ class Block(Layer):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention among the 49 cells of each window, with a learnt bias for each relative position (equation 4)."""
+    """Multi-head attention among the 49 cells of each window, with a learned bias for each relative position (equation 4)."""
 
     index: Int[Tensor, "49 49"]
 
@@ -246,7 +246,7 @@ def join_windows(windows: Float[Tensor, "b 49 C"], shape: tuple[int, ...]) -> Fl
 
 
 def shift_mask(height: int, width: int, device: torch.device) -> Float[Tensor, "n 49 49"]:
-    """Return what keeps cells apart that only rolling made neighbours: -100 between them, else 0, for each window.
+    """Return what keeps cells apart that only rolling made neighbors: -100 between them, else 0, for each window.
 
     A rolled map holds, along each axis, whole windows, then the rest of the last window, then what was rolled around.
 
@@ -272,7 +272,7 @@ def relative_positions() -> Int[Tensor, "49 49"]:
     return down * (2 * WINDOW - 1) + right
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -52,16 +52,16 @@ def flatten_levels(
     )
 
 
-def cell_centres(memory: Memory) -> Float[Tensor, "B S 2"]:
-    """Return the centre of every cell, x and y as fractions of the unpadded level."""
-    centres = []
+def cell_centers(memory: Memory) -> Float[Tensor, "B S 2"]:
+    """Return the center of every cell, x and y as fractions of the unpadded level."""
+    centers = []
     for level, (height, width) in enumerate(memory.shapes):
         y = torch.arange(0.5, height, device=memory.cells.device)
         x = torch.arange(0.5, width, device=memory.cells.device)
         grid = torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)
         valid = memory.valid[:, None, level] * grid.new_tensor([width, height])
-        centres.append(grid / valid)
-    return torch.cat(centres, 1)
+        centers.append(grid / valid)
+    return torch.cat(centers, 1)
 
 
 class FeedForward(nn.Module):
@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Float[Tensor, "B n C"]) -> Float[Tensor, "B n C"]:
-        """Return x and what the layers make of it, normalised."""
+        """Return x and what the layers make of it, normalized."""
         return self.norm(x + self.dropout(self.down(self.dropout(self.up(x).relu_()))))
 
 
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
     def forward(self, memory: Memory) -> Memory:
         """Return the memory with new features."""
-        reference = memory.references(cell_centres(memory))
+        reference = memory.references(cell_centers(memory))
         cells = memory.cells
         for layer in self.layers:
             cells = layer(cells, memory, reference)
@@ -208,13 +208,13 @@ class Proposals(nn.Module):
     def anchored(self, memory: Memory) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"], Bool[Tensor, "B S"]]:
         """Return features for the heads, the anchor of each cell (cx cy w h, before the sigmoid), and which cells may propose.
 
-        An anchor is the cell's centre with a side of 0.05 * 2^level; it may propose if it is not padding and none of its
+        An anchor is the cell's center with a side of 0.05 * 2^level; it may propose if it is not padding and none of its
         four numbers is within 0.01 of 0 or 1. The others have zero features and an anchor of infinity: sigmoid 1.
         """
-        centres = cell_centres(memory)
+        centers = cell_centers(memory)
         sides = [0.05 * 2.0**level for level, (h, w) in enumerate(memory.shapes) for _ in range(h * w)]
-        side = centres.new_tensor(sides)[None, :, None].expand(len(centres), -1, 2)
-        anchors = torch.cat([centres, side], -1)
+        side = centers.new_tensor(sides)[None, :, None].expand(len(centers), -1, 2)
+        anchors = torch.cat([centers, side], -1)
         allowed = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
         logits = (anchors / (1 - anchors)).log().masked_fill(~allowed[..., None], torch.inf)
         features = self.output_norm(self.output(memory.cells.masked_fill(~allowed[..., None], 0.0)))

@@ -2,7 +2,7 @@
 
 | function              | used by        | rule                                                   | C function              |
 |-----------------------|----------------|--------------------------------------------------------|-------------------------|
-| `binarise`            | SOLQ           | above the middle of the field's range                  | none                    |
+| `binarize`            | SOLQ           | above the middle of the field's range                  | none                    |
 | `paste`               | SOLQ           | bilinear samples of a binary mask, >= 0.5 (detectron2) | `fields_paste`          |
 | `paste_soft`          | ISTR, ISTR-SMT | bilinear samples of probabilities, >= threshold        | `fields_paste`          |
 | `paint`               | SOIT           | sigmoid and resizes of logits, > threshold             | `fields_resize`, `_cut` |
@@ -30,7 +30,7 @@ _MAX_CELLS = 2**20  # between two resizes at a time
 Step = tuple[Positions, Positions] | Callable[[Tensor], Tensor]  # a resize (rows, columns), or a function of each value
 
 
-def binarise(fields: Float[Tensor, "n S S"]) -> Bool[Tensor, "n S S"]:
+def binarize(fields: Float[Tensor, "n S S"]) -> Bool[Tensor, "n S S"]:
     """Return where each decoded mask exceeds the middle between its minimum and its maximum; a constant one is empty."""
     flat = fields.flatten(1)
     middle = (flat.amax(1) + flat.amin(1)) / 2
@@ -40,7 +40,7 @@ def binarise(fields: Float[Tensor, "n S S"]) -> Bool[Tensor, "n S S"]:
 def paste(masks: Bool[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Masks:
     """Return box-local masks as masks of an image of `size` (height, width).
 
-    A pixel of the image is set where bilinear sampling of the box-local mask at the pixel's centre gives at least 0.5, with
+    A pixel of the image is set where bilinear sampling of the box-local mask at the pixel's center gives at least 0.5, with
     zeros around the mask. Boxes are x0 y0 x1 y1 in pixels; one without area, or not finite, gives an empty mask.
     """
     return paste_soft(masks.float(), boxes, size, 0.5)
@@ -79,7 +79,7 @@ def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size
 
 
 def _reach(low: float, high: float, cells: int, length: int) -> tuple[int, int]:
-    """Return the first pixel and the end of the pixels, out of `length`, whose centres a mask from low to high can touch."""
+    """Return the first pixel and the end of the pixels, out of `length`, whose centers a mask from low to high can touch."""
     margin = abs(high - low) / cells
     if not (high > low):
         return 0, 0
@@ -87,9 +87,9 @@ def _reach(low: float, high: float, cells: int, length: int) -> tuple[int, int]:
 
 
 def _box_weights(first: int, end: int, low: float, high: float, cells: int) -> Float[Tensor, "pixels cells"]:
-    """Return the weight of each cell of a mask that spans [low, high] in the sample at each pixel's centre."""
-    centres = torch.arange(first, end, dtype=torch.float32) + 0.5
-    position = (centres - low) / (high - low) * cells - 0.5
+    """Return the weight of each cell of a mask that spans [low, high] in the sample at each pixel's center."""
+    centers = torch.arange(first, end, dtype=torch.float32) + 0.5
+    position = (centers - low) / (high - low) * cells - 0.5
     return (1 - (position[:, None] - torch.arange(cells, dtype=torch.float32)[None, :]).abs()).clamp(min=0)
 
 

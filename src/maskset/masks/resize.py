@@ -1,6 +1,6 @@
 """Rules for bilinear resizing: for each row or column of the result, which position of the source it reads.
 
-A position counts cells of the source; 0 is the centre of the first cell. A value between two cells is interpolated linearly,
+A position counts cells of the source; 0 is the center of the first cell. A value between two cells is interpolated linearly,
 a position outside of the source reads the nearest cell.
 
 | rule               | used by                            | same as                                                        |
@@ -20,7 +20,7 @@ Positions = Float[Tensor, "_"]
 
 
 def align_corners(cells: int, pixels: int) -> Positions:
-    """Return positions that map the first and last pixel to the centres of the first and last cell."""
+    """Return positions that map the first and last pixel to the centers of the first and last cell."""
     if pixels == 1:
         return torch.zeros(1)
     return torch.arange(pixels, dtype=torch.float32) * ((cells - 1) / (pixels - 1))

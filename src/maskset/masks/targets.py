@@ -6,7 +6,7 @@
 | `central_means`     | ISDA                 | `F.interpolate` by 1 / stride, bilinear, half-pixel         | `targets_mean`    |
 | `quarter_masks`     | SOTR                 | `cv2.resize` of bytes by 1 / 4 (mmcv, `imrescale`)          | `targets_quarter` |
 | `resize_by_corners` | SOIT                 | bilinear, `align_corners=True`, of the padded mask          | `targets_mean`    |
-| `centres_of_mass`   | SOTR                 | mean y and x of the pixels (scipy, `center_of_mass`)        | none              |
+| `centers_of_mass`   | SOTR                 | mean y and x of the pixels (scipy, `center_of_mass`)        | none              |
 
 Masks on the CPU take the C path (kernels/targets.py, kernels/csrc/targets.c) where the library is available. The Python code here
 is the reference that the C code is tested against (tests/kernels/test_targets.py), and what runs on other devices.
@@ -116,10 +116,10 @@ def resize_by_corners(
     return resized
 
 
-def centres_of_mass(masks: Masks) -> tuple[Int[Tensor, "T"], Float[Tensor, "T 2"]]:
+def centers_of_mass(masks: Masks) -> tuple[Int[Tensor, "T"], Float[Tensor, "T 2"]]:
     """Return the area of each mask in pixels and the mean y and x of its pixels (the first pixel is 0), on the CPU.
 
-    Computed from run lengths. The sums are exact, the quotient is float32. The centre of an empty mask is 0, 0.
+    Computed from run lengths. The sums are exact, the quotient is float32. The center of an empty mask is 0, 0.
     """
     height, runs = masks.size[0], masks.rle()
     moments = torch.zeros(len(runs), 3, dtype=torch.int64)
@@ -168,7 +168,7 @@ def quarter_masks(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
 
 @dataclass(frozen=True)
 class _OpencvTaps:
-    """For each cell along an axis: the two neighbouring pixels that it reads and their weights, in units of 1 / 2048."""
+    """For each cell along an axis: the two neighboring pixels that it reads and their weights, in units of 1 / 2048."""
 
     low: Int[Tensor, "n"]
     high: Int[Tensor, "n"]

@@ -157,7 +157,7 @@ def check_canvas(images: ImageBatch, divisor: int) -> None:
     """
     height, width = images.pixels.shape[2:]
     if not images.pixels.is_floating_point():
-        raise MasksetError("the model takes normalised pixels, got uint8: call images.normalised(model.input) first.")
+        raise MasksetError("the model takes normalised pixels, got uint8: call images.normalized(model.input) first.")
     if height % divisor or width % divisor:
         raise MasksetError(
             f"the canvas must be a multiple of {divisor} pixels, got {height} x {width}: "

@@ -172,7 +172,7 @@ class Istr(System):
             assert isinstance(stage, Stage)
             objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size).to(dtype))
             moved = apply_deltas(boxes, stage.box_head(objects).to(boxes.dtype))
-            fractions = box_ops.to_centres(moved) / pixels
+            fractions = box_ops.to_centers(moved) / pixels
             logits = class_head(stage.class_tower(objects))
             layers.append(SlotPredictions(logits, stage.mask_head(objects), fractions))
             boxes = moved.detach()  # object features keep their gradient

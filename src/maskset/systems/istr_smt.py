@@ -190,7 +190,7 @@ class IstrSmt(System):
             assert isinstance(stage, Stage)
             objects = stage.encoder(objects, pyramid_roi_align(levels, boxes, self.config.roi_size).to(dtype))
             moved = apply_deltas(boxes, stage.box_head(objects).to(boxes.dtype))
-            layer = StagePredictions(class_head(stage.class_tower(objects)), boxes=box_ops.to_centres(moved) / pixels)
+            layer = StagePredictions(class_head(stage.class_tower(objects)), boxes=box_ops.to_centers(moved) / pixels)
             if self.training or i == len(self.stages) - 1:
                 layer.mask_params, layer.mask_context = self._masks(stage, levels, moved)
             layers.append(layer)

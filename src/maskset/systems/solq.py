@@ -29,7 +29,7 @@ from maskset.masks.codecs.dct import DctCodec
 from maskset.masks.codecs.flatten import FlattenCodec
 from maskset.masks.codecs.pca import PcaCodec
 from maskset.masks.codecs.sparse import SparseCodec
-from maskset.masks.paint import binarise, paste
+from maskset.masks.paint import binarize, paste
 from maskset.masks.targets import crop
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_heads
@@ -259,7 +259,7 @@ class Solq(System):
             corners = box_ops.to_corners(boxes).float() * box_ops.scale_of(size, boxes)
             once, again = slots.unique(return_inverse=True)  # decode and paste each query once, however many classes it has
             with torch.autocast(vectors.device.type, enabled=False):  # rounding would move the masks' edges
-                masks = paste(binarise(self.codec.decode(vectors[once].float())), corners[once], size)
+                masks = paste(binarize(self.codec.decode(vectors[once].float())), corners[once], size)
             inside = box_ops.clip(corners[slots], size).cpu()
             detections.append(Instances(labels.cpu(), inside, masks[again.tolist()], scores.cpu(), self.categories))
         return detections

@@ -30,7 +30,7 @@ from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.heads.features import MaskFeatureHead
 from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
 from maskset.masks.paint import paint_probabilities
-from maskset.masks.targets import centres_of_mass, quarter_masks
+from maskset.masks.targets import centers_of_mass, quarter_masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
@@ -308,7 +308,7 @@ def assign(targets: Instances, size: tuple[int, int], settings: SotrConfig) -> P
         settings: grids, their scales, and the region.
     """
     boxes = targets.boxes.cpu()
-    areas, centres = centres_of_mass(targets.masks)  # y, x; all in float32, since a centre may lie on the border of two cells
+    areas, centres = centers_of_mass(targets.masks)  # y, x; all in float32, since a centre may lie on the border of two cells
     sides = (boxes[:, 2:] - boxes[:, :2]).flip(1)  # height, width
     scales = sides.prod(1).sqrt()
     cells, objects, before = [], [], 0

@@ -80,7 +80,7 @@ def update(
 def _terms(accelerator: Accelerator, step: nn.Module, batch: Batch, place: int) -> dict[str, Tensor]:
     """Return the loss of a batch and, after it, its terms."""
     system: System = accelerator.unwrap_model(step).system
-    images = batch[0].to(accelerator.device, non_blocking=True).normalised(system.input)
+    images = batch[0].to(accelerator.device, non_blocking=True).normalized(system.input)
     try:
         terms = step(images, batch[1])  # objects stay on the host, where the loss draws its targets while a GPU computes
     except MatchingError as error:

@@ -66,7 +66,7 @@ def test_no_mask_at_all_leaves_the_statistics_as_they_are(masks, fitted):
     fitted.zero_grad()
 
 
-def test_in_training_a_mask_is_normalised_by_those_beside_it(masks, fitted):
+def test_in_training_a_mask_is_normalized_by_those_beside_it(masks, fitted):
     fitted.train()
     alone, together = fitted.encode(masks[:1].float()), fitted.encode(masks[:9].float())
     fitted.eval()

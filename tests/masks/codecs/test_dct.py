@@ -7,7 +7,7 @@ from goldens import ellipses, golden, unpacked
 from maskset.errors import ConfigError
 from maskset.instances import Masks
 from maskset.masks.codecs.dct import DctCodec, dct_basis, zigzag
-from maskset.masks.paint import binarise, paste
+from maskset.masks.paint import binarize, paste
 from maskset.masks.targets import crop
 
 
@@ -42,7 +42,7 @@ def test_square_masks_are_coded_as_officially():
     torch.testing.assert_close(codes, golden("solq", "dct.square.vectors"), atol=1e-4, rtol=0)
     fields = codec.decode(codes)
     torch.testing.assert_close(fields[:2], golden("solq", "dct.square.soft"), atol=1e-5, rtol=0)
-    decoded = binarise(fields)
+    decoded = binarize(fields)
     assert torch.equal(decoded, unpacked("solq", "dct.square.binary_packed", 128))
     iou = (decoded & masks).sum((1, 2)) / (decoded | masks).sum((1, 2))
     torch.testing.assert_close(iou, golden("solq", "dct.square.iou"), atol=1e-6, rtol=0)
@@ -56,7 +56,7 @@ def test_crop_code_and_paste_are_the_official_ones(boxes):
     assert torch.equal(crops, unpacked("solq", f"dct.{boxes}.crop_packed", 128))
     codes = codec.encode(crops.float())
     torch.testing.assert_close(codes, golden("solq", f"dct.{boxes}.vectors"), atol=1e-4, rtol=0)
-    decoded = binarise(codec.decode(codes))
+    decoded = binarize(codec.decode(codes))
     assert torch.equal(decoded, unpacked("solq", f"dct.{boxes}.decoded_packed", 128))
     pasted = paste(decoded, corners, (192, 256)).dense()
     assert torch.equal(pasted, unpacked("solq", f"dct.{boxes}.pasted_packed", 256))
@@ -65,7 +65,7 @@ def test_crop_code_and_paste_are_the_official_ones(boxes):
 def test_an_empty_mask_stays_empty():
     codec = DctCodec(16, 20)
     assert codec.encode(torch.zeros(2, 16, 16)).abs().sum() == 0
-    assert not binarise(codec.decode(torch.zeros(2, 20))).any()
+    assert not binarize(codec.decode(torch.zeros(2, 20))).any()
 
 
 @pytest.mark.parametrize("length", [0, 65, -1])

@@ -4,7 +4,7 @@ import torch
 from maskset.errors import ConfigError
 from maskset.masks.codecs import MaskCodec
 from maskset.masks.codecs.flatten import FlattenCodec
-from maskset.masks.paint import binarise
+from maskset.masks.paint import binarize
 
 
 def test_a_code_is_the_pixels_row_by_row():
@@ -17,7 +17,7 @@ def test_a_code_is_the_pixels_row_by_row():
 def test_flatten_reconstructs_masks_exactly():
     codec = FlattenCodec(28)
     masks = torch.rand(5, 28, 28, generator=torch.Generator().manual_seed(0)) > 0.5
-    assert torch.equal(binarise(codec.decode(codec.encode(masks.float()))), masks)
+    assert torch.equal(binarize(codec.decode(codec.encode(masks.float()))), masks)
 
 
 def test_no_masks_have_no_codes():

@@ -6,7 +6,7 @@ from goldens import ellipses
 from maskset.errors import ConfigError
 from maskset.masks.codecs import MaskCodec, pca
 from maskset.masks.codecs.pca import PcaCodec
-from maskset.masks.paint import binarise
+from maskset.masks.paint import binarize
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_code_is_the_mask_times_the_basis_and_back_times_its_transpose(masks, 
 def test_all_components_reconstruct_masks_exactly(masks):
     codec = PcaCodec(12, 144)
     codec.fit(masks)
-    assert torch.equal(binarise(codec.decode(codec.encode(masks.float()))), masks)
+    assert torch.equal(binarize(codec.decode(codec.encode(masks.float()))), masks)
 
 
 def test_how_masks_are_batched_does_not_matter(masks, fitted):

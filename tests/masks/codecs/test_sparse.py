@@ -5,7 +5,7 @@ from goldens import ellipses
 from maskset.errors import ConfigError
 from maskset.masks.codecs import MaskCodec, sparse
 from maskset.masks.codecs.sparse import SparseCodec
-from maskset.masks.paint import binarise
+from maskset.masks.paint import binarize
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +64,7 @@ def test_decoding_is_linear(masks, fitted):
 def test_most_numbers_are_zero_and_most_of_the_mask_comes_back(masks, fitted):
     codes = fitted.encode(masks.float())
     assert (codes != 0).float().mean() < 0.5
-    result = binarise(fitted.decode(codes))
+    result = binarize(fitted.decode(codes))
     assert ((result & masks).sum((1, 2)) / (result | masks).sum((1, 2))).mean() > 0.9
 
 

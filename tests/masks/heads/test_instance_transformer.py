@@ -30,19 +30,19 @@ def look(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def slow(features, padding, weights, centres, heads, points, positions="relative"):
+def slow(features, padding, weights, centers, heads, points, positions="relative"):
     """Return the logits of eq. 1 and 2 (with the official ReLU), one instance, pixel, head and point at a time."""
     channels, height, width = features.shape
     visible = features.masked_fill(padding, 0.0)
     logits = []
-    for theta, centre in zip(weights, centres, strict=True):
+    for theta, center in zip(weights, centers, strict=True):
         shapes = part_shapes(channels, heads, points)
         parts = theta.split([math.prod(shape) for shape in shapes])
         w_offset, b_offset, w_attention, b_attention, w_out, b_out = (p.view(s) for p, s in zip(parts, shapes, strict=True))
         if positions == "none":
             places = torch.zeros_like(features)
         else:
-            seen_from = centre if positions == "relative" else torch.zeros(2, dtype=centre.dtype)
+            seen_from = center if positions == "relative" else torch.zeros(2, dtype=center.dtype)
             places = encode_positions(padding, seen_from[None], channels)[0]
         for row in range(height):
             for column in range(width):
@@ -68,10 +68,10 @@ def inputs(channels: int, heads: int, points: int):
 
 @pytest.mark.parametrize(("channels", "heads", "points"), SIZES)
 def test_one_computation_equals_the_slow_loop_and_so_do_its_gradients(channels, heads, points):
-    features, padding, weights, centres = inputs(channels, heads, points)
-    expected = slow(features, padding, weights, centres, heads, points)
+    features, padding, weights, centers = inputs(channels, heads, points)
+    expected = slow(features, padding, weights, centers, heads, points)
     wanted = torch.autograd.grad(expected.sin().sum(), [features, weights])
-    result = instance_transformer(features, padding, weights, centres, heads, points)
+    result = instance_transformer(features, padding, weights, centers, heads, points)
     gradients = torch.autograd.grad(result.sin().sum(), [features, weights])
     torch.testing.assert_close(result, expected)
     for one, other in zip(gradients, wanted, strict=True):
@@ -80,11 +80,11 @@ def test_one_computation_equals_the_slow_loop_and_so_do_its_gradients(channels, 
 
 @pytest.mark.parametrize("positions", ["absolute", "none"])
 def test_the_other_encodings_equal_the_slow_loop(positions):
-    features, padding, weights, centres = inputs(8, 4, 4)
-    expected = slow(features, padding, weights, centres, 4, 4, positions)
-    result = instance_transformer(features, padding, weights, centres, 4, 4, positions)
+    features, padding, weights, centers = inputs(8, 4, 4)
+    expected = slow(features, padding, weights, centers, 4, 4, positions)
+    result = instance_transformer(features, padding, weights, centers, 4, 4, positions)
     torch.testing.assert_close(result, expected)
-    assert not torch.allclose(result, instance_transformer(features, padding, weights, centres, 4, 4))
+    assert not torch.allclose(result, instance_transformer(features, padding, weights, centers, 4, 4))
 
 
 def test_the_papers_sizes_have_the_papers_numbers_of_parameters():
@@ -92,19 +92,19 @@ def test_the_papers_sizes_have_the_papers_numbers_of_parameters():
 
 
 def test_no_instance_gives_no_mask():
-    features, padding, weights, centres = inputs(8, 4, 4)
-    assert instance_transformer(features, padding, weights[:0], centres[:0], 4, 4).shape == (0, 5, 6)
+    features, padding, weights, centers = inputs(8, 4, 4)
+    assert instance_transformer(features, padding, weights[:0], centers[:0], 4, 4).shape == (0, 5, 6)
 
 
 def test_the_kernel_equals_the_steps_in_float32_for_many_instances_and_padding_below(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features, padding = torch.randn(8, 9, 7, generator=generator), torch.zeros(9, 7, dtype=torch.bool)
     padding[7:], padding[:, 6] = True, True
-    weights, centres = torch.randn(11, 441, generator=generator), torch.rand(11, 2, generator=generator)
+    weights, centers = torch.randn(11, 441, generator=generator), torch.rand(11, 2, generator=generator)
 
     def run() -> list[torch.Tensor]:
         leaves = features.clone().requires_grad_(), weights.clone().requires_grad_()
-        logits = instance_transformer(leaves[0], padding, leaves[1], centres, 4, 4)
+        logits = instance_transformer(leaves[0], padding, leaves[1], centers, 4, 4)
         return [logits, *torch.autograd.grad(logits.sin().sum(), leaves)]
 
     result = run()
@@ -114,12 +114,12 @@ def test_the_kernel_equals_the_steps_in_float32_for_many_instances_and_padding_b
 
 
 def test_places_that_are_not_finite_do_no_harm():
-    features, padding, weights, centres = inputs(8, 4, 4)
+    features, padding, weights, centers = inputs(8, 4, 4)
     weights = weights.detach().repeat(3, 1)[:3].clone()
     shapes = part_shapes(8, 4, 4)
     bias = slice(math.prod(shapes[0]), math.prod(shapes[0]) + math.prod(shapes[1]))
     weights[0, bias], weights[1, bias], weights[2, bias] = 1e30, -1e30, torch.nan
-    logits = instance_transformer(features, padding, weights, centres.repeat(2, 1)[:3], 4, 4)
+    logits = instance_transformer(features, padding, weights, centers.repeat(2, 1)[:3], 4, 4)
     torch.testing.assert_close(logits[:2], weights[:2, -1, None, None].expand(-1, 5, 6))  # nothing is seen there but the bias
     assert logits[2].isnan().all()
 
@@ -136,27 +136,27 @@ def test_the_operator_obeys_the_rules_of_torch_library():
     torch.library.opcheck(fused, arguments, test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])
 
 
-def test_float64_centres_are_accepted_and_get_gradients():
+def test_float64_centers_are_accepted_and_get_gradients():
     features, padding, weights, _ = inputs(8, 4, 4)
-    centres = torch.rand(2, 2).requires_grad_()
-    expected = slow(features, padding, weights, centres, 4, 4)
-    result = instance_transformer(features, padding, weights, centres, 4, 4)
+    centers = torch.rand(2, 2).requires_grad_()
+    expected = slow(features, padding, weights, centers, 4, 4)
+    result = instance_transformer(features, padding, weights, centers, 4, 4)
     torch.testing.assert_close(result, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(one.sin().sum(), centres)[0] for one in (result, expected)))
+    torch.testing.assert_close(*(torch.autograd.grad(one.sin().sum(), centers)[0] for one in (result, expected)))
     with torch.no_grad():
-        torch.testing.assert_close(instance_transformer(features, padding, weights, centres, 4, 4), expected.detach())
+        torch.testing.assert_close(instance_transformer(features, padding, weights, centers, 4, 4), expected.detach())
 
 
 def test_weights_of_another_type_than_the_map_are_refused():
-    features, padding, weights, centres = inputs(8, 4, 4)
+    features, padding, weights, centers = inputs(8, 4, 4)
     with pytest.raises(RuntimeError, match="dtype"):
-        instance_transformer(features, padding, weights.bfloat16(), centres, 4, 4)
+        instance_transformer(features, padding, weights.bfloat16(), centers, 4, 4)
 
 
 def test_padding_of_any_shape_gives_what_the_steps_give(monkeypatch):
-    features, padding, weights, centres = inputs(8, 4, 4)
+    features, padding, weights, centers = inputs(8, 4, 4)
     padding = padding.clone()
     padding[2, 1] = True
-    result = instance_transformer(features, padding, weights, centres, 4, 4)
+    result = instance_transformer(features, padding, weights, centers, 4, 4)
     monkeypatch.setenv(library.NATIVE_ENV, "off")
-    torch.testing.assert_close(result, instance_transformer(features, padding, weights, centres, 4, 4))
+    torch.testing.assert_close(result, instance_transformer(features, padding, weights, centers, 4, 4))

@@ -7,7 +7,7 @@ typedef struct {
     REAL dx, dy; /* how far right and down of cell 0 */
 } NAME(Sample);
 
-/* Return whether any cell of the level is seen from x, y, which are in cells: 0 is the centre of the first one. */
+/* Return whether any cell of the level is seen from x, y, which are in cells: 0 is the center of the first one. */
 INLINE int NAME(find)(NAME(Sample) * s, REAL x, REAL y, ptrdiff_t height, ptrdiff_t width, ptrdiff_t start) {
     if (!(x > -1 && y > -1 && x < (REAL)width && y < (REAL)height)) return 0;
     ptrdiff_t left = (ptrdiff_t)(x + 1) - 1, top = (ptrdiff_t)(y + 1) - 1; /* floor, since both sums are positive */

@@ -1,7 +1,7 @@
 /* Polygons as run lengths, pixel for pixel those of COCO's own code.
 
    Its rule: corners go to a grid that is five times as fine as the pixels, sides are drawn on it as lines of cells, and wherever a
-   line crosses the middle of a column of pixels, the colour changes from there on down. A side needs no drawing for that: where it
+   line crosses the middle of a column of pixels, the color changes from there on down. A side needs no drawing for that: where it
    crosses which column is known. Time and memory are those of the corners and crossings, wherever the corners are. */
 #include "runs.h"
 EXACT
@@ -77,7 +77,7 @@ static int compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Write where the polygon's colour begins (twice the pixel) and ends (twice the pixel, plus one); return how many there are. */
+/* Write where the polygon's color begins (twice the pixel) and ends (twice the pixel, plus one); return how many there are. */
 static ptrdiff_t changes(const double *points, int64_t first, int64_t end, ptrdiff_t height, ptrdiff_t width, int64_t *out) {
     ptrdiff_t found = 0;
     for (int64_t i = first; i < end; i++) {

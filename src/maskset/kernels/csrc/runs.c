@@ -83,7 +83,7 @@ EXPORT void runs_to_text(const int32_t *counts, const int64_t *starts, char *tex
         char *to = text + 7 * starts[mask];
         for (int64_t run = starts[mask]; run < starts[mask + 1]; run++) {
             int64_t number = counts[run];
-            if (run - starts[mask] > 2) number -= counts[run - 2]; /* sizes of neighbouring runs are alike: differences are short */
+            if (run - starts[mask] > 2) number -= counts[run - 2]; /* sizes of neighboring runs are alike: differences are short */
             for (int more = 1; more;) {
                 int group = (int)(number & 31);
                 number >>= 5;

@@ -140,7 +140,7 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch norm whose statistics an empty batch does not change; its mean would be NaN."""
 
     def forward(self, x: Float[Tensor, "n C h w"]) -> Float[Tensor, "n C h w"]:  # type: ignore[override]
-        """Return x normalised by its own statistics in training mode, otherwise by the running ones."""
+        """Return x normalized by its own statistics in training mode, otherwise by the running ones."""
         if len(x):
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)

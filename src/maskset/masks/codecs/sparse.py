@@ -76,7 +76,7 @@ class SparseCodec(FittableCodec):
         self.mark_fitted()
 
     def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
-        """Return the v that minimises 1/2 |m - v D|^2 + beta |v|_1 for masks m with values in [0, 1].
+        """Return the v that minimizes 1/2 |m - v D|^2 + beta |v|_1 for masks m with values in [0, 1].
 
         Raises:
             ConfigError: the codec has not been fitted.

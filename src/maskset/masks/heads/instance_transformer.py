@@ -1,6 +1,6 @@
 """The instance-aware transformer of SOIT (figure 3, eq. 1 to 4): D numbers are the weights of a network that predicts one mask.
 
-Each pixel of the mask features is a query. It gets its position relative to the centre of the instance and samples K points
+Each pixel of the mask features is a query. It gets its position relative to the center of the instance and samples K points
 around itself for each of M heads (deformable attention); the result is projected to a logit. With C channels the network has
 D = 2CMK + 2MK + CMK + MK + C + 1 weights: 441 for C = 8, M = 4, K = 4.
 """
@@ -39,7 +39,7 @@ def instance_transformer(
     features: Float[Tensor, "C h w"],
     padding: Bool[Tensor, "h w"],
     weights: Float[Tensor, "n D"],
-    centres: Float[Tensor, "n 2"],
+    centers: Float[Tensor, "n 2"],
     heads: int,
     points: int,
     positions: Positions = "relative",
@@ -52,14 +52,14 @@ def instance_transformer(
         features: of the image.
         padding: True on padding, which is sampled as zero.
         weights: the D numbers of each instance.
-        centres: x and y of each instance's box, fractions of the unpadded image.
+        centers: x and y of each instance's box, fractions of the unpadded image.
         heads: M; it divides C.
         points: K.
-        positions: what a pixel's position is relative to (Table 4): the instance's centre, the image's corner; or no position.
+        positions: what a pixel's position is relative to (Table 4): the instance's center, the image's corner; or no position.
     """
     parts = _parts(weights, features.shape[0], heads, points)
-    origins = {"relative": centres, "absolute": torch.zeros_like(centres), "none": None}[positions]
-    fast = usable(features, weights, centres, heads, points) and _is_rectangle(~padding)
+    origins = {"relative": centers, "absolute": torch.zeros_like(centers), "none": None}[positions]
+    fast = usable(features, weights, centers, heads, points) and _is_rectangle(~padding)
     compute = _logits_in_c if fast else _logits  # Fast path: kernels/csrc/instances.c
     return compute(features, padding, parts, origins, heads, points)
 
@@ -68,7 +68,7 @@ def _logits(
     features: Float[Tensor, "C h w"],
     padding: Bool[Tensor, "h w"],
     parts: Sequence[Tensor],
-    centres: Float[Tensor, "n 2"] | None,
+    centers: Float[Tensor, "n 2"] | None,
     heads: int,
     points: int,
 ) -> Float[Tensor, "n h w"]:
@@ -77,12 +77,12 @@ def _logits(
     channels, height, width = features.shape
     count, cells = len(output), height * width
     query = features.flatten(1).T.expand(count, -1, -1)  # [n h*w C]
-    if centres is not None:
-        query = query + encode_positions(padding, centres, channels).flatten(2).transpose(1, 2)
+    if centers is not None:
+        query = query + encode_positions(padding, centers, channels).flatten(2).transpose(1, 2)
     offsets = torch.baddbmm(offset_bias[:, None], query, offset.transpose(1, 2)).view(count, cells, heads, points, 2)
     scores = torch.baddbmm(attention_bias[:, None], query, attention.transpose(1, 2)).view(count, cells, heads, points)
-    cell_centres = _cell_centres(height, width, like=features)
-    locations = cell_centres[:, None, None, :] + offsets / features.new_tensor([width, height])
+    cell_centers = _cell_centers(height, width, like=features)
+    locations = cell_centers[:, None, None, :] + offsets / features.new_tensor([width, height])
     value = features.masked_fill(padding, 0.0).flatten(1).T.reshape(1, cells, heads, channels // heads)
     attended = deformable_attention(
         value,
@@ -98,7 +98,7 @@ def _logits_in_c(
     features: Float[Tensor, "C h w"],
     padding: Bool[Tensor, "h w"],
     parts: Sequence[Tensor],
-    centres: Float[Tensor, "n 2"] | None,
+    centers: Float[Tensor, "n 2"] | None,
     heads: int,
     points: int,
 ) -> Float[Tensor, "n h w"]:
@@ -107,10 +107,10 @@ def _logits_in_c(
     count, samples, channels = attention.shape
     half = channels // 2
     row_in, column_in = (~padding).any(1), (~padding).any(0)
-    if centres is None:
+    if centers is None:
         rows, columns = (features.new_zeros(count, 2, len(inside), half) for inside in (row_in, column_in))
     else:
-        rows, columns = (_along(inside, centres[:, i], half) for inside, i in ((row_in, 1), (column_in, 0)))
+        rows, columns = (_along(inside, centers[:, i], half) for inside, i in ((row_in, 1), (column_in, 0)))
     steps = torch.cat([offset.view(count, samples, 2, channels), attention[:, :, None]], 2)  # [n S 3 C]: x, y, score
     biases = torch.cat([offset_bias.view(count, samples, 2), attention_bias[:, :, None]], 2)
     mixing = torch.cat([steps, biases[..., None]], 3).permute(0, 3, 2, 1)  # [n C+1 3 S]
@@ -133,26 +133,26 @@ def _is_rectangle(valid: Bool[Tensor, "h w"]) -> bool:
     return torch.equal(valid, valid.any(1)[:, None] & valid.any(0))
 
 
-def _along(inside: Bool[Tensor, "cells"], centre: Float[Tensor, "n"], channels: int) -> Float[Tensor, "n 2 cells channels"]:
+def _along(inside: Bool[Tensor, "cells"], center: Float[Tensor, "n"], channels: int) -> Float[Tensor, "n 2 cells channels"]:
     """Return `encode_positions` along one axis: for padding along the other axis (position 0), and for the image."""
     count = inside.cumsum(0, dtype=torch.float32)
-    place = torch.stack([torch.zeros_like(count), count / (count[-1:] + 1e-6)]) - centre[:, None, None]
+    place = torch.stack([torch.zeros_like(count), count / (count[-1:] + 1e-6)]) - center[:, None, None]
     return frequencies(place * (2 * math.pi), channels)
 
 
 def encode_positions(
-    padding: Bool[Tensor, "h w"], centres: Float[Tensor, "n 2"], channels: int
+    padding: Bool[Tensor, "h w"], centers: Float[Tensor, "n 2"], channels: int
 ) -> Float[Tensor, "n channels h w"]:
-    """Return the sine encoding of pixel positions relative to each centre (x, y): y in the first half of the channels, then x.
+    """Return the sine encoding of pixel positions relative to each center (x, y): y in the first half of the channels, then x.
 
-    Positions and centres are fractions of the unpadded image; a pixel's position is its lower right corner.
+    Positions and centers are fractions of the unpadded image; a pixel's position is its lower right corner.
     """
     valid = ~padding
     encoded = []
-    for axis, centre in ((0, centres[:, 1]), (1, centres[:, 0])):
+    for axis, center in ((0, centers[:, 1]), (1, centers[:, 0])):
         count = valid.cumsum(axis, dtype=torch.float32)
         total = count[-1:, :] if axis == 0 else count[:, -1:]
-        place = count / (total + 1e-6) - centre[:, None, None]
+        place = count / (total + 1e-6) - center[:, None, None]
         encoded.append(frequencies(place * (2 * math.pi), channels // 2))
     return torch.cat(encoded, -1).permute(0, 3, 1, 2)
 
@@ -163,7 +163,7 @@ def _parts(weights: Float[Tensor, "n D"], channels: int, heads: int, points: int
     return [part.view(len(weights), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _cell_centres(height: int, width: int, like: Tensor) -> Float[Tensor, "cells 2"]:
+def _cell_centers(height: int, width: int, like: Tensor) -> Float[Tensor, "cells 2"]:
     """Return x and y of the middle of every cell, fractions of the map."""
     y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
     x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
