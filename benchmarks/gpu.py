@@ -29,7 +29,7 @@ from benchmarks.training import example, total
 from maskset import recipes
 from maskset.data import shapes
 from maskset.files import atomic_write
-from maskset.kernels.attention_plain import by_samples
+from maskset.kernels.attention_plain import by_grid_sample
 from maskset.layers.deformable import FUSED, PLAIN, implementations
 from maskset.systems import build
 
@@ -145,7 +145,9 @@ def compare_attention(name: str, dtype: torch.dtype, device: str) -> Outcome:
     sample = attention.sample((32, 48), 2, 40, "cpu").cast(exact)
     sample = sample if device == "cuda" else part(sample)
     sample = replace(sample, value=sample.value.to(dtype), gradient=sample.gradient.to(dtype))
-    plain = attention.with_gradients(lambda s: by_samples(s.value, s.shapes, s.locations, s.weights), sample.cast(torch.float64))
+    plain = attention.with_gradients(
+        lambda s: by_grid_sample(s.value, s.shapes, s.locations, s.weights), sample.cast(torch.float64)
+    )
     tensors = {key: getattr(sample, key).to(device) for key in ("value", "locations", "weights", "gradient")}
     fast = computed(name, replace(sample, **tensors), device)
     errors = [(a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(fast, plain, strict=True)]

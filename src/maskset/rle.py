@@ -98,7 +98,7 @@ def select(counts: Sequence[Counts], size: tuple[int, int], rows: Indices | None
     """
     check_pixel_count((size[0] if rows is None else len(rows), size[1] if columns is None else len(columns)))
     if library.supports(counts[0].device if len(counts) else torch.device("cpu")):
-        return runs.viewed(runs.view(counts, size, rows, columns))  # Fast path: kernels/csrc/runs.c, runs_view
+        return runs.encode_view(runs.view(counts, size, rows, columns))  # Fast path: kernels/csrc/runs.c, runs_view
     chunk = max(1, _MAX_PIXELS // max(1, size[0] * size[1]))
     parts = (decode(counts[i : i + chunk], size, rows, columns) for i in range(0, len(counts), chunk))
     return [run for part in parts for run in encode(part)]
@@ -127,7 +127,7 @@ def areas(counts: Sequence[Counts]) -> Int64[Tensor, "T"]:
     if not len(counts):
         return torch.zeros(0, dtype=torch.int64)
     if library.supports(counts[0].device):
-        return runs.measure(counts, height=1)[:, 4]  # Fast path: kernels/csrc/runs.c, runs_measure
+        return runs.boxes_and_areas(counts, height=1)[:, 4]  # Fast path: kernels/csrc/runs.c, runs_measure
     flat = torch.cat(list(counts)).long()
     lengths = torch.tensor([len(run) for run in counts], device=flat.device)
     starts = lengths.cumsum(0) - lengths
@@ -154,7 +154,7 @@ def boxes(counts: Sequence[Counts], height: int) -> Float[Tensor, "T 4"]:
     """Return the box of each mask, as `box` does, on the CPU."""
     on_cpu = [run.cpu() for run in counts]
     if library.supports(torch.device("cpu")):
-        return runs.measure(on_cpu, height)[:, :4].float()  # Fast path: kernels/csrc/runs.c, runs_measure
+        return runs.boxes_and_areas(on_cpu, height)[:, :4].float()  # Fast path: kernels/csrc/runs.c, runs_measure
     return torch.tensor([box(run, height) for run in on_cpu], dtype=torch.float32).view(-1, 4)
 
 
@@ -278,7 +278,7 @@ def rasterize(masks: Sequence[Polygons], size: tuple[int, int]) -> list[Counts]:
     if library.supports(torch.device("cpu")):  # Fast path: kernels/csrc/polygons.c
         parts = [part for polygons in masks for part in polygons]
         points = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *parts]))
-        return runs.rasterized(points, [len(part) for part in parts], [len(polygons) for polygons in masks], size)
+        return runs.rasterize(points, [len(part) for part in parts], [len(polygons) for polygons in masks], size)
     from pycocotools import mask as coco_mask
 
     drawn = [coco_mask.frPyObjects([part.reshape(-1).tolist() for part in polygons], *size) for polygons in masks]

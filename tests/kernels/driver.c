@@ -111,7 +111,7 @@ typedef struct {
 ATTENTION(float, f32)
 ATTENTION(double, f64)
 
-/* instances.c: what features, values, rows, columns, row_in, column_in, mixing and output point at, and the gradients' four */
+/* instance_transformer.c: what features, values, rows, columns, row_in, column_in, mixing and output point at, and the gradients' four */
 typedef struct {
     ptrdiff_t instances, height, width, channels, heads, points;
 } Instances;

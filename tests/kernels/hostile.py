@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from maskset.errors import MasksetError
-from maskset.kernels import attention, fields, instances, library, runs, targets
+from maskset.kernels import attention, fields, library, runs
+from maskset.kernels.instance_transformer import fused, fused_backward
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
 WEIRD = [0, 1, -1, 2, 3, 7, 100, -100, 10**6, -(10**6), 2**31, -(2**31), 2**40, -(2**62)]
@@ -71,7 +72,7 @@ class Arguments:
 
     def view(self, number: int) -> runs.View:
         height, width = self.int(0, 9), self.int(0, 9)
-        counts = runs.flat(self.counts(number, height * width))
+        counts = runs.concatenate(self.counts(number, height * width))
         rows = torch.randint(0, height + 1, (self.int(0, 9),), generator=self.random).sort().values
         columns = torch.randint(-1, max(1, width), (self.int(0, 9),), generator=self.random)
         if self.faulty():
@@ -83,7 +84,7 @@ class Arguments:
         height = self.number(height)
         return runs.View(*counts, height if height < 2**20 else 9, rows, columns)
 
-    def taps(self, cells: int, number: int) -> fields.Taps:
+    def taps(self, cells: int, number: int) -> runs.Taps:
         low = torch.randint(0, max(1, cells), (number,), generator=self.random).sort().values
         high = (low + 1).clamp(max=max(0, cells - 1))
         if self.faulty():
@@ -98,7 +99,7 @@ def runs_encode(draw: Arguments) -> None:
 
 
 def runs_view(draw: Arguments) -> None:
-    runs.viewed(draw.view(draw.int(0, 3)))
+    runs.encode_view(draw.view(draw.int(0, 3)))
 
 
 def runs_draw(draw: Arguments) -> None:
@@ -107,7 +108,7 @@ def runs_draw(draw: Arguments) -> None:
 
 def runs_measure(draw: Arguments) -> None:
     height = draw.int(1, 9)
-    runs.measure(draw.counts(draw.int(0, 3), 99), draw.number(height))
+    runs.boxes_and_areas(draw.counts(draw.int(0, 3), 99), draw.number(height))
 
 
 def runs_to_text(draw: Arguments) -> None:
@@ -122,7 +123,7 @@ def polygons_draw(draw: Arguments) -> None:
     corners = [draw.number(draw.int(0, 5)) for _ in range(draw.int(0, 4))]
     parts = [draw.number(1) for _ in corners]
     points = draw.tensor((sum(corners) if 0 <= sum(corners) < 100 else 9, 2), torch.float64, -20, 60)
-    runs.rasterized(points, corners, parts, draw.size(draw.int(0, 50), draw.int(0, 50)))
+    runs.rasterize(points, corners, parts, draw.size(draw.int(0, 50), draw.int(0, 50)))
 
 
 def fields_paste(draw: Arguments) -> None:
@@ -157,15 +158,15 @@ def fields_cut(draw: Arguments) -> None:
 def targets_crop(draw: Arguments) -> None:
     view = draw.view(draw.int(0, 3))
     size = draw.number(draw.int(1, 9))
-    targets.crop(view, draw.tensor((max(0, len(view)), 4), torch.float32, -5, 15), size if size < 2**10 else 9)
+    runs.crop(view, draw.tensor((max(0, len(view)), 4), torch.float32, -5, 15), size if size < 2**10 else 9)
 
 
 def targets_mean(draw: Arguments) -> None:
-    targets.mean(draw.view(draw.int(0, 3)), draw.taps(9, draw.int(0, 9)), draw.taps(9, draw.int(0, 9)))
+    runs.resize(draw.view(draw.int(0, 3)), draw.taps(9, draw.int(0, 9)), draw.taps(9, draw.int(0, 9)))
 
 
 def targets_quarter(draw: Arguments) -> None:
-    targets.quarter(draw.view(draw.int(0, 3)), draw.taps(9, draw.int(0, 9)), draw.taps(9, draw.int(0, 9)))
+    runs.resize_as_opencv(draw.view(draw.int(0, 3)), draw.taps(9, draw.int(0, 9)), draw.taps(9, draw.int(0, 9)))
 
 
 def _attention(draw: Arguments) -> tuple:
@@ -202,12 +203,12 @@ def _instances(draw: Arguments) -> tuple:
 
 
 def instance_transformer(draw: Arguments) -> None:
-    instances.fused(*_instances(draw)[1])
+    fused(*_instances(draw)[1])
 
 
 def instance_transformer_backward(draw: Arguments) -> None:
-    grad, inputs = _instances(draw)
-    instances.fused_backward(grad, *inputs)
+    grad, (*inputs, heads) = _instances(draw)
+    fused_backward(grad, inputs, heads)
 
 
 CALLS = {

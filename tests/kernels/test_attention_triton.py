@@ -10,12 +10,12 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from maskset.kernels.attention_plain import by_bags, by_samples
+from maskset.kernels.attention_plain import by_embedding_bag, by_grid_sample
 from maskset.kernels.self_check import triton_failure
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform", exc_type=ImportError)
 
-from maskset.kernels.attention_triton import TILES, UNTUNED, _backward, _forward, _units_in_one, backward, forward  # noqa: E402
+from maskset.kernels.attention_triton import TILES, UNTUNED, _backward, _fixed_point_scale, _forward, backward, forward  # noqa: E402
 
 LEVELS = [(5, 7), (3, 2)]
 
@@ -86,7 +86,7 @@ def fixed(request, interpreted):
 def test_output_and_gradients_are_the_references(interpreted, fixed, dtype, width, shapes):
     grad, *inputs = case(dtype, width, shapes)
     found = interpreted(forward, *inputs), *interpreted(backward, grad, *inputs)
-    assert_close(found, expected(by_samples, grad, *inputs), dtype)
+    assert_close(found, expected(by_grid_sample, grad, *inputs), dtype)
 
 
 def test_a_level_without_cells_adds_nothing(interpreted):
@@ -113,7 +113,7 @@ def test_in_fixed_point_the_order_of_queries_does_not_matter(interpreted):
 @pytest.mark.parametrize("size", [pytest.param(1e-30, marks=slow), 1e30])
 def test_fixed_point_holds_numbers_of_any_size(interpreted, size):
     grad, *inputs = case(torch.float32, 4)
-    wanted = expected(by_samples, grad, *inputs)[1]
+    wanted = expected(by_grid_sample, grad, *inputs)[1]
     interpreted(torch.use_deterministic_algorithms, True)
     found = interpreted(backward, grad * size, *inputs)[0]
     interpreted(torch.use_deterministic_algorithms, False)
@@ -139,7 +139,7 @@ def test_in_fixed_point_what_is_not_finite_becomes_nan(interpreted, place, numbe
 
 def test_fixed_point_has_room_for_all_that_float16_holds():
     grad, _, _, locations, weights = case(torch.float16, 4)
-    units = _units_in_one(grad * 100, locations, weights.half() * 60000)
+    units = _fixed_point_scale(grad * 100, locations, weights.half() * 60000)
     assert 0 < units * (grad * 100).abs().amax() * 60000 * locations[0, :, 0, 0].numel() // 2 <= 2.0**62
 
 
@@ -157,7 +157,7 @@ def test_locations_far_outside_or_nan_do_what_they_do_in_pytorch(interpreted, fa
     locations[0, 0, 0, 0, 0] = 0.45
     locations[0, 0, 0, 0, 0, axis] = far
     inputs = (value, shapes, locations, weights)
-    out, grad_value, grad_locations, grad_weights = expected(by_bags, grad, *inputs)
+    out, grad_value, grad_locations, grad_weights = expected(by_embedding_bag, grad, *inputs)
     found = run(forward, *inputs), *run(backward, grad, *inputs)
     grad_locations[0, 0, 0, 0, 0] = found[2][0, 0, 0, 0, 0]  # of NaN there is no gradient
     wanted = (out, grad_value, grad_locations, grad_weights)
@@ -186,7 +186,7 @@ wanted = triton.backward(*arguments)
 runs = []
 for tuned in (triton._tuned_forward, triton._tuned_backward):  # there is no clock to ask: the third tile is the fastest
     tuned._do_bench = lambda call, quantiles: (call(), call(), runs.append(call), [abs(2 - (len(runs) - 1) % 4)] * 3)[-1]
-triton.WORTH_TUNING = 0
+triton.MIN_TUNED_SIZE = 0
 assert torch.equal(triton.forward(*arguments[1:]), torch.full((1, 5, 4), 2.0))
 for _ in range(2):
     assert all(torch.equal(one, other) for one, other in zip(triton.backward(*arguments), wanted, strict=True))
@@ -297,14 +297,14 @@ def deterministic():
 def test_output_and_gradients_are_the_references_on_a_gpu(dtype, width):
     grad, *inputs = case(dtype, width, ENCODER, queries=301, heads=8, points=4, device="cuda")
     found = forward(*inputs), *backward(grad, *inputs)
-    assert_close(found, expected(by_samples, grad, *inputs), dtype)
+    assert_close(found, expected(by_grid_sample, grad, *inputs), dtype)
 
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tuning_leaves_output_and_gradients_as_they_are(dtype):
     grad, *inputs = case(dtype, 32, ENCODER, queries=4_500, heads=8, points=4, device="cuda")
-    wanted = expected(by_samples, grad, *inputs)
+    wanted = expected(by_grid_sample, grad, *inputs)
     for _ in range(2):  # the first call tunes
         assert_close((forward(*inputs), *backward(grad, *inputs)), wanted, dtype)
 
@@ -315,7 +315,7 @@ def test_two_runs_are_equal_bit_for_bit_where_torch_asks_for_it(deterministic, d
     grad, *inputs = case(dtype, 32, ENCODER, queries=4_500, heads=8, points=4, device="cuda")
     one, other = ((forward(*inputs), *backward(grad, *inputs)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert_close(one, expected(by_samples, grad, *inputs), dtype)
+    assert_close(one, expected(by_grid_sample, grad, *inputs), dtype)
 
 
 @gpu
@@ -328,7 +328,7 @@ def test_an_image_behind_two_to_the_31_is_found_on_a_gpu():
     per_query = [t.expand(many, *(-1,) * (t.dim() - 1)).contiguous() for t in (locations, weights)]
     last = forward(*inputs, *per_query)[-1:]
     grads = [gradient[-1:] for gradient in backward(grad.expand(many, -1, -1).contiguous(), *inputs, *per_query)]
-    wanted = expected(by_samples, grad, value, shapes, locations, weights)
+    wanted = expected(by_grid_sample, grad, value, shapes, locations, weights)
     assert_close((last, *grads), wanted, torch.bfloat16)
 
 

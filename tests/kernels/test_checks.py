@@ -13,7 +13,7 @@ import torch
 from maskset import rle
 from maskset.errors import AttentionError, MasksetError
 from maskset.instances import Masks
-from maskset.kernels import library, targets
+from maskset.kernels import library, runs
 from maskset.kernels.attention import check_attention
 from maskset.masks.paint import paste_soft
 from maskset.masks.targets import crop
@@ -26,7 +26,7 @@ def test_wrong_boxes_are_named_in_the_error(boxes):
     masks = Masks.from_dense(torch.ones(3, 5, 6, dtype=torch.bool))
     got = re.escape(f"got shape {list(boxes.shape)}, {str(boxes.dtype).removeprefix('torch.')}")
     with pytest.raises(MasksetError, match=rf"boxes must be a tensor of shape \[3, 4\].*{got}"):
-        without_shape_checks(targets.crop)(masks.view(), boxes, 28)
+        without_shape_checks(runs.crop)(masks.view(), boxes, 28)
 
 
 @pytest.mark.parametrize("shapes", [((10**6, 10**6), (-(10**6), 10**6), (2, 3)), ((-2, -3),)])

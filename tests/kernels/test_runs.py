@@ -142,7 +142,7 @@ def test_corners_as_far_out_as_is_allowed_cost_nothing(both):
     found, expected = both(lambda: rle.rasterize([(outline,), (outline, 0.9 * outline[::-1] + 3)], (480, 480)))
     assert [one.tolist() for one in found] == [one.tolist() for one in expected]
     farther, size = torch.from_numpy(1e6 * outline), (480, 480)  # nobody may ask for it, and yet it costs nothing
-    assert rle.runs.rasterized(farther, [5], [1], size)[0].sum() == 480 * 480
+    assert rle.runs.rasterize(farther, [5], [1], size)[0].sum() == 480 * 480
 
 
 def test_how_many_threads_work_changes_nothing():

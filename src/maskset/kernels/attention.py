@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskset.errors import AttentionError
 from maskset.kernels import library
-from maskset.kernels.attention_plain import Shapes
+from maskset.kernels.attention_plain import Locations, Output, Shapes, Value, Weights
 
 _TYPES = {torch.float32: "f32", torch.float64: "f64"}
 _MIN_SAMPLES_PER_THREAD = 2**14
@@ -53,22 +53,22 @@ def _(grad: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, wei
     return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     value, ctx.shapes, locations, weights = inputs
     ctx.save_for_backward(value, locations, weights)
 
 
-def _differentiate(ctx, grad: Tensor):
+def _backward(ctx, grad: Tensor):
     value, locations, weights = ctx.saved_tensors
-    of_value, of_locations, of_weights = fused_backward(grad, value, ctx.shapes, locations, weights)
-    return of_value, None, of_locations, of_weights
+    grad_value, grad_locations, grad_weights = fused_backward(grad, value, ctx.shapes, locations, weights)
+    return grad_value, None, grad_locations, grad_weights
 
 
-fused.register_autograd(_differentiate, setup_context=_keep)
+fused.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _functions(value: Tensor) -> tuple[Callable, Callable]:
-    """Return what computes the output, and the gradients, on the device of the values."""
+    """Return the functions that compute the output and the gradients on the device of the values."""
     if value.is_cuda:
         triton = importlib.import_module("maskset.kernels.attention_triton")
         return triton.forward, triton.backward
@@ -80,7 +80,7 @@ def _pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def check_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, grad: Tensor | None = None) -> None:
-    """Raise an AttentionError where tensors do not fit together and a kernel would read memory that is not theirs."""
+    """Raise an AttentionError where tensors do not fit together, so that a kernel would read foreign memory."""
     expected = (*value.shape[:1], *weights.shape[1:2], *value.shape[2:3], len(shapes), *weights.shape[-1:])
     sides = [side for shape in shapes for side in shape]
     fits = value.ndim == 4 and weights.shape == expected and locations.shape == (*expected, 2)
@@ -97,13 +97,8 @@ def check_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: T
         raise AttentionError(f"value, locations and weights must be floating-point tensors on one device, got {got}.")
 
 
-def forward(
-    value: Float[Tensor, "B S M D"],
-    shapes: Sequence[tuple[int, int]],
-    locations: Float[Tensor, "B Q M L P 2"],
-    weights: Float[Tensor, "B Q M L P"],
-) -> Float[Tensor, "B Q M*D"]:
-    """Return the weighted sums; threads share the queries."""
+def forward(value: Value, shapes: Shapes, locations: Locations, weights: Weights) -> Output:
+    """Return the weighted sums; each thread takes some of the queries."""
     check_attention(value, shapes, locations, weights)
     value, locations, weights = _same_type(value, locations, weights)
     batch, queries, heads, levels, points = weights.shape
@@ -118,13 +113,9 @@ def forward(
 
 
 def backward(
-    grad: Float[Tensor, "B Q _"],
-    value: Float[Tensor, "B S M D"],
-    shapes: Sequence[tuple[int, int]],
-    locations: Float[Tensor, "B Q M L P 2"],
-    weights: Float[Tensor, "B Q M L P"],
-) -> tuple[Float[Tensor, "B S M D"], Float[Tensor, "B Q M L P 2"], Float[Tensor, "B Q M L P"]]:
-    """Return the gradients of value, locations and weights; threads share the heads, so that no cell has two writers."""
+    grad: Float[Tensor, "B Q _"], value: Value, shapes: Shapes, locations: Locations, weights: Weights
+) -> tuple[Value, Locations, Weights]:
+    """Return the gradients of value, locations and weights; each thread takes some of the heads: no cell has two writers."""
     check_attention(value, shapes, locations, weights, grad)
     grad, value, locations, weights = _same_type(grad, value, locations, weights)
     gradients = torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights)
@@ -144,7 +135,7 @@ class _Sizes(ctypes.Structure):
     ]
 
 
-def _sizes(value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor) -> Any:
+def _sizes(value: Tensor, shapes: Shapes, weights: Tensor) -> Any:
     flat = [side for shape in shapes for side in shape]
     _, queries, heads, levels, points = weights.shape
     return ctypes.byref(

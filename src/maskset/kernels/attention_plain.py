@@ -1,4 +1,4 @@
-"""Deformable attention in plain PyTorch: a readable form, a faster one and one for export. See `layers.deformable`.
+"""Deformable attention in plain PyTorch: a readable version, a faster one and one for export. See `layers.deformable`.
 
 Fast paths: attention.py (kernels/csrc/attention.c) on the CPU and attention_triton.py on a GPU.
 """
@@ -11,15 +11,14 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 Shapes = Sequence[tuple[int, int]]  # height and width of each level
+Value = Float[Tensor, "B S M D"]  # the cells of all levels, level after level, row-major, for each of M heads
+Locations = Float[Tensor, "B Q M L P 2"]  # of the samples, x and y as fractions of the level
+Weights = Float[Tensor, "B Q M L P"]  # of the samples
+Output = Float[Tensor, "B Q M*D"]
 
 
-def by_samples(
-    value: Float[Tensor, "B S M D"],
-    shapes: Shapes,
-    locations: Float[Tensor, "B Q M L P 2"],
-    weights: Float[Tensor, "B Q M L P"],
-) -> Float[Tensor, "B Q M*D"]:
-    """Return the weighted sums of bilinear samples, level by level. This is the readable form."""
+def by_grid_sample(value: Value, shapes: Shapes, locations: Locations, weights: Weights) -> Output:
+    """Return the weighted sums of bilinear samples, level by level. This is the readable version."""
     batch, _, heads, width = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     total = value.new_zeros(batch * heads, width, queries)
@@ -32,12 +31,7 @@ def by_samples(
     return total.view(batch, heads * width, queries).transpose(1, 2)
 
 
-def by_bags(
-    value: Float[Tensor, "B S M D"],
-    shapes: Shapes,
-    locations: Float[Tensor, "B Q M L P 2"],
-    weights: Float[Tensor, "B Q M L P"],
-) -> Float[Tensor, "B Q M*D"]:
+def by_embedding_bag(value: Value, shapes: Shapes, locations: Locations, weights: Weights) -> Output:
     """Return the same in less time and memory, as one weighted sum of 4 * L * P rows of `value` for each query and head.
 
     A bilinear sample is a weighted sum of four cells, and `embedding_bag` sums rows without copies of them.
@@ -53,12 +47,7 @@ def by_bags(
     return sums.view(batch, locations.shape[1], heads * width)
 
 
-def by_gathering(
-    value: Float[Tensor, "B S M D"],
-    shapes: Shapes,
-    locations: Float[Tensor, "B Q M L P 2"],
-    weights: Float[Tensor, "B Q M L P"],
-) -> Float[Tensor, "B Q M*D"]:
+def by_gather(value: Value, shapes: Shapes, locations: Locations, weights: Weights) -> Output:
     """Return the same by copying rows and multiplying matrices. It is slow, but every ONNX runtime has both operations."""
     batch, _, heads, width = value.shape
     cells, factors = corners(shapes, locations, weights)
@@ -70,7 +59,7 @@ def by_gathering(
 
 
 def corners(
-    shapes: Shapes, locations: Float[Tensor, "B Q M L P 2"], weights: Float[Tensor, "B Q M L P"]
+    shapes: Shapes, locations: Locations, weights: Weights
 ) -> tuple[Int32[Tensor, "B Q M 4*L*P"], Float[Tensor, "B Q M 4*L*P"]]:
     """Return the cells that each head of a query samples, the four around each location, and their weights."""
     cells, factors, first = [], [], 0

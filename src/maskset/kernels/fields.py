@@ -4,20 +4,17 @@ The library must be available. Every function raises a MasksetError for argument
 """
 
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from maskset.errors import MasksetError
 from maskset.kernels import library, runs
-from maskset.kernels.runs import MIN_MASKS_PER_THREAD, Counts
-
-# For each cell of a result along one axis: the indices of two source cells, low and high, neither decreasing, and their weights.
-Taps = tuple[Int[Tensor, "_"], Int[Tensor, "_"], Tensor, Tensor]
+from maskset.kernels.runs import MIN_MASKS_PER_THREAD, Counts, Taps, check_taps
 
 
 def paste(fields: Float32[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple[int, int], threshold: float) -> list[Counts]:
     """Return where fields, stretched over boxes in an image of `size` (height, width), reach a threshold."""
-    height, width = library.check_size(size)
+    height, width = library.check_height_width(size)
     side = fields.shape[-1] if isinstance(fields, Tensor) and fields.ndim else 0
     if not 0 < side < 2**15:
         raise MasksetError(
@@ -76,7 +73,7 @@ def cut(cells: Float32[Tensor, "_"], parts: Int64[Tensor, "n 8"], rows: Taps, co
     """Return the run lengths of where fields, resized to the size of the image as by `resize`, exceed a threshold."""
     rows, columns = check_taps("rows", rows), check_taps("columns", columns)
     cells, parts = _check_parts(cells, parts, rows, columns)
-    height, width = library.check_size((len(rows[0]), len(columns[0])))
+    height, width = library.check_height_width((len(rows[0]), len(columns[0])))
     fields_cut, bound = library.function("fields_cut"), torch.tensor([threshold], dtype=torch.float32)
 
     def write(out: Tensor, starts: Tensor, needed: Tensor, first: int, end: int) -> None:
@@ -84,24 +81,6 @@ def cut(cells: Float32[Tensor, "_"], parts: Int64[Tensor, "n 8"], rows: Taps, co
         fields_cut(cells, parts, *rows, *columns, bound, height, width, out, starts, needed, scratch, first, end)
 
     return runs.collect(write, runs.estimated_counts(parts[:, 7] - parts[:, 6]))
-
-
-def check_taps(name: str, taps: Taps, dtype: torch.dtype = torch.float32) -> Taps:
-    """Return the taps as C reads them, indices as int32 and weights in a type.
-
-    Raises:
-        MasksetError: the four do not have the same length, or an index is negative, beyond 2^31 or decreases.
-    """
-    if len(taps) != 4 or not all(isinstance(tap, Tensor) and tap.ndim == 1 for tap in taps):
-        raise MasksetError(f"{name} must be four one-dimensional tensors: low, high and their two weights.")
-    low, high = (library.check(f"{name} index", tap, (len(taps[0]),), torch.int64, torch.int32) for tap in taps[:2])
-    near, far = (library.check(f"{name} weight", tap, (len(low),), *library.NUMBERS) for tap in taps[2:])
-    for index in (low, high):
-        if len(index) and (int(index[0]) < 0 or int(index[-1]) >= 2**31 or bool((index.diff() < 0).any())):
-            raise MasksetError(f"{name} indices must be 0 or more, below 2^31, and must not decrease.")
-    if bool((low > high).any()):
-        raise MasksetError(f"{name} indices: the low one must not exceed the high one.")
-    return low.int(), high.int(), near.to(dtype), far.to(dtype)
 
 
 def _check_parts(cells: Tensor, parts: Tensor, rows: Taps, columns: Taps) -> tuple[Tensor, Tensor]:

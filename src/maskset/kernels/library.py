@@ -1,8 +1,8 @@
 """The C library. It is built when maskset is installed and a C compiler exists; without it everything works, more slowly.
 
-The library takes pointers and knows nothing about Python or torch, so that one build supports every version of both. It cannot
-check what it reads, so every Python function that calls it checks its arguments first, with `check` and `check_size`. Each C
-function works on a range of its items; `parallel_for` distributes the ranges over threads.
+The library takes pointers and does not depend on Python or torch, so that one build supports every version of both. It cannot
+check what it reads, so every Python function that calls it checks its arguments first, with `check` and `check_height_width`.
+Each C function processes a range of its items; `parallel_for` distributes the ranges over threads.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from torch import Tensor
 from maskset.errors import MasksetError
 
 NATIVE_ENV = "MASKSET_NATIVE"  # environment variable, "on" or "off"; "off" disables the library
-SIGNATURES = 0x352FA617  # of the C functions that this code calls, as in csrc/maskset.h
+SIGNATURES = 0x2AB7AB97  # of the C functions that this code calls, as in csrc/maskset.h
 _REBUILD = "run `pip install --force-reinstall --no-deps .` in the source folder of maskset"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NUMBERS = (*FLOATS, torch.int64, torch.int32)
@@ -110,8 +110,8 @@ def check(name: str, tensor: Any, shape: Sequence[int | None], *dtypes: torch.dt
     return tensor.contiguous()
 
 
-def check_size(size: Sequence[int]) -> tuple[int, int]:
-    """Return the height and width of an image that C can number the pixels of.
+def check_height_width(size: Sequence[int]) -> tuple[int, int]:
+    """Return the height and width of an image whose pixels C can number.
 
     Raises:
         MasksetError: it is not two non-negative integers with a product below 2^31.

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from maskset.kernels.attention_plain import by_samples
+from maskset.kernels.attention_plain import by_grid_sample
 
 _SHAPES = [(5, 7), (3, 2)]
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative to the greatest number
@@ -37,7 +37,7 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return what is wrong in one type; None if the output and all gradients agree with those of float64 on the CPU."""
     grad, value, locations, weights = _example(dtype)
     inputs = [tensor.double().requires_grad_() for tensor in (value, locations, weights)]
-    output = by_samples(inputs[0], _SHAPES, inputs[1], inputs[2])
+    output = by_grid_sample(inputs[0], _SHAPES, inputs[1], inputs[2])
     expected = output, *torch.autograd.grad(output, inputs, grad.double())
     grad, value, locations, weights = (tensor.to(device) for tensor in (grad, value, locations, weights))
     try:

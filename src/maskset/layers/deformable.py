@@ -13,22 +13,17 @@ from torch import Tensor, nn
 from maskset.errors import AttentionError
 from maskset.kernels import library
 from maskset.kernels.attention import fused
-from maskset.kernels.attention_plain import Shapes, by_bags, by_gathering, by_samples
+from maskset.kernels.attention_plain import Locations, Output, Shapes, Value, Weights, by_embedding_bag, by_gather, by_grid_sample
 from maskset.kernels.self_check import triton_failure
 
 ATTENTION_ENV = "MASKSET_ATTENTION"  # environment variable that names the implementation; the default is the fastest available
-PLAIN = {"reference": by_samples, "bag": by_bags, "gather": by_gathering}
+PLAIN = {"reference": by_grid_sample, "bag": by_embedding_bag, "gather": by_gather}
 FUSED = {"c": "cpu", "triton": "cuda"}  # and the device type that each supports
 _GPU = torch.device("cuda")
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
-def deformable_attention(
-    value: Float[Tensor, "B S M D"],
-    shapes: Shapes,
-    locations: Float[Tensor, "B Q M L P 2"],
-    weights: Float[Tensor, "B Q M L P"],
-) -> Float[Tensor, "B Q M*D"]:
+def deformable_attention(value: Value, shapes: Shapes, locations: Locations, weights: Weights) -> Output:
     """Return the weighted sum of P bilinear samples of each of L levels, for every query and head, in the type of `value`.
 
     All implementations give the same but for rounding. A location that is NaN gives NaN.

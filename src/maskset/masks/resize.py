@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskset.kernels.fields import Taps
+from maskset.kernels.runs import Taps
 
 Positions = Float[Tensor, "_"]
 

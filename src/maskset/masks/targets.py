@@ -8,7 +8,7 @@
 | `resize_by_corners` | SOIT                 | bilinear, `align_corners=True`, of the padded mask          | `targets_mean`    |
 | `centers_of_mass`   | SOTR                 | mean y and x of the pixels (scipy, `center_of_mass`)        | none              |
 
-Masks on the CPU take the C path (kernels/targets.py, kernels/csrc/targets.c) where the library is available. The Python code here
+Masks on the CPU take the C path (kernels/runs.py, kernels/csrc/targets.c) where the library is available. The Python code here
 is the reference that the C code is tested against (tests/kernels/test_targets.py), and what runs on other devices.
 """
 
@@ -23,8 +23,7 @@ from torchvision.ops import roi_align
 
 from maskset.errors import MasksetError
 from maskset.instances import Masks
-from maskset.kernels import library
-from maskset.kernels import targets as c_targets
+from maskset.kernels import library, runs
 from maskset.masks.resize import align_corners, resample, taps
 
 _OPENCV_UNIT = 2048  # OpenCV's fixed-point representation of a weight of 1 (11 bits)
@@ -51,7 +50,7 @@ def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "
             f"crop needs a box x0 y0 x1 y1 for each mask, a tensor of shape [{len(masks)}, 4], got {list(boxes.shape)}."
         )
     if library.supports(masks.device) and library.supports(boxes.device):
-        return c_targets.crop(masks.view(), boxes, size)  # Fast path: kernels/csrc/targets.c, targets_crop
+        return runs.crop(masks.view(), boxes, size)  # Fast path: kernels/csrc/targets.c, targets_crop
     crops = torch.zeros(len(masks), size, size, dtype=torch.bool, device=boxes.device)
     height, width = masks.size
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
@@ -81,7 +80,7 @@ def central_means(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Ten
     if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_mean
         rows, columns = (factor * torch.arange(cells) + factor // 2 for cells in size)
         half = [torch.full((cells,), 0.5) for cells in size]
-        return c_targets.mean(masks.view(), (rows - 1, rows, half[0], half[0]), (columns - 1, columns, half[1], half[1]))
+        return runs.resize(masks.view(), (rows - 1, rows, half[0], half[0]), (columns - 1, columns, half[1], half[1]))
     central = slice(factor // 2 - 1, None, factor), slice(factor // 2, None, factor)
     chunk = max(1, _MAX_PIXELS // max(1, masks.size[0] * masks.size[1]))
     sums = torch.zeros(len(masks), *size, device=masks.device)
@@ -107,7 +106,7 @@ def resize_by_corners(
     """
     rows, columns = align_corners(canvas[0], size[0]), align_corners(canvas[1], size[1])
     if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_mean
-        return c_targets.mean(masks.view(), taps(rows, canvas[0]), taps(columns, canvas[1])).to(device)
+        return runs.resize(masks.view(), taps(rows, canvas[0]), taps(columns, canvas[1])).to(device)
     resized = torch.zeros(len(masks), *size, device=device)
     for i in range(len(masks)):  # one mask at full size at a time
         dense = masks[i].dense().to(device)
@@ -155,7 +154,7 @@ def quarter_masks(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
     height, width = masks.size
     rows, columns = (_opencv_taps(pixels, int(pixels / 4 + 0.5), masks.device) for pixels in (height, width))
     if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_quarter
-        return c_targets.quarter(masks.view(), rows.padded(size[0], height), columns.padded(size[1], width))
+        return runs.resize_as_opencv(masks.view(), rows.padded(size[0], height), columns.padded(size[1], width))
     resized = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
     for i, (left, _, right, _) in enumerate(masks.boxes().tolist()):
         cells = ((columns.high >= left) & (columns.low < right)).nonzero()[:, 0].tolist()

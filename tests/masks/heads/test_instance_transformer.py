@@ -125,7 +125,7 @@ def test_places_that_are_not_finite_do_no_harm():
 
 
 def test_the_operator_obeys_the_rules_of_torch_library():
-    from maskset.kernels.instances import fused
+    from maskset.kernels.instance_transformer import fused
 
     if library.handle() is None:
         pytest.skip("it needs the C library")

@@ -2,13 +2,13 @@
 
 /* Where a sample lies between four cells: 0 left above, 1 right above, 2 left below, 3 right below. */
 typedef struct {
-    ptrdiff_t cell[4]; /* the number of each cell within all levels; meaningless where it is not inside */
+    ptrdiff_t cell[4]; /* index of each cell within all levels; undefined where it is not inside */
     int inside[4];
-    REAL dx, dy; /* how far right and down of cell 0 */
+    REAL dx, dy; /* distance to the right of and below cell 0 */
 } NAME(Sample);
 
-/* Return whether any cell of the level is seen from x, y, which are in cells: 0 is the center of the first one. */
-INLINE int NAME(find)(NAME(Sample) * s, REAL x, REAL y, ptrdiff_t height, ptrdiff_t width, ptrdiff_t start) {
+/* Return whether a sample at x, y reads any cell of the level. Coordinates are in cells; 0 is the center of the first one. */
+INLINE int NAME(locate)(NAME(Sample) * s, REAL x, REAL y, ptrdiff_t height, ptrdiff_t width, ptrdiff_t start) {
     if (!(x > -1 && y > -1 && x < (REAL)width && y < (REAL)height)) return 0;
     ptrdiff_t left = (ptrdiff_t)(x + 1) - 1, top = (ptrdiff_t)(y + 1) - 1; /* floor, since both sums are positive */
     if ((REAL)left > x) left--; /* where x + 1 was rounded up */
@@ -23,29 +23,29 @@ INLINE int NAME(find)(NAME(Sample) * s, REAL x, REAL y, ptrdiff_t height, ptrdif
     return 1;
 }
 
-INLINE REAL NAME(share)(const NAME(Sample) * s, int corner) {
+INLINE REAL NAME(corner_weight)(const NAME(Sample) * s, int corner) {
     return (corner & 1 ? s->dx : 1 - s->dx) * (corner & 2 ? s->dy : 1 - s->dy);
 }
 
-/* Write what one query sees with one head, of at most MOST channels. */
-INLINE void NAME(look)(const REAL *value, const REAL *locations, const REAL *weights, REAL *out, const Sizes *z,
-                       ptrdiff_t width) {
-    REAL sum[MOST] = {0}; /* in registers, where the compiler knows the width */
+/* Write the output of one query and head, of at most MAX_CHANNELS channels. */
+INLINE void NAME(attend)(const REAL *value, const REAL *locations, const REAL *weights, REAL *out, const Sizes *z,
+                         ptrdiff_t width) {
+    REAL sum[MAX_CHANNELS] = {0}; /* in registers if the width is a compile-time constant */
     ptrdiff_t start = 0, apart = z->heads * z->width;
     for (ptrdiff_t level = 0; level < z->levels; level++) {
         ptrdiff_t high = z->shapes[2 * level], wide = z->shapes[2 * level + 1];
         for (ptrdiff_t p = 0; p < z->points; p++, locations += 2, weights++) {
             NAME(Sample) s;
             REAL x = locations[0] * (REAL)wide - (REAL)0.5, y = locations[1] * (REAL)high - (REAL)0.5, a = *weights;
-            if (!NAME(find)(&s, x, y, high, wide, start)) {
-                if (isnan(x) || isnan(y)) /* a place that is no number shows no number: training must notice */
+            if (!NAME(locate)(&s, x, y, high, wide, start)) {
+                if (isnan(x) || isnan(y)) /* a NaN in the locations must reach the loss */
                     for (ptrdiff_t d = 0; d < width; d++) sum[d] = NAN;
                 continue;
             }
             if (s.inside[0] && s.inside[3]) {
                 const REAL *v = value + s.cell[0] * apart, *below = v + wide * apart;
-                REAL w0 = NAME(share)(&s, 0) * a, w1 = NAME(share)(&s, 1) * a;
-                REAL w2 = NAME(share)(&s, 2) * a, w3 = NAME(share)(&s, 3) * a;
+                REAL w0 = NAME(corner_weight)(&s, 0) * a, w1 = NAME(corner_weight)(&s, 1) * a;
+                REAL w2 = NAME(corner_weight)(&s, 2) * a, w3 = NAME(corner_weight)(&s, 3) * a;
                 for (ptrdiff_t d = 0; d < width; d++)
                     sum[d] += (w0 * v[d] + w1 * v[apart + d]) + (w2 * below[d] + w3 * below[apart + d]);
                 continue;
@@ -53,7 +53,7 @@ INLINE void NAME(look)(const REAL *value, const REAL *locations, const REAL *wei
             for (int corner = 0; corner < 4; corner++) {
                 if (!s.inside[corner]) continue;
                 const REAL *v = value + s.cell[corner] * apart;
-                REAL w = NAME(share)(&s, corner) * a;
+                REAL w = NAME(corner_weight)(&s, corner) * a;
                 for (ptrdiff_t d = 0; d < width; d++) sum[d] += w * v[d];
             }
         }
@@ -63,9 +63,9 @@ INLINE void NAME(look)(const REAL *value, const REAL *locations, const REAL *wei
 }
 
 /* Add to the value's gradient, and write the gradients of the locations and weights, of one query and head. */
-INLINE void NAME(learn)(const REAL *restrict value, const REAL *locations, const REAL *weights, const REAL *restrict grad,
-                        REAL *restrict grad_value, REAL *grad_locations, REAL *grad_weights, const Sizes *z,
-                        ptrdiff_t width) {
+INLINE void NAME(differentiate)(const REAL *restrict value, const REAL *locations, const REAL *weights, const REAL *restrict grad,
+                                REAL *restrict grad_value, REAL *grad_locations, REAL *grad_weights, const Sizes *z,
+                                ptrdiff_t width) {
     ptrdiff_t start = 0, apart = z->heads * z->width;
     for (ptrdiff_t level = 0; level < z->levels; level++) {
         ptrdiff_t high = z->shapes[2 * level], wide = z->shapes[2 * level + 1];
@@ -73,16 +73,16 @@ INLINE void NAME(learn)(const REAL *restrict value, const REAL *locations, const
             NAME(Sample) s;
             REAL x = locations[0] * (REAL)wide - (REAL)0.5, y = locations[1] * (REAL)high - (REAL)0.5, a = *weights;
             grad_locations[0] = grad_locations[1] = *grad_weights = 0;
-            if (!NAME(find)(&s, x, y, high, wide, start)) {
+            if (!NAME(locate)(&s, x, y, high, wide, start)) {
                 if (isnan(x) || isnan(y)) grad_locations[0] = grad_locations[1] = *grad_weights = NAN;
                 continue;
             }
-            REAL dot[4] = {0, 0, 0, 0}; /* of each corner's value with the gradient */
+            REAL dot[4] = {0, 0, 0, 0}; /* product of each corner's value and the gradient */
             if (s.inside[0] && s.inside[3]) {
                 const REAL *v = value + s.cell[0] * apart, *below = v + wide * apart;
                 REAL *to = grad_value + s.cell[0] * apart, *to_below = to + wide * apart;
-                REAL w0 = NAME(share)(&s, 0) * a, w1 = NAME(share)(&s, 1) * a;
-                REAL w2 = NAME(share)(&s, 2) * a, w3 = NAME(share)(&s, 3) * a;
+                REAL w0 = NAME(corner_weight)(&s, 0) * a, w1 = NAME(corner_weight)(&s, 1) * a;
+                REAL w2 = NAME(corner_weight)(&s, 2) * a, w3 = NAME(corner_weight)(&s, 3) * a;
                 REAL d0 = 0, d1 = 0, d2 = 0, d3 = 0;
 #pragma omp simd reduction(+ : d0, d1, d2, d3)
                 for (ptrdiff_t d = 0; d < width; d++) {
@@ -99,7 +99,7 @@ INLINE void NAME(learn)(const REAL *restrict value, const REAL *locations, const
                 for (int corner = 0; corner < 4; corner++) {
                     if (!s.inside[corner]) continue;
                     const REAL *v = value + s.cell[corner] * apart;
-                    REAL *to = grad_value + s.cell[corner] * apart, w = NAME(share)(&s, corner) * a, sum = 0;
+                    REAL *to = grad_value + s.cell[corner] * apart, w = NAME(corner_weight)(&s, corner) * a, sum = 0;
 #pragma omp simd reduction(+ : sum)
                     for (ptrdiff_t d = 0; d < width; d++) sum += v[d] * grad[d];
 #pragma omp simd
@@ -116,8 +116,8 @@ INLINE void NAME(learn)(const REAL *restrict value, const REAL *locations, const
     }
 }
 
-/* Do `call(channels)` with a number that the compiler knows, for the usual ones. */
-#define WITH_KNOWN(channels, call)                                                                                        \
+/* Do `call(channels)` with a compile-time constant for the usual numbers. */
+#define WITH_CONSTANT(channels, call)                                                                                        \
     switch (channels) {                                                                                                   \
         case 2: call(2); break;                                                                                           \
         case 16: call(16); break;                                                                                         \
@@ -127,37 +127,37 @@ INLINE void NAME(learn)(const REAL *restrict value, const REAL *locations, const
         default: call(channels);                                                                                          \
     }
 
-/* value [B S M D], locations [B Q M L P 2], weights [B Q M L P]; writes out [B Q M D]. Items are the B * Q queries. */
+/* Write out [B Q M D] for value [B S M D], locations [B Q M L P 2], weights [B Q M L P]. Items are the B * Q queries. */
 FAST EXPORT void NAME(deformable_attention)(const REAL *value, const REAL *locations, const REAL *weights, REAL *out,
                                             const Sizes *z, ptrdiff_t first, ptrdiff_t end) {
     ptrdiff_t samples = z->levels * z->points, of_image = z->cells * z->heads * z->width;
     for (ptrdiff_t row = first * z->heads; row < end * z->heads; row++) {
-        const REAL *seen = value + row / (z->heads * z->queries) * of_image + row % z->heads * z->width;
-        for (ptrdiff_t d = 0; d < z->width; d += MOST) {
-            ptrdiff_t channels = z->width - d < MOST ? z->width - d : MOST;
-#define LOOK(known) \
-    NAME(look)(seen + d, locations + 2 * samples * row, weights + samples * row, out + z->width * row + d, z, known)
-            WITH_KNOWN(channels, LOOK)
-#undef LOOK
+        const REAL *from = value + row / (z->heads * z->queries) * of_image + row % z->heads * z->width;
+        for (ptrdiff_t d = 0; d < z->width; d += MAX_CHANNELS) {
+            ptrdiff_t channels = z->width - d < MAX_CHANNELS ? z->width - d : MAX_CHANNELS;
+#define ATTEND(known) \
+    NAME(attend)(from + d, locations + 2 * samples * row, weights + samples * row, out + z->width * row + d, z, known)
+            WITH_CONSTANT(channels, ATTEND)
+#undef ATTEND
         }
     }
 }
 
-/* The same shapes; adds to grad_value (zero at first), writes the others. Items are the B * M heads, each with its own cells. */
+/* Add to grad_value, which is zero before, and write the other gradients. Items are the B * M heads, each with its own cells. */
 FAST EXPORT void NAME(deformable_attention_backward)(const REAL *value, const REAL *locations, const REAL *weights,
-                                                     const REAL *grad, REAL *grad_value, REAL *grad_locations,
-                                                     REAL *grad_weights, const Sizes *z, ptrdiff_t first, ptrdiff_t end) {
+                                                     const REAL *grad, REAL *grad_value, REAL *grad_locations, REAL *grad_weights,
+                                                     const Sizes *z, ptrdiff_t first, ptrdiff_t end) {
     ptrdiff_t samples = z->levels * z->points, of_image = z->cells * z->heads * z->width;
     for (ptrdiff_t item = first; item < end; item++) {
         ptrdiff_t image = item / z->heads, head = item % z->heads, offset = image * of_image + head * z->width;
         for (ptrdiff_t query = 0; query < z->queries; query++) {
             ptrdiff_t row = (image * z->queries + query) * z->heads + head, at = samples * row;
-#define LEARN(known)                                                                                                      \
-    NAME(learn)(value + offset, locations + 2 * at, weights + at, grad + z->width * row, grad_value + offset,              \
+#define DIFFERENTIATE(known)                                                                                                      \
+    NAME(differentiate)(value + offset, locations + 2 * at, weights + at, grad + z->width * row, grad_value + offset,              \
                 grad_locations + 2 * at, grad_weights + at, z, known)
-            WITH_KNOWN(z->width, LEARN)
-#undef LEARN
+            WITH_CONSTANT(z->width, DIFFERENTIATE)
+#undef DIFFERENTIATE
         }
     }
 }
-#undef WITH_KNOWN
+#undef WITH_CONSTANT

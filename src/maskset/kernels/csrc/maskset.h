@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 /* A checksum of all signatures and structures, which tests/kernels/test_checks.py computes. */
-#define SIGNATURES 0x352fa617
+#define SIGNATURES 0x2ab7ab97
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -24,7 +24,7 @@
 #define INLINE static inline
 #endif
 
-/* Compiled once for each generation of processors; the loader selects the best for the machine. */
+/* Compiled once for each generation of processors; the dynamic loader selects the best for the machine. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(PLAIN)
 #define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

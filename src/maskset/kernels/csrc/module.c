@@ -1,4 +1,4 @@
-/* An empty Python module: the form in which every installer builds, places and finds the library. */
+/* An empty Python module, so that installers build and find the library like any extension module. */
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 

@@ -1,12 +1,12 @@
-/* Run lengths from pixels, to pixels, through a view, measured, and as COCO's text. Items are masks.
+/* Run lengths: encoding, decoding, views, boxes and areas, and COCO's compressed text. Items are masks.
 
-   Output run lengths of mask i have `starts[i + 1] - starts[i]` places from `starts[i]` on; `needed[i]` receives how many it needs.
-   If it needs more, the rest is missing, and the caller repeats the call with more room. */
+   The output of mask i has room for `starts[i + 1] - starts[i]` counts from `starts[i]` on; `needed[i]` receives their number. If
+   that is more, the others are missing, and the caller repeats the call with more room. */
 #include "runs.h"
 
-#define BLOCK 64 /* columns that are turned at a time */
+#define BLOCK 64 /* columns that are transposed at a time */
 
-/* masks [T height width] of 0 and 1; scratch has BLOCK * height bytes. */
+/* Write the run lengths of masks [T height width] of 0 and 1. Scratch has BLOCK * height bytes. */
 FAST EXPORT void runs_encode(const uint8_t *masks, ptrdiff_t height, ptrdiff_t width, int32_t *out, const int64_t *starts,
                              int64_t *needed, uint8_t *scratch, ptrdiff_t first, ptrdiff_t end) {
     for (ptrdiff_t mask = first; mask < end; mask++) {
@@ -26,7 +26,7 @@ FAST EXPORT void runs_encode(const uint8_t *masks, ptrdiff_t height, ptrdiff_t w
     }
 }
 
-/* Write the run lengths of what the view shows. */
+/* Write the run lengths of the masks in a view. */
 EXPORT void runs_view(const View *view, int32_t *out, const int64_t *starts, int64_t *needed, ptrdiff_t first, ptrdiff_t end) {
     for (ptrdiff_t mask = first; mask < end; mask++) {
         Writer w = writer(out + starts[mask], starts[mask + 1] - starts[mask]);
@@ -41,7 +41,7 @@ EXPORT void runs_view(const View *view, int32_t *out, const int64_t *starts, int
     }
 }
 
-/* Set what the view shows as set in pixels [T width rows], column after column, which are 0 at first. */
+/* Write 1 for the set pixels of a view into pixels [T width rows], which are 0 before. */
 EXPORT void runs_draw(const View *view, uint8_t *pixels, ptrdiff_t first, ptrdiff_t end) {
     for (ptrdiff_t mask = first; mask < end; mask++) {
         Cursor at = cursor(view, mask);
@@ -54,15 +54,15 @@ EXPORT void runs_draw(const View *view, uint8_t *pixels, ptrdiff_t first, ptrdif
     }
 }
 
-/* Write x0 y0 x1 y1 (both ends exclusive; zeros if nothing is set) and the number of set pixels of each mask into found [T 5]. */
-EXPORT void runs_measure(const int32_t *counts, const int64_t *starts, ptrdiff_t height, int64_t *found, ptrdiff_t first,
+/* Write x0 y0 x1 y1 (both ends exclusive; zeros if nothing is set) and the area of each mask into measures [T 5]. */
+EXPORT void runs_measure(const int32_t *counts, const int64_t *starts, ptrdiff_t height, int64_t *measures, ptrdiff_t first,
                          ptrdiff_t end) {
     for (ptrdiff_t mask = first; mask < end; mask++) {
-        int64_t *box = found + 5 * mask, start = 0, area = 0, left = 0, right = 0, top = height, bottom = 0;
+        int64_t *box = measures + 5 * mask, start = 0, area = 0, left = 0, right = 0, top = height, bottom = 0;
         for (int64_t run = starts[mask]; run < starts[mask + 1] && height > 0; run++) {
             int64_t length = counts[run] > 0 ? counts[run] : 0, last = start + length - 1;
             if ((run - starts[mask]) % 2 && length) {
-                int wraps = start / height != last / height; /* it goes on in the next column: touches bottom and top */
+                int wraps = start / height != last / height; /* it continues in the next column, so it touches bottom and top */
                 int64_t from = wraps ? 0 : start % height, to = wraps ? height : last % height + 1;
                 if (!area) left = start / height;
                 right = last / height + 1;
@@ -76,18 +76,18 @@ EXPORT void runs_measure(const int32_t *counts, const int64_t *starts, ptrdiff_t
     }
 }
 
-/* Write COCO's text of each mask from text[7 * starts[mask]] on, which always suffices, and how long it is. */
+/* Write COCO's text of each mask from text[7 * starts[mask]] on, which always suffices, and its length. */
 EXPORT void runs_to_text(const int32_t *counts, const int64_t *starts, char *text, int64_t *lengths, ptrdiff_t first,
                          ptrdiff_t end) {
     for (ptrdiff_t mask = first; mask < end; mask++) {
         char *to = text + 7 * starts[mask];
         for (int64_t run = starts[mask]; run < starts[mask + 1]; run++) {
             int64_t number = counts[run];
-            if (run - starts[mask] > 2) number -= counts[run - 2]; /* sizes of neighboring runs are alike: differences are short */
+            if (run - starts[mask] > 2) number -= counts[run - 2]; /* neighboring runs have similar lengths */
             for (int more = 1; more;) {
                 int group = (int)(number & 31);
                 number >>= 5;
-                more = number != (group & 16 ? -1 : 0); /* the rest is not just the sign that the group's last bit gives */
+                more = number != (group & 16 ? -1 : 0); /* the remaining bits are not only copies of the group's sign bit */
                 *to++ = (char)('0' + group + 32 * more);
             }
         }
@@ -95,14 +95,14 @@ EXPORT void runs_to_text(const int32_t *counts, const int64_t *starts, char *tex
     }
 }
 
-/* Read one mask's text into `counts`, which has as many places as the text has characters. Return how many counts there are, or
-   -1: a character is not one of the text's, -2: it ends inside a number, -3: a number has more than 32 bits, -4: a run length has. */
+/* Read one mask's text into `counts`, which has one element per character of the text. Return the number of counts, or
+   -1: invalid character, -2: ends inside a number, -3: a number has more than 32 bits, -4: a run length has more than 32 bits. */
 EXPORT ptrdiff_t runs_from_text(const char *text, ptrdiff_t length, int32_t *counts) {
     for (ptrdiff_t i = 0; i < length; i++)
         if (text[i] < '0' || text[i] > 'o') return -1;
     if (length && (text[length - 1] - '0') & 32) return -2;
-    ptrdiff_t found = 0;
-    for (ptrdiff_t i = 0; i < length; found++) {
+    ptrdiff_t count = 0;
+    for (ptrdiff_t i = 0; i < length; count++) {
         int64_t number = 0, unit = 1;
         for (int more = 1, groups = 0; more; unit *= 32) {
             if (groups++ == 7) return -3;
@@ -111,9 +111,9 @@ EXPORT ptrdiff_t runs_from_text(const char *text, ptrdiff_t length, int32_t *cou
             number += (group & 31) * unit;
             if (!more && group & 16) number -= 32 * unit;
         }
-        if (found > 2) number += counts[found - 2];
+        if (count > 2) number += counts[count - 2];
         if (number > INT32_MAX || number < INT32_MIN) return -4;
-        counts[found] = (int32_t)number;
+        counts[count] = (int32_t)number;
     }
-    return found;
+    return count;
 }

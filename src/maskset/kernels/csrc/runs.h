@@ -8,17 +8,17 @@
 #include "maskset.h"
 #include <string.h>
 
-/* Masks seen through a selection of rows and columns, as flips, crops and nearest scaling of the image give. */
+/* A selection of whole rows and columns of masks, as flips, crops and nearest-neighbor scaling make. */
 typedef struct {
-    const int32_t *counts;  /* of all masks, one after the other */
+    const int32_t *counts;  /* of all masks, concatenated */
     const int64_t *starts;  /* [masks + 1] where the counts of each begin */
-    const int64_t *above;   /* [height + 1] how many rows of the view show a row of the mask that is above this one */
-    const int64_t *columns; /* [columns of the view] which column of the mask is shown; -1: nothing */
+    const int64_t *above;   /* [height + 1] how many rows of the view are rows of the mask above this one */
+    const int64_t *columns; /* [columns of the view] which column of the mask it is; -1: background */
     ptrdiff_t height;       /* of the masks */
     ptrdiff_t rows, width;  /* of the view */
 } View;
 
-/* A place in the run lengths of one mask that moves both ways. */
+/* A position in the run lengths of one mask that moves in both directions. */
 typedef struct {
     const int32_t *counts;
     ptrdiff_t number, run;
@@ -38,8 +38,8 @@ INLINE void seek(Cursor *at, int64_t pixel) {
     while (at->run < at->number && at->start + run_length(at, at->run) <= pixel) at->start += run_length(at, at->run++);
 }
 
-/* Find the next set rows of a column, *from up to *to, as the view shows them; return 0 when there are no more. The search goes on
-   at *pixel, which is moved; `bottom` is the end of the column. */
+/* Find the next set rows of a column of the view, *from up to *to; return 0 when there are no more. The search continues at *pixel,
+   which is moved; `bottom` is the end of the column. */
 INLINE int next_stretch(Cursor *at, const View *view, int64_t *pixel, int64_t bottom, ptrdiff_t *from, ptrdiff_t *to) {
     while (*pixel < bottom) {
         seek(at, *pixel);
@@ -57,8 +57,8 @@ INLINE int next_stretch(Cursor *at, const View *view, int64_t *pixel, int64_t bo
 typedef struct {
     int32_t *out;
     ptrdiff_t room, needed;
-    int64_t written;  /* the pixels that the counts so far are for */
-    int64_t from, to; /* the last stretch, not written yet: the next one may touch it */
+    int64_t written;  /* sum of the counts so far, pixels */
+    int64_t from, to; /* the last stretch, not written yet, because the next one may touch it */
 } Writer;
 
 INLINE Writer writer(int32_t *out, ptrdiff_t room) {
@@ -94,15 +94,15 @@ INLINE ptrdiff_t write_end(Writer *w, int64_t pixels) {
 /* Return the first of `length` bytes from y on that is not `value`, which like all of them is 0 or 1. */
 INLINE ptrdiff_t skip(const uint8_t *bytes, ptrdiff_t y, ptrdiff_t length, uint8_t value) {
     const uint64_t eight = value * UINT64_C(0x0101010101010101);
-    for (uint64_t found; y + 8 <= length; y += 8) {
-        memcpy(&found, bytes + y, 8);
-        if (found != eight) break;
+    for (uint64_t word; y + 8 <= length; y += 8) {
+        memcpy(&word, bytes + y, 8);
+        if (word != eight) break;
     }
     while (y < length && bytes[y] == value) y++;
     return y;
 }
 
-/* Write the set ones of a column's bytes, the first of which is the image's pixel `at`. */
+/* Write the stretches of ones in the bytes of a column, the first of which is pixel `at` of the image. */
 INLINE void write_column(Writer *w, const uint8_t *bytes, ptrdiff_t length, int64_t at) {
     for (ptrdiff_t from = skip(bytes, 0, length, 0), to; from < length; from = skip(bytes, to, length, 0)) {
         to = skip(bytes, from, length, 1);

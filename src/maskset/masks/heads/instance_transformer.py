@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskset.kernels.instances import fused, usable
+from maskset.kernels.instance_transformer import fused, usable
 from maskset.layers.blocks import frequencies
 from maskset.layers.deformable import deformable_attention
 
@@ -60,7 +60,7 @@ def instance_transformer(
     parts = _parts(weights, features.shape[0], heads, points)
     origins = {"relative": centers, "absolute": torch.zeros_like(centers), "none": None}[positions]
     fast = usable(features, weights, centers, heads, points) and _is_rectangle(~padding)
-    compute = _logits_in_c if fast else _logits  # Fast path: kernels/csrc/instances.c
+    compute = _logits_in_c if fast else _logits  # Fast path: kernels/csrc/instance_transformer.c
     return compute(features, padding, parts, origins, heads, points)
 
 

@@ -1,10 +1,11 @@
-"""SOIT's instance-aware transformer by the C library (instances.c): one pass over the cells, without intermediate results.
+"""SOIT's instance-aware transformer in C (instance_transformer.c): one pass over the cells, without intermediate results.
 
 It is a PyTorch operator. For the backward pass it saves only its inputs and recomputes every cell.
-The plain twin is `maskset.masks.heads.instance_transformer`.
+The plain version is `maskset.masks.heads.instance_transformer`.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from maskset.errors import MasksetError
 from maskset.kernels import library
 
-LIMIT = 32  # of the channels and of heads * points, as in instances.c
+LIMIT = 32  # of the channels and of heads * points, as in instance_transformer.c
 _TYPES = {torch.float32: "f32", torch.float64: "f64"}
 _GROUPS = 8  # of instances; each group sums the gradients of the map separately
 
@@ -58,11 +59,11 @@ def fused(
     Raises:
         MasksetError: the tensors do not fit together.
     """
-    _check(features, values, rows, columns, row_in, column_in, mixing, output, heads)
+    inputs = (features, values, rows, columns, row_in, column_in, mixing, output)
+    sizes, addresses = _check(inputs, heads), _addresses(inputs)
     logits = features.new_empty(len(mixing), *features.shape[:2])
-    inputs, sizes = _inputs(features, values, rows, columns, row_in, column_in, mixing, output), _sizes(features, mixing, heads)
     work = library.function(f"instance_transformer_{_TYPES[features.dtype]}")
-    library.parallel_for(lambda first, end: work(inputs, logits, sizes, first, end), len(mixing))
+    library.parallel_for(lambda first, end: work(addresses, logits, sizes, first, end), len(mixing))
     return logits
 
 
@@ -72,61 +73,51 @@ def _(features, values, rows, columns, row_in, column_in, mixing, output, heads)
 
 
 @torch.library.custom_op("maskset::instance_transformer_backward", mutates_args=())
-def fused_backward(
-    grad: Tensor,
-    features: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    row_in: Tensor,
-    column_in: Tensor,
-    mixing: Tensor,
-    output: Tensor,
-    heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of features, values, mixing and output."""
-    _check(features, values, rows, columns, row_in, column_in, mixing, output, heads)
+def fused_backward(grad: Tensor, inputs: Sequence[Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of features, values, mixing and output; `inputs` are the tensors that `fused` takes, in order."""
+    sizes, addresses = _check(inputs, heads), _addresses(inputs)
+    features, *_, mixing, output = inputs
     grad = library.check("grad", grad, (len(mixing), *features.shape[:2]), features.dtype)
     groups = min(_GROUPS, len(mixing))
     of_map = features.new_zeros(2, groups, *features.shape)
     of_mixing, of_output = torch.zeros_like(mixing), torch.zeros_like(output)
-    inputs, sizes = _inputs(features, values, rows, columns, row_in, column_in, mixing, output), _sizes(features, mixing, heads)
-    gradients = _inputs(of_map[0], of_map[1], of_mixing, of_output)
+    gradients = _addresses((of_map[0], of_map[1], of_mixing, of_output))
     work = library.function(f"instance_transformer_backward_{_TYPES[features.dtype]}")
-    library.parallel_for(lambda first, end: work(inputs, grad, gradients, groups, sizes, first, end), groups)
+    library.parallel_for(lambda first, end: work(addresses, grad, gradients, groups, sizes, first, end), groups)
     of_features, of_values = of_map.sum(1)
     return of_features.clone(), of_values.clone(), of_mixing, of_output
 
 
 @fused_backward.register_fake
-def _(grad, features, values, rows, columns, row_in, column_in, mixing, output, heads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(features), torch.empty_like(values), torch.empty_like(mixing), torch.empty_like(output)
+def _(grad, inputs, heads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features, values, *_, mixing, output = map(torch.empty_like, inputs)
+    return features, values, mixing, output
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.heads = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, grad: Tensor):
-    of_features, of_values, of_mixing, of_output = fused_backward(grad, *ctx.saved_tensors, ctx.heads)
+def _backward(ctx, grad: Tensor):
+    of_features, of_values, of_mixing, of_output = fused_backward(grad, ctx.saved_tensors, ctx.heads)
     return of_features, of_values, None, None, None, None, of_mixing, of_output, None
 
 
-fused.register_autograd(_differentiate, setup_context=_keep)
+fused.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(
-    features: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    row_in: Tensor,
-    column_in: Tensor,
-    mixing: Tensor,
-    output: Tensor,
-    heads: int,
-) -> None:
+class _Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_ssize_t) for name in ("instances", "height", "width", "channels", "heads", "points")]
+
+
+def _check(inputs: Sequence[Tensor], heads: int) -> Any:
+    """Return the C structure of the sizes.
+
+    Raises:
+        MasksetError: the tensors do not fit together.
+    """
+    features, values, rows, columns, row_in, column_in, mixing, output = inputs
     dtype = library.check("features", features, (None, None, None), *_TYPES).dtype
     height, width, channels = features.shape
     count, samples = (mixing.shape[0], mixing.shape[-1]) if mixing.ndim == 4 else (0, 0)
@@ -143,16 +134,9 @@ def _check(
     library.check("column_in", column_in, (width,), torch.uint8)
     library.check("mixing", mixing, (count, channels + 1, 3, samples), dtype)
     library.check("output", output, (count, channels + 1), dtype)
+    return ctypes.byref(_Sizes(count, height, width, channels, heads, samples // heads))
 
 
-class _Sizes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_ssize_t) for name in ("instances", "height", "width", "channels", "heads", "points")]
-
-
-def _sizes(features: Tensor, mixing: Tensor, heads: int) -> Any:
-    return ctypes.byref(_Sizes(len(mixing), *features.shape, heads, mixing.shape[3] // heads))
-
-
-def _inputs(*tensors: Tensor) -> Any:
-    """Return a C structure with the tensors' addresses."""
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    """Return the addresses of the tensors, which must be contiguous, as a C structure."""
     return (ctypes.c_void_p * len(tensors))(*(library.address(tensor) for tensor in tensors))

@@ -1,5 +1,5 @@
 /* SOIT's instance-aware transformer: one pass over the cells for each instance, without intermediate results.
-   The plain twin is maskset/masks/heads/instance_transformer.py. */
+   The plain version is maskset/masks/heads/instance_transformer.py. */
 #include <string.h>
 
 #include "maskset.h"
@@ -28,9 +28,9 @@ INLINE double exp_f64(double x) { return exp(x); }
 
 #define REAL float
 #define NAME(name) name##_f32
-#include "instances_body.h"
+#include "instance_transformer_body.h"
 #undef REAL
 #undef NAME
 #define REAL double
 #define NAME(name) name##_f64
-#include "instances_body.h"
+#include "instance_transformer_body.h"
