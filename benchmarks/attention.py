@@ -84,30 +84,30 @@ def sample(size: tuple[int, int], images: int, queries: int | None, device: str)
     generator = torch.Generator().manual_seed(0)
     shapes = tuple((math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in STRIDES)
     total = sum(height * width for height, width in shapes)
-    centres = cells(shapes) if queries is None else torch.rand(queries, 2, generator=generator)
+    centers = cells(shapes) if queries is None else torch.rand(queries, 2, generator=generator)
     angle = torch.arange(HEADS) * (2 * math.pi / HEADS)
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     direction = (direction / direction.abs().amax(-1, keepdim=True))[:, None, None] * torch.arange(1, POINTS + 1)[:, None]
-    many = (images, len(centres), HEADS, len(STRIDES), POINTS)
+    many = (images, len(centers), HEADS, len(STRIDES), POINTS)
     offsets = direction + torch.randn(*many, 2, generator=generator)
     wide = torch.tensor([(width, height) for height, width in shapes])[:, None]
-    places = centres[:, None, None, None] * wide - 0.5 + offsets  # in cells
-    # The gradient of a place jumps where it meets a cell's centre, so none may be nearer than rounding moves it.
+    places = centers[:, None, None, None] * wide - 0.5 + offsets  # in cells
+    # The gradient of a place jumps where it meets a cell's center, so none may be nearer than rounding moves it.
     near = (places - places.round()).abs() < 0.01
     locations = (torch.where(near, places.round() + 0.02, places) + 0.5) / wide
     weights = torch.randn(*many, generator=generator).flatten(3).softmax(-1).view(many)
     value = torch.randn(images, total, HEADS, WIDTH, generator=generator)
-    gradient = torch.randn(images, len(centres), HEADS * WIDTH, generator=generator)
+    gradient = torch.randn(images, len(centers), HEADS * WIDTH, generator=generator)
     return Sample(value.to(device), shapes, locations.to(device), weights.to(device), gradient.to(device))
 
 
 def cells(shapes: tuple[tuple[int, int], ...]) -> Float[Tensor, "S 2"]:
-    """Return the centre x, y of every cell of all levels, as fractions."""
-    centres = []
+    """Return the center x, y of every cell of all levels, as fractions."""
+    centers = []
     for height, width in shapes:
         y, x = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
-        centres.append(torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).view(-1, 2))
-    return torch.cat(centres)
+        centers.append(torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).view(-1, 2))
+    return torch.cat(centers)
 
 
 def measure(report: Report, place: str, sample: Sample, attentions: dict[str, Attention], seconds: float) -> None:

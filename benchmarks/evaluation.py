@@ -148,8 +148,8 @@ def results(data: Generated, index: int) -> Instances:
 
 def ellipses(rng: np.random.Generator, count: int) -> Float[np.ndarray, "n 4"]:
     """Return x, y, half width and half height, small to large."""
-    centres = rng.uniform(0, [SIZE[1], SIZE[0]], (count, 2))
-    return np.concatenate([centres, np.exp(rng.normal(3.4, 0.8, (count, 2))).clip(3, 250)], 1)
+    centers = rng.uniform(0, [SIZE[1], SIZE[0]], (count, 2))
+    return np.concatenate([centers, np.exp(rng.normal(3.4, 0.8, (count, 2))).clip(3, 250)], 1)
 
 
 def instances(rng: np.random.Generator, labels: np.ndarray, shapes: np.ndarray, scores: np.ndarray | None) -> Instances:

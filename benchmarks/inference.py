@@ -1,4 +1,4 @@
-"""Whole models of untrained weights with ResNet-50, from normalised pixels to results, against three of other packages.
+"""Whole models of untrained weights with ResNet-50, from normalized pixels to results, against three of other packages.
 
 One image of 480 x 640 pixels (on a GPU 8 of 800 x 1066), in float32 and under autocast to bfloat16. What is timed: maskset's five
 systems, to 100 objects with masks at the image's size as text of COCO's files; transformers' DeformableDetr, to 100 boxes (it has
@@ -69,7 +69,7 @@ def run(report: Report, quick: bool) -> None:
 
 
 def noise(images: int, size: tuple[int, int]) -> Tensor:
-    """Return normalised pixels [B 3 h w]."""
+    """Return normalized pixels [B 3 h w]."""
     return torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
@@ -154,7 +154,7 @@ def mask_rcnn(quick: bool) -> Any:
 
 
 class Listed(torch.nn.Module):
-    """Mask R-CNN's first and last step, without resizing and normalising: the pixels come normalised, and masks are pasted."""
+    """Mask R-CNN's first and last step, without resizing and normalizing: the pixels come normalized, and masks are pasted."""
 
     def forward(self, images: list[Tensor], targets: Any = None) -> tuple[Any, Any]:
         """Return images as the model keeps them."""

@@ -1,7 +1,7 @@
 """Images for training, read, augmented and with the masks that a loss reads, against Pillow with dense masks; one core.
 
 Generated JPEGs of 640 x 480 pixels with 6 polygons each on average, resized to 1066 x 800. maskset makes uint8 pixels and the
-128 x 128 box crops that SOLQ's loss compares; normalising is the device's. The other way resizes with Pillow, normalises float
+128 x 128 box crops that SOLQ's loss compares; normalizing is the device's. The other way resizes with Pillow, normalizes float
 pixels, draws every polygon at 640 x 480 and resizes the mask to 1066 x 800, as the loaders of DETR's family do.
 """
 
@@ -69,7 +69,7 @@ def theirs(data: Dataset, polygons: list[list[Polygon]]) -> None:
 
 
 def usual(data: Dataset, polygons: list[list[Polygon]], index: int) -> tuple[Float[Tensor, "3 h w"], Float[Tensor, "T h w"]]:
-    """Return the normalised pixels of an image and its dense masks."""
+    """Return the normalized pixels of an image and its dense masks."""
     record, settings = data.images[index], InputConfig()
     size = fitted_size((record.height, record.width), SHORT_SIDE, LONG_SIDE)
     assert record.file is not None
@@ -87,8 +87,8 @@ def agree(report: Report, data: Dataset, polygons: list[list[Polygon]]) -> None:
     """Check pixels and masks of the first image."""
     pixels, found = resized(data, 0)
     settings = InputConfig()
-    normalised, masks = usual(data, polygons, 0)
-    levels = (normalised * torch.tensor(settings.std).view(3, 1, 1) + torch.tensor(settings.mean).view(3, 1, 1)) * 255
+    normalized, masks = usual(data, polygons, 0)
+    levels = (normalized * torch.tensor(settings.std).view(3, 1, 1) + torch.tensor(settings.mean).view(3, 1, 1)) * 255
     report.agree("pixels of a resized image, levels of 255", (levels - pixels).abs().max().item(), 1.01)
     dense: Bool[Tensor, "T h w"] = masks > 0.5
     report.agree("pixels of resized masks that differ", int((found.masks.dense() != dense).sum()), 0)
@@ -134,6 +134,6 @@ def star(rng: np.random.Generator, size: tuple[int, int]) -> Polygon:
     points = int(rng.integers(12, 41))
     angle = np.sort(rng.uniform(0, 2 * np.pi, points))
     radius = rng.lognormal(-2.2, 0.6) * min(size) * rng.uniform(0.7, 1.3, points)
-    centre = rng.uniform(0.15, 0.85, 2) * size[::-1]
-    outline = centre + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    center = rng.uniform(0.15, 0.85, 2) * size[::-1]
+    outline = center + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
     return np.clip(outline, 0, np.array(size[::-1]) - 1).ravel().tolist()

@@ -105,7 +105,7 @@ def torchvision_masks(drawn: Drawn) -> Bool[Tensor, "n h w"]:
 
 
 def sampled_masks(drawn: Drawn) -> Bool[Tensor, "n h w"]:
-    """Return the masks sampled at the centre of every pixel of the image, as detectron2 does it on a GPU."""
+    """Return the masks sampled at the center of every pixel of the image, as detectron2 does it on a GPU."""
     (height, width), (x0, y0, x1, y1) = drawn.size, drawn.boxes.unbind(1)
     x = ((torch.arange(width) + 0.5)[None] - x0[:, None]) / (x1 - x0)[:, None] * 2 - 1
     y = ((torch.arange(height) + 0.5)[None] - y0[:, None]) / (y1 - y0)[:, None] * 2 - 1

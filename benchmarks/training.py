@@ -1,4 +1,4 @@
-"""A training step: forward, loss and backward, without the optimiser; its memory and its time against the straightforward way.
+"""A training step: forward, loss and backward, without the optimizer; its memory and its time against the straightforward way.
 
 Straightforward: deformable attention by grid_sample, SOIT's instance-aware transformer step by step in PyTorch, and the masks
 of all decoder layers drawn at once and kept for one backward pass. Memory: ResNet-50 models of SOIT and ISDA, one image of 800
@@ -103,7 +103,7 @@ def step_alone(name: str, way: str, quick: bool) -> Cost:
     size, objects = ((96, 128), 5) if quick else ((800, 1066), 50)
     torch.manual_seed(0)
     config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
-    model = off_centre(build(config).train()).to(device())
+    model = off_center(build(config).train()).to(device())
     if way == FRUGAL:
         recompute(model)
     batch = on_device(example(model, size, objects, images=1))
@@ -127,8 +127,8 @@ def on_device(batch: Batch) -> Batch:
     return batch[0].to(device()), [one.to(device()) for one in batch[1]]
 
 
-def off_centre(model: System) -> System:
-    """Return the model with other offsets: untrained ones end on the centres of cells, where their gradient jumps."""
+def off_center(model: System) -> System:
+    """Return the model with other offsets: untrained ones end on the centers of cells, where their gradient jumps."""
     for module in model.modules():
         if isinstance(module, DeformableAttention):
             nn.init.normal_(module.sampling_offsets.weight, std=0.02)

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from PIL import Image
 from maskset import cli
 from maskset.arguments import FIRST_SETTINGS
 from maskset.commands import SYSTEMS
-from maskset.errors import MasksetError
+from maskset.errors import MasksetError, Terminated
+from maskset.recipe import DataConfig, TrainConfig
 from maskset.systems import CONFIGS
 
 
@@ -72,11 +74,15 @@ sys.exit("torch" in sys.modules)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_explains_itself(capsys, name):
+def test_every_command_explains_itself_on_24_lines(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         cli.main([*name.split(), "--help"])
     assert end.value.code == 0
-    assert f"usage: maskset {name}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"usage: maskset {name}" in text
+    assert text.count("\n") <= 24
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_mistyped_command_is_answered_with_the_nearest(capsys):
@@ -85,10 +91,11 @@ def test_a_mistyped_command_is_answered_with_the_nearest(capsys):
 
 
 def test_a_mistyped_second_word_is_answered_with_the_nearest(capsys):
-    message = "there is no command codecs compar; did you mean compare? (`maskset codecs --help` lists them)."
+    message = "there is no command codecs compar; did you mean codecs compare? (`maskset codecs --help` lists them)."
     assert refusal(capsys, "codecs", "compar", "my_data") == message
-    assert refusal(capsys, "codecs", "fry") == "there is no command codecs fry (`maskset codecs --help` lists them)."
-    assert "is several commands: " in refusal(capsys, "codecs", "--skip-broken")
+    assert "did you mean codecs fit?" in refusal(capsys, "codecs", "fitt")
+    assert refusal(capsys, "codecs", "xyz") == "there is no command codecs xyz (`maskset codecs --help` lists them)."
+    assert "has several commands: " in refusal(capsys, "codecs", "--skip-broken")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,22 @@ def test_a_mistyped_setting_is_answered_with_the_nearest(capsys, arguments):
 
 def test_a_flag_is_not_guessed_from_its_first_letters(capsys):
     assert "there is no flag --thresh; did you mean --threshold?" in refusal(capsys, "predict", "m", "x.png", "--thresh", "0.1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["predict", "m", ""], ["predict", "", "x.png"], ["predict", "m", "x.png", "--out", ""], ["predict", "m", "x.png", "--out="]],
+)
+def test_an_empty_argument_does_not_stand_for_the_current_folder(capsys, arguments):
+    assert "is empty: is a variable of the shell not set?" in refusal(capsys, *arguments)
+
+
+def test_a_file_name_that_begins_with_a_hyphen_is_answered_with_how_to_write_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-dash.png").touch()
+    message = "there is no flag -dash.png; a file of this name is written ./-dash.png"
+    assert message in refusal(capsys, "predict", "m", "-dash.png")
+    assert "there is no flag -x (" in refusal(capsys, "predict", "m", "-x")
 
 
 def test_what_is_missing_is_named(capsys):
@@ -117,15 +140,19 @@ def test_the_settings_of_the_named_recipe_are_the_defaults_of_the_flags(capsys):
         cli.main(["train", "solq-tiny", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--model.hidden-dim" not in text
-    assert "--train.epochs VALUE passes over the training images (default: 7)" in text
+    assert "--train.epochs N passes over the training images (default: 7)" in text
 
 
 def test_the_settings_in_the_help_without_a_recipe_are_those_of_recipes():
     from maskset import flags, recipes
 
-    helps = {setting.name: setting.help for setting in flags.listed(recipes.get("solq-r50"))}
     assert len(FIRST_SETTINGS) == 10
-    assert {name: helps[name] for name in FIRST_SETTINGS} == FIRST_SETTINGS
+    assert {setting.name for setting in flags.listed(recipes.get("solq-r50"))} > FIRST_SETTINGS.keys()
+    for name, choices, setting in (
+        ("train.precision", FIRST_SETTINGS["train.precision"][0].split("|"), TrainConfig),
+        ("data.augmentation", FIRST_SETTINGS["data.augmentation"][1].split(", "), DataConfig),
+    ):
+        assert tuple(choices) == get_args(get_type_hints(setting)[name.split(".")[1]])
 
 
 def test_flags_change_the_recipe_that_is_trained(monkeypatch, tmp_path):
@@ -246,7 +273,7 @@ def test_out_of_memory_names_a_setting_to_lower(capsys, monkeypatch, error):
 def test_an_environment_variable_that_is_not_a_number_is_named(capsys, monkeypatch, tmp_path, name):
     monkeypatch.setenv(name, "abc")
     message = refusal(capsys, "train", "solq-tiny", "--data", "shapes:", "--out", str(tmp_path / "run"))
-    assert message.startswith(f"the environment variable {name} must be a whole number, got 'abc'")
+    assert re.match(f"the environment variable {name} must be a .*, got 'abc'", message)
 
 
 @pytest.mark.parametrize("flag", ["--limit", "--max-detections"])
@@ -288,6 +315,14 @@ def test_an_interruption_is_one_line_and_130(capsys, monkeypatch):
 
     replace_command(monkeypatch, "recipes", stops)
     assert answer(capsys, "recipes") == (130, "", "maskset: interrupted. Continue with --resume.\n")
+
+
+def test_termination_is_one_line_and_143(capsys, monkeypatch):
+    def stops(_):
+        raise Terminated("Continue with --resume.")
+
+    replace_command(monkeypatch, "recipes", stops)
+    assert answer(capsys, "recipes") == (143, "", "maskset: terminated. Continue with --resume.\n")
 
 
 @pytest.mark.parametrize("place", ["maskset.recipes.get", "maskset.training.train.train"])

@@ -1,11 +1,14 @@
 """Files are written atomically, and paths are checked before the work."""
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 
+from maskset import files
 from maskset.errors import ConfigError
-from maskset.files import atomic_write, check_file
+from maskset.files import LOCK_FILE, atomic_write, check_file, lock_folder
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -21,6 +24,30 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("gone", ["file", "folder"])
+def test_a_lock_is_taken_while_its_last_holder_removes_file_and_folder(tmp_path, monkeypatch, gone):
+    opened, state, original = [], {"stat": 0}, Path.stat
+
+    def open_once_in_vain(*arguments):
+        opened.append(arguments)
+        if gone == "folder" and len(opened) == 1:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(arguments[0]))
+        return open_file(*arguments)
+
+    def stat_once_in_vain(path, **options):
+        if gone == "file" and path.name == LOCK_FILE and not state["stat"]:
+            state["stat"] = 1
+            path.unlink()
+        return original(path, **options)
+
+    open_file = os.open
+    monkeypatch.setattr(files.os, "open", open_once_in_vain)
+    monkeypatch.setattr(Path, "stat", stat_once_in_vain)
+    with lock_folder(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK_FILE).exists()
+    assert len(opened) >= 2
 
 
 def test_a_full_disk_names_the_file(tmp_path):

@@ -63,7 +63,9 @@ def test_a_pillow_image_is_turned_as_its_exif_says():
         (None, "NoneType is not an image. An image is a file name, bytes, "),
         (5, "int is not an image"),
         ([RGB], "list is not an image"),
-        (io.StringIO("text"), "must be opened in binary mode"),
+        (io.StringIO("text"), r"must be opened as open\(name, 'rb'\)"),
+        (b"", "the bytes of the image are empty"),
+        ("", "the file name is empty"),
     ],
 )
 def test_a_source_that_is_not_an_image_is_refused_with_what_is_accepted(picture, message):
@@ -90,6 +92,13 @@ def test_bytes_and_open_files_are_read_like_the_file(tmp_path):
     assert torch.equal(read(io.BytesIO(data)), expected)
     with pytest.raises(DataError, match="the file in memory cannot be read as an image"):
         read(data[:20])
+
+
+def test_a_closed_file_is_said_to_be_closed():
+    file = io.BytesIO(b"x")
+    file.close()
+    with pytest.raises(SourceError, match="the file is closed"):
+        check(file)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):

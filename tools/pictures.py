@@ -74,7 +74,7 @@ def panel(run: Path, pixels: UInt8[Tensor, "3 h w"]) -> tuple[Image.Image, Image
 
 
 def square(image: Image.Image) -> Image.Image:
-    """Return the centre of an image at PANEL pixels."""
+    """Return the center of an image at PANEL pixels."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((PANEL, PANEL), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Types of command-line arguments, and the settings that `maskset train --help` shows. Nothing slow is imported."""
+"""Types of command-line arguments, and the settings that `maskset train --help` shows. No slow imports."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -8,25 +8,23 @@ from pathlib import Path
 from maskset.errors import ConfigError
 from maskset.files import check_file, check_folder, check_new
 
-# With the help that a test compares with the recipes', so that `maskset train --help` needs no recipe.
+# Value and short help of the settings that matter first: `maskset train --help` shows them without loading the recipes.
 FIRST_SETTINGS = {
-    "train.epochs": "passes over the training images",
-    "train.batch_size": "images in one optimiser step, over all processes and accumulated parts",
-    "train.accumulate": "parts into which a batch is split, to save memory",
-    "train.learning_rate": "learning rate of everything but the backbone and the sampling offsets",
-    "train.precision": "precision of the network; losses and matching are always in fp32",
-    "train.ema_decay": "decay of the weight average that is evaluated and saved; 0 disables it",
-    "train.evaluate_every": "epochs between evaluations; 0 evaluates only at the end",
-    "train.seed": "random seed of initialisation, dropout, order and augmentation",
-    "data.augmentation": (
-        "detr: flip, resize, crop; mmdet: detr without the first resize; flip: no crop; lsj: scale jitter; none: unchanged"
-    ),
-    "data.workers": "processes that read images; results do not depend on it",
+    "train.epochs": ("N", "passes over the training images"),
+    "train.batch_size": ("N", "images in one optimizer step"),
+    "train.accumulate": ("N", "parts of a batch, to save memory"),
+    "train.learning_rate": ("X", "except for the backbone"),
+    "train.precision": ("fp32|bf16|fp16", "of the network"),
+    "train.ema_decay": ("X", "of the weight average"),
+    "train.evaluate_every": ("N", "epochs between evaluations"),
+    "train.seed": ("N", "random seed"),
+    "data.augmentation": ("NAME", "detr, mmdet, flip, lsj, none"),
+    "data.workers": ("N", "processes that read images"),
 }
 
 
 def _writable(check: Callable[[Path], None]) -> Callable[[str], Path]:
-    """Return an argument type: a path that `check` accepts, so that a mistake is reported before the work."""
+    """Return an argument type for paths that `check` accepts, so that a mistake is reported before the work."""
 
     def path(name: str) -> Path:
         try:
@@ -43,7 +41,7 @@ new_json = _writable(partial(check_new, ending=".json"))
 
 
 def usable_device(name: str) -> str:
-    """Return the name of a device that this machine can compute on."""
+    """Return the name of a device if this machine can compute on it."""
     from maskset.tensors import check_device
 
     try:
@@ -54,7 +52,7 @@ def usable_device(name: str) -> str:
 
 
 def count(text: str) -> int:
-    """Return a number of things: whole, at least 1, and not too large for tensors."""
+    """Return a whole number that is at least 1 and not too large for tensors."""
     if not text.isdecimal() or not 1 <= int(text) < 2**31:
         raise ArgumentTypeError(f"must be a whole number, at least 1 and below 2^31, got {text}")
     return int(text)

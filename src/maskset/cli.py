@@ -1,4 +1,4 @@
-"""The command line: finds the command, runs it, and reports errors. The commands themselves are in `commands`.
+"""The command line: selects a command, runs it and reports errors. The commands themselves are in `commands`.
 
 Exit codes: 0 success, 1 a bug in maskset, 2 invalid input, 130 interrupted by Ctrl-C, 143 terminated by SIGTERM.
 """
@@ -12,22 +12,18 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from maskset import __version__
 from maskset.commands import COMMANDS, GROUPS, Command
-from maskset.errors import MasksetError
+from maskset.errors import MasksetError, Terminated
 
 BUG, INVALID, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes
 ISSUES = "https://github.com/maskset/maskset/issues"
 _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed", re.IGNORECASE)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM was received."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run(arguments)
             finally:
                 sys.stdout.flush()
-        except KeyboardInterrupt as interrupt:  # training says how to resume
+        except KeyboardInterrupt as interrupt:  # its message says how to resume
             terminated = isinstance(interrupt, Terminated)
             print(f"maskset: {'terminated' if terminated else 'interrupted'}. {interrupt}".rstrip(), file=sys.stderr)
             return TERMINATED if terminated else INTERRUPTED
@@ -62,22 +58,22 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """Return the command that the arguments name, and its options.
 
     Raises:
-        MasksetError: the command or a flag does not exist, something is missing, or a value is not allowed.
+        MasksetError: the command or a flag does not exist, an argument is missing, or a value is not allowed.
     """
     name = _command_name(arguments)
     rest = arguments[len(name.split()) :]
     if _subcommands(name):
         if rest and not rest[0].startswith("-"):
-            near = _nearest(rest[0], [command.split()[1] for command in _subcommands(name)])
+            near = _nearest(rest[0], [command.split()[1] for command in _subcommands(name)], f"{name} ")
             raise MasksetError(f"there is no command {name} {rest[0]}{near} (`maskset {name} --help` lists them).")
         raise MasksetError(
-            f"{name} is several commands: {', '.join(_subcommands(name))} (`maskset {name} --help` explains them)."
+            f"{name} has several commands: {', '.join(_subcommands(name))} (`maskset {name} --help` explains them)."
         )
     if name not in COMMANDS:
         known = [*COMMANDS, *(command.split()[0] for command in COMMANDS)]
         raise MasksetError(f"there is no command {name}{_nearest(name, known)} (`maskset --help` lists them).")
     command = COMMANDS[name]
-    parser = _Parser(prog=f"maskset {name}", description=command.help, allow_abbrev=False)
+    parser = _Parser(f"maskset {name}", command.help)
     command.add_flags(parser, rest)
     return command, parser.parse(rest)
 
@@ -95,7 +91,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _command_name(arguments: Sequence[str]) -> str:
-    """Return the first two words where they name a command, else the first one."""
+    """Return the first two words if they name a command, else the first one."""
     return " ".join(arguments[: 2 if " ".join(arguments[:2]) in COMMANDS else 1])
 
 
@@ -107,13 +103,20 @@ def _subcommands(name: str) -> list[str]:
 class _Parser(argparse.ArgumentParser):
     """An argparse parser that raises MasksetError and suggests the nearest flag."""
 
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, add_help=False)
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Return the options. Unknown flags are reported before missing ones, since the one may be the other, mistyped."""
-        known = self._option_string_actions
+        """Return the options. Unknown flags are reported before missing ones, because one may be the other, mistyped."""
+        known = self._option_string_actions  # not public: see tests/evaluation/test_private_apis.py
         for argument in _before_separator(arguments):
-            flag = argument.split("=")[0]
-            if flag.startswith("--") and flag not in known:
-                self.error(f"there is no flag {flag}{_nearest(flag, known)}")
+            flag, equals, value = argument.partition("=")
+            if not flag or (equals and not value and flag in known):
+                self.error(f"the value of {flag or 'an argument'} is empty: is a variable of the shell not set?")
+            if re.match("--.|-[^-0-9.]", flag) and flag not in known:
+                path = f"; a file of this name is written ./{argument}" if os.path.exists(argument) else ""
+                self.error(f"there is no flag {flag}{path or _nearest(flag, known)}")
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
@@ -125,13 +128,13 @@ def _before_separator(arguments: Sequence[str]) -> Sequence[str]:
     return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
 
-def _nearest(name: str, known: Sequence[str] | dict) -> str:
+def _nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _user_message(error: Exception, arguments: Sequence[str]) -> str | None:
-    """Return one line about an error that the user can correct; None for a bug."""
+    """Return one line about an error that the user can correct; None if the error is a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         command = COMMANDS.get(_command_name(arguments))
@@ -180,10 +183,10 @@ def _termination() -> Iterator[None]:
 
 @contextmanager
 def _standard_streams() -> Iterator[None]:
-    """Replace the standard streams inside the context by ones that survive a reader that goes away, such as `head`.
+    """Replace the standard streams inside the context by streams that survive a closed pipe, as of `| head`.
 
-    A command then continues without output, so that its work is not lost. Streams that are closed or were replaced already
-    (by a test, by a notebook) are not touched, except that a closed one discards what is written.
+    A command then continues without output, so that its work is not lost. A closed stream is replaced by one that discards all
+    output. A stream that was replaced before, by a test or a notebook, is not touched.
     """
     streams = sys.stdout, sys.stderr
     sys.stdout = _robust(sys.stdout, sys.__stdout__, "standard output")
@@ -209,7 +212,7 @@ class _RobustFile(io.FileIO):
 
     def __init__(self, descriptor: int, name: str) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._name = name  # empty: errors are not reported, because there is nowhere to report them to
+        self._name = name  # empty for standard error: there is no other stream to report its errors on
 
     def write(self, data) -> int:
         try:

@@ -1,18 +1,19 @@
 """The commands: each declares its flags, calls one public function and prints the result.
 
-Slow imports happen inside the commands, so that help and mistakes are answered at once.
+Flags are named like the parameters of that function. Slow imports happen inside the commands, so that help and errors in the
+arguments appear at once. Help fits on 24 lines of 80 characters; see `maskset train RECIPE --help-all` for all settings.
 """
 
 import json
 import os
-from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from maskset.arguments import FIRST_SETTINGS, count, new_file, new_folder, new_json, usable_device
-from maskset.errors import ConfigError, MasksetError
+from maskset.errors import MasksetError
 
 SYSTEMS = "solq, soit, isda, istr, istr-smt or sotr"  # maskset.systems.CONFIGS, whose import takes seconds
 
@@ -30,7 +31,7 @@ def _demo(options: Namespace) -> None:
 
 @contextmanager
 def _before_training() -> Iterator[None]:
-    """Add to Ctrl-C that nothing was written, as training itself does before its first step."""
+    """Say on Ctrl-C that nothing was written, as training itself does before its first step."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -40,26 +41,36 @@ def _before_training() -> Iterator[None]:
 @_before_training()
 def _train_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    parser.usage = "%(prog)s RECIPE --data DATA [--images FOLDER] --out RUN [--init MODEL] [--resume] [--SETTING VALUE ...]"
-    parser.add_argument("recipe", metavar="RECIPE", help="a name that `maskset recipes` lists, or a recipe.json; comes first")
+    parser.usage = "%(prog)s RECIPE --data DATA --out RUN [--SETTING VALUE ...]"
+    parser.description = f"{_train.__doc__} RECIPE comes first: a name that\n`maskset recipes` lists, or a recipe.json."
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.add_argument("recipe", metavar="RECIPE", help=SUPPRESS)
     _add_data(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--init", metavar="MODEL", help="model to start from, with any classes and number of queries")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--help-all", action="help", help="show all settings of RECIPE as flags" if name else SUPPRESS)
-    parser.epilog = f"All settings: maskset train {name or 'RECIPE'} --help-all, or maskset show {name or 'RECIPE'}"
+    parser.add_argument("--init", metavar="MODEL", help="model to start from; classes and queries may differ")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out; more --train.epochs extend it")
+    parser.add_argument("--help-all", action="help", help=SUPPRESS)
+    defaults = {}
     if name is not None:
         from maskset import flags, recipes
 
         settings = recipes.get(name)
         parser.set_defaults(settings=settings)
-        flags.add(parser, settings, visible=None if "--help-all" in arguments else FIRST_SETTINGS)
-    elif any(flag in arguments for flag in ("-h", "--help", "--help-all")):
-        group = parser.add_argument_group("settings (ten of many)")
-        for setting, help in FIRST_SETTINGS.items():
-            group.add_argument(f"--{setting.replace('_', '-')}", metavar="VALUE", help=help)
-    else:
+        flags.add(parser, settings, visible=None if "--help-all" in arguments else ())
+        defaults = {setting.name: setting.text for setting in flags.listed(settings)}
+    elif not any(flag in arguments for flag in ("-h", "--help", "--help-all")):
         parser.error("the recipe comes first: maskset train RECIPE --data DATA --out RUN; `maskset recipes` lists them")
+    if "--help-all" not in arguments or name is None:
+        parser.epilog = _first_settings(name or "RECIPE", defaults)
+
+
+def _first_settings(recipe: str, defaults: Mapping[str, str]) -> str:
+    """Return the text about the settings that matter first, with their values in the recipe."""
+    lines = [f"settings (all of them, with their defaults: maskset train {recipe} --help-all):"]
+    for name, (value, help) in FIRST_SETTINGS.items():
+        default = f" (default: {defaults[name]})" if defaults else ""
+        lines.append(f"  {'--' + name.replace('_', '-')} {value}".ljust(36) + help + default)
+    return "\n".join(lines)
 
 
 def _train(options: Namespace) -> None:
@@ -68,23 +79,10 @@ def _train(options: Namespace) -> None:
         from maskset import flags
         from maskset.training.train import train
 
-    _check_environment()
     recipe = flags.changed(options.settings, vars(options))
     metrics = train(recipe, options.data, options.out, init=options.init, resume=options.resume, images=options.images)
     if os.environ.get("RANK", "0") == "0":  # only the first of several processes prints
         print(metrics)
-
-
-def _check_environment() -> None:
-    """Check the variables that accelerate and torchrun set.
-
-    Raises:
-        ConfigError: one is not a whole number.
-    """
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        value = os.environ.get(name, "")
-        if value and not value.removeprefix("-").isdecimal():
-            raise ConfigError(f"the environment variable {name} must be a whole number, got {value!r}: unset or correct it.")
 
 
 def _evaluate_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -92,7 +90,7 @@ def _evaluate_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     _add_data(parser)
     parser.add_argument("--split", default="val", help="split of the data (default: val)")
     _add_max_detections(parser)
-    parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations")
     _add_device(parser)
     parser.add_argument("--out", type=new_folder, metavar="FOLDER", help="write metrics.json and per_class.csv here")
 
@@ -101,27 +99,21 @@ def _evaluate(options: Namespace) -> None:
     """Print the average precision of a model on annotated images, as defined by COCO."""
     from maskset.evaluation.evaluate import evaluate
 
-    metrics = evaluate(
-        options.model,
-        options.data,
-        split=options.split,
-        max_detections=options.max_detections,
-        images=options.images,
-        skip_broken=options.skip_broken,
-        device=options.device,
-    )
+    arguments = vars(options)
+    out = arguments.pop("out")
+    metrics = evaluate(**arguments)
     print(metrics)
-    if options.out:
-        print(f"\nwritten to {metrics.save(options.out)}")
+    if out:
+        print(f"\nwritten to {metrics.save(out)}")
 
 
 def _predict_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     _add_model(parser)
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help='image files, folders, or patterns such as "photos/*.jpg"')
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help='image files, folders, or patterns like "photos/*.jpg"')
     parser.add_argument(
         "--out", type=new_folder, default="predictions", metavar="FOLDER", help="output folder (default: predictions)"
     )
-    parser.add_argument("--threshold", type=float, default=0.5, help="minimum score of an object (default: 0.5)")
+    parser.add_argument("--threshold", type=float, metavar="S", default=0.5, help="minimum score of an object (default: 0.5)")
     parser.add_argument(
         "--limit", type=count, default=100, metavar="N", help="maximum number of objects per image (default: 100)"
     )
@@ -130,9 +122,9 @@ def _predict_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         nargs="*",
         choices=("drawings", "labels"),
         default=["drawings"],
-        help="output beside results.json: drawings of the objects, label images (default: drawings)",
+        help="images beside results.json (default: drawings)",
     )
-    parser.add_argument("--skip-broken", action="store_true", help="leave out unreadable files instead of stopping")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be read")
     _add_device(parser)
 
 
@@ -141,20 +133,14 @@ def _predict(options: Namespace) -> None:
     from maskset.inference.predict import predict_files
     from maskset.instances.saving import save_predictions
 
-    predictions = predict_files(
-        options.model,
-        options.sources,
-        threshold=options.threshold,
-        limit=options.limit,
-        device=options.device,
-        skip_broken=options.skip_broken,
-    )
-    save_predictions(predictions, options.out, drawings="drawings" in options.save, labels="labels" in options.save)
-    print("written: " + ", ".join(str(options.out / name) for name in ["results.json", *options.save]))
+    arguments = vars(options)
+    out, save = arguments.pop("out"), arguments.pop("save")
+    save_predictions(predict_files(**arguments), out, drawings="drawings" in save, labels="labels" in save)
+    print("written: " + ", ".join(str(out / name) for name in ["results.json", *save]))
 
 
 def _compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    help = "recipes to train (names or recipe.json files) and trained models to evaluate"
+    help = "recipes to train, and trained models to evaluate"
     parser.add_argument("models", nargs="+", metavar="RECIPE|MODEL", help=help)
     _add_data(parser)
     parser.add_argument(
@@ -162,33 +148,22 @@ def _compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         type=new_folder,
         required=True,
         metavar="FOLDER",
-        help="output folder; an interrupted comparison in it is resumed",
+        help="output folder; a comparison in it is resumed",
     )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=count, metavar="N", help="epochs to train each recipe (default: the recipe's own)")
-    budget.add_argument("--minutes", type=float, metavar="M", help="minutes to train each recipe, instead of epochs")
+    budget.add_argument("--epochs", type=count, metavar="N", help="epochs for each recipe (default: its own)")
+    budget.add_argument("--minutes", type=float, metavar="M", help="minutes for each recipe, instead of epochs")
     parser.add_argument("--split", default="val", help="split to evaluate on (default: val)")
     _add_max_detections(parser)
-    parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations instead of stopping")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out broken images and annotations")
 
 
 def _compare(options: Namespace) -> None:
-    """Train recipes with the same budget, and evaluate them and other models in one table."""
+    """Compare recipes, trained with one budget, and models in one table."""
     with _before_training():
         from maskset.comparison.compare import compare
 
-    _check_environment()
-    comparison = compare(
-        options.models,
-        options.data,
-        options.out,
-        epochs=options.epochs,
-        minutes=options.minutes,
-        images=options.images,
-        split=options.split,
-        max_detections=options.max_detections,
-        skip_broken=options.skip_broken,
-    )
+    comparison = compare(**vars(options))
     print(f"\n{comparison}\n\nwritten to {options.out}")
     if comparison.failed:
         names = ", ".join(model.name for model in comparison.failed)
@@ -196,15 +171,13 @@ def _compare(options: Namespace) -> None:
 
 
 def _codecs_fit_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("kind", metavar="KIND", help="pca, sparse, logit-pca or autoencoder; the others need no fitting")
-    parser.add_argument("data", metavar="DATA", help="a data folder, a COCO JSON file, or shapes: (generated images)")
+    parser.add_argument("kind", metavar="KIND", help="pca, sparse, logit-pca or autoencoder")
+    parser.add_argument("data", metavar="DATA", help="data folder, COCO JSON file, or shapes: (generated)")
     parser.add_argument("out", type=new_file, metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--size", type=count, help="side of the box-local mask, pixels (default: 28, for autoencoder 112)")
-    parser.add_argument("--length", type=count, help="numbers per mask (default: 60, for sparse and autoencoder 256)")
-    parser.add_argument("--beta", type=float, help="sparse: weight of sparsity (default: 0.3 * size / 28)")
-    parser.add_argument(
-        "--steps", type=count, metavar="N", help="autoencoder: batches of 64 masks (default: 3000, hours on a CPU)"
-    )
+    parser.add_argument("--size", type=count, metavar="S", help="side of the mask, pixels (default: 28; autoencoder: 112)")
+    parser.add_argument("--length", type=count, metavar="D", help="numbers per mask (default: 60; sparse, autoencoder: 256)")
+    parser.add_argument("--beta", type=float, metavar="B", help="sparse: weight of sparsity (default: 0.3 * size / 28)")
+    parser.add_argument("--steps", type=count, metavar="N", help="autoencoder: batches of 64 masks (default: 3000)")
     _add_masks(parser, "train")
 
 
@@ -212,18 +185,7 @@ def _codecs_fit(options: Namespace) -> None:
     """Fit a mask codec to the masks of a data set."""
     from maskset.codec_tools.fit import fit_codec
 
-    codec = fit_codec(
-        options.kind,
-        options.data,
-        options.out,
-        size=options.size,
-        length=options.length,
-        beta=options.beta,
-        steps=options.steps,
-        split=options.split,
-        max_masks=options.max_masks,
-        skip_broken=options.skip_broken,
-    )
+    codec = fit_codec(**vars(options))
     print(f"written to {options.out}: {options.kind}, {codec.length} numbers for a mask of {codec.size} x {codec.size} pixels")
 
 
@@ -238,16 +200,12 @@ def _codecs_compare(options: Namespace) -> None:
     """Print how well each mask codec reconstructs real masks: an upper bound for networks that use it."""
     from maskset.codec_tools.compare import compare_codecs
 
-    comparison = compare_codecs(
-        options.data,
-        split=options.split,
-        fit_split=options.fit_split,
-        max_masks=options.max_masks,
-        skip_broken=options.skip_broken,
-    )
+    arguments = vars(options)
+    out = arguments.pop("out")
+    comparison = compare_codecs(**arguments)
     print(comparison)
-    if options.out:
-        print(f"\nwritten to {comparison.save(options.out)}")
+    if out:
+        print(f"\nwritten to {comparison.save(out)}")
 
 
 def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -315,14 +273,12 @@ def _info(options: Namespace) -> None:
 
 
 def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help='a run folder, a checkpoint file (.safetensors) or "hub:owner/name"')
+    parser.add_argument("model", metavar="MODEL", help='run folder, .safetensors file or "hub:owner/name"')
 
 
 def _add_data(parser: ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="a data folder, a COCO JSON file, or shapes: (generated images)")
-    parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="folder of the images of a JSON file, if they are not beside it"
-    )
+    parser.add_argument("--data", required=True, help="data folder, COCO JSON file, or shapes: (generated)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="image folder of a JSON file (default: beside it)")
 
 
 def _add_max_detections(parser: ArgumentParser) -> None:
@@ -331,14 +287,14 @@ def _add_max_detections(parser: ArgumentParser) -> None:
 
 
 def _add_device(parser: ArgumentParser) -> None:
-    help = "device to compute on, such as cuda:1 (default: a GPU if there is one)"
+    help = "device, such as cuda:1 (default: a GPU if there is one)"
     parser.add_argument("--device", type=usable_device, metavar="DEVICE", help=help)
 
 
 def _add_masks(parser: ArgumentParser, split: str) -> None:
     parser.add_argument("--split", default=split, help=f"part of the data (default: {split})")
     parser.add_argument("--max-masks", type=count, default=20_000, metavar="N", help="number of masks to fit to (default: 20000)")
-    parser.add_argument("--skip-broken", action="store_true", help="leave out broken annotations instead of stopping")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out broken annotations")
 
 
 @dataclass(frozen=True)

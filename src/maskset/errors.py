@@ -1,8 +1,8 @@
-"""The errors that a user can cause. The command line reports them in one line; any other error is a bug in maskset."""
+"""Errors that a user can cause. The command line reports them in one line; any other exception is a bug in maskset."""
 
 
 class MasksetError(ValueError):
-    """Something that the caller can correct. The message says what was given, what is allowed, and what to do next."""
+    """An error that the caller can correct. The message says what was received, what is allowed, and what to do next."""
 
 
 class ConfigError(MasksetError):
@@ -14,7 +14,7 @@ class DataError(MasksetError):
 
 
 class SourceError(MasksetError):
-    """There is nothing to predict on, or it is not an image."""
+    """The source of a prediction does not exist, contains no image, or is not an image."""
 
 
 class MaskError(MasksetError):
@@ -26,7 +26,7 @@ class CheckpointError(MasksetError):
 
 
 class ConversionError(MasksetError):
-    """Weights from elsewhere do not fit the system that they are converted for."""
+    """Weights of another project do not fit the system that they are converted for."""
 
 
 class MatchingError(MasksetError):
@@ -43,3 +43,7 @@ class ResourceError(MasksetError):
 
 class TrainingDiverged(MasksetError):
     """The loss or the gradient is no longer finite."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received: a KeyboardInterrupt, because work ends as it does after Ctrl-C, with another exit code."""

@@ -1,4 +1,4 @@
-"""Writing files atomically, and checking early that they can be written."""
+"""Atomic writing of files, early checks that they can be written, and locks of folders."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def name_in_errors(path: Path, part: Path | None = None) -> Iterator[None]:
-    """Name `path` in an OSError that names no file, as that of a full disk, or that names the temporary `part`."""
+    """Put `path` into an OSError that has no file name, such as that of a full disk, or has the temporary `part`."""
     try:
         yield
     except OSError as error:
@@ -52,17 +52,16 @@ def name_in_errors(path: Path, part: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
-    """Make a folder and let nobody else lock it inside the context; remove it in the end if it is empty and was made here.
+    """Create a folder and lock it inside the context; at the end remove it if it is empty and was created here.
 
-    The lock ends with the process, however that ends; forked processes do not hold it. Where the platform or the file system has
-    no locks, nothing is locked.
+    The lock ends with the process, even if that is killed; forked processes do not hold it. If the platform or the file system
+    has no locks, the folder is not locked.
 
     Raises:
         ConfigError: another process holds the lock, `path` is a file, or nothing can be written there.
     """
     check_folder(path)
     made = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(path / LOCK_FILE)
     _held.add(descriptor)
     try:
@@ -77,9 +76,16 @@ def lock_folder(path: Path) -> Iterator[None]:
 
 
 def _lock(file: Path) -> int:
-    """Return the descriptor of the locked file; closing it releases the lock."""
+    """Return the descriptor of the locked file, made with its folder; closing it releases the lock.
+
+    Whoever held the lock before removes the file, and maybe the folder, at any moment: then try again.
+    """
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue
         if fcntl is None:
             return descriptor
         try:
@@ -91,9 +97,10 @@ def _lock(file: Path) -> int:
             ) from None
         except OSError:  # some network file systems have no locks
             return descriptor
-        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-            return descriptor
-        os.close(descriptor)  # its last holder has removed the file in the meantime
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        os.close(descriptor)
 
 
 def _release_in_child() -> None:
@@ -162,4 +169,4 @@ def write_picture(picture: "Image", path: Path) -> None:
         if path.suffix.lower() == ".png":
             picture.save(part, "PNG")
         else:
-            picture.save(part, "JPEG", quality=92, subsampling=0)  # thin coloured lines would fade with fewer colour samples
+            picture.save(part, "JPEG", quality=92, subsampling=0)  # thin colored lines would fade with fewer color samples

@@ -11,7 +11,7 @@ import glob
 import io
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,12 @@ def check(picture: Any) -> None:
         problem = f"a Pillow image of mode {picture.mode} has no fixed range: give the file, or convert it to 8 bits"
     elif hasattr(picture, "read") and hasattr(picture, "seek"):
         usable = _is_binary(picture)
-        problem = "a file must be opened in binary mode: open(name, 'rb')"
+        problem = "the file is closed" if getattr(picture, "closed", False) else "a file must be opened as open(name, 'rb')"
     else:
         usable = isinstance(picture, (str, Path, bytes))
         problem = f"{type(picture).__name__} is not an image"
+    if isinstance(picture, (str, bytes)) and not picture:
+        usable, problem = False, f"the {'file name is' if isinstance(picture, str) else 'bytes of the image are'} empty"
     if not usable:
         raise SourceError(f"{problem}. {_ACCEPTED}")
 
@@ -109,10 +111,12 @@ def _is_binary(file: Any) -> bool:
 
 
 def is_single(source: Any) -> bool:
-    """Return whether a source is one image, as opposed to a list, a folder or a pattern."""
+    """Return whether a source is one image, as opposed to a sequence, a folder or a pattern."""
+    if isinstance(source, bytes):
+        return True
     if isinstance(source, (str, Path)):
         return not Path(source).is_dir() and (Path(source).exists() or not _is_pattern(source))
-    return not isinstance(source, (list, tuple))
+    return not isinstance(source, Sequence)
 
 
 def expand(source: Any) -> list[Picture]:
@@ -121,7 +125,7 @@ def expand(source: Any) -> list[Picture]:
     Raises:
         SourceError: see `check` and `expand_files`.
     """
-    pictures: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
+    pictures: list[Any] = list(source) if isinstance(source, Sequence) and not isinstance(source, (str, bytes)) else [source]
     for picture in pictures:
         check(picture)
     return [image for picture in pictures for image in (_files(picture) if isinstance(picture, (str, Path)) else [picture])]
@@ -149,7 +153,8 @@ def _files(source: str | Path) -> list[Path]:
     elif _is_pattern(source):
         candidates = sorted(Path(name) for name in glob.glob(str(source), recursive=True))
     else:
-        raise SourceError(f"there is no file or folder {source}.")
+        advice = " Download it, and give the file." if "://" in str(source) else ""
+        raise SourceError(f"there is no file or folder {source}.{advice}")
     images = [file for file in candidates if file.suffix.lower() in ENDINGS and file.is_file() and not file.name.startswith(".")]
     if not images:
         where = f"in the folder {path}" if path.is_dir() else f"among the {len(candidates)} matches of {source}"

@@ -28,7 +28,7 @@ def check_device(device: Device) -> torch.device:
         if torch.accelerator.is_available():
             kind = torch.accelerator.current_accelerator()
             usable += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch's message for mps is a page long
         raise ConfigError(f"device {str(device)!r} cannot be used ({reason}). Available here: {', '.join(usable)}.") from None
     return checked
 

@@ -124,7 +124,7 @@ def test_minutes_become_steps_by_the_trial_and_stay_those(quick, monkeypatch, tm
     assert config.read(Recipe, tmp_path / "out" / "mine" / "recipe.json").train.steps == one.recipe.train.steps == 240
     monkeypatch.setattr(module, "measure_cost", lambda *_, **__: pytest.fail("tried again"))
     assert maskset.compare([mine], data(), tmp_path / "out", minutes=2).models == (one,)
-    assert "as many steps as 2 minutes hold" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "as many steps as fit into 2 minutes" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_with_a_number_of_epochs_the_whole_schedule_is_shrunk(quick, tmp_path):
@@ -288,7 +288,7 @@ def test_another_budget_other_data_and_another_recipe_are_refused_in_a_folder_th
     maskset.compare([mine], data(), tmp_path / "out", epochs=1)
     refused(ConfigError, "epochs was 1, is 2. Repeat its settings or choose a new folder", [mine], tmp_path, epochs=2)
     refused(ConfigError, "epochs was 1, is None; minutes was None, is 2", [mine], tmp_path, minutes=2)
-    refused(ConfigError, "data was .*, is shapes:; .*measured was 2, is 200", [mine], tmp_path, "shapes", epochs=1)
+    refused(ConfigError, "data was .*, is shapes:; .*image_count was 2, is 200", [mine], tmp_path, "shapes", epochs=1)
     written(tmp_path, "mine", learning_rate=0.5)
     refused(
         ConfigError, "mine was trained with another recipe: train.learning_rate was 0.001, is 0.5", [mine], tmp_path, epochs=1

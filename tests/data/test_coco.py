@@ -327,6 +327,16 @@ def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
         data.read(0)
 
 
+def test_the_id_of_an_annotation_may_be_a_whole_float_or_text(tmp_path: Path) -> None:
+    ids = [1.0, "2", "a3"]
+    data = opened(tmp_path, coco([annotation() | {"id": id} for id in ids]))
+    assert len(data.targets(0)) == 3
+    with pytest.raises(DataError, match="the id occurs twice"):
+        opened(tmp_path, coco([annotation() | {"id": id} for id in (1, 1.0)]))
+    with pytest.raises(DataError, match="the id must be a whole number or text"):
+        opened(tmp_path, coco([annotation() | {"id": 1.5}]))
+
+
 def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     data = opened(tmp_path, coco([annotation()]))
     file = tmp_path / "train" / "1.png"

@@ -30,7 +30,7 @@ def test_rgb_is_read_as_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), RGB)
 
 
-def test_grey_is_repeated(tmp_path: Path) -> None:
+def test_gray_is_repeated(tmp_path: Path) -> None:
     pixels = read(saved(tmp_path, Image.fromarray(RGB[..., 0])))
     np.testing.assert_array_equal(pixels, RGB[..., :1].repeat(3, 2))
 
@@ -62,14 +62,14 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize(("low", "high"), [(0, 65535), (100, 4095), (300, 302)])
-def test_16_bit_grey_is_stretched_from_its_own_range(tmp_path: Path, name: str, low: int, high: int) -> None:
+def test_16_bit_gray_is_stretched_from_its_own_range(tmp_path: Path, name: str, low: int, high: int) -> None:
     values = np.array([[low, low + (high - low) // 2, high]], dtype=np.uint16)
     pixels = read(saved(tmp_path, Image.fromarray(values), name))
     expected = np.rint((values.astype(float) - low) / (high - low) * 255)
     np.testing.assert_array_equal(pixels, expected[..., None].repeat(3, 2))
 
 
-def test_16_bit_grey_of_one_value_is_black(tmp_path: Path) -> None:
+def test_16_bit_gray_of_one_value_is_black(tmp_path: Path) -> None:
     assert read(saved(tmp_path, Image.fromarray(np.full((4, 4), 700, dtype=np.uint16)))).max() == 0
 
 

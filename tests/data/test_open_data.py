@@ -1,4 +1,4 @@
-"""Layouts are recognised, and what is not recognised is explained."""
+"""Layouts are recognized, and what is not recognized is explained."""
 
 import json
 import shutil
@@ -16,12 +16,12 @@ def plain(tmp_path: Path) -> Path:
     return write(tmp_path / "plain", coco([annotation()]))
 
 
-def test_a_json_file_beside_its_image_folder_is_recognised(plain: Path) -> None:
+def test_a_json_file_beside_its_image_folder_is_recognized(plain: Path) -> None:
     assert len(open_data(plain, "train").targets(0)) == 1
 
 
 @pytest.mark.parametrize("name", ["train", "train2017"])
-def test_cocos_own_layout_is_recognised(tmp_path: Path, plain: Path, name: str) -> None:
+def test_cocos_own_layout_is_recognized(tmp_path: Path, plain: Path, name: str) -> None:
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     shutil.copy(plain / "instances_train.json", tmp_path / "coco" / "annotations" / f"instances_{name}.json")
     shutil.copytree(plain / "train", tmp_path / "coco" / name)
@@ -31,7 +31,7 @@ def test_cocos_own_layout_is_recognised(tmp_path: Path, plain: Path, name: str) 
 
 
 @pytest.mark.parametrize(("name", "split"), [("valid", "val"), ("val", "val"), ("train", "train")])
-def test_annotations_among_the_images_are_recognised(tmp_path: Path, plain: Path, name: str, split: str) -> None:
+def test_annotations_among_the_images_are_recognized(tmp_path: Path, plain: Path, name: str, split: str) -> None:
     shutil.copytree(plain / "train", tmp_path / "export" / name)
     shutil.copy(plain / "instances_train.json", tmp_path / "export" / name / "_annotations.coco.json")
     assert open_data(str(tmp_path / "export"), split).image(0).shape == (3, 30, 40)

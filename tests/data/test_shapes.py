@@ -66,14 +66,14 @@ def test_masks_are_the_parts_that_can_be_seen() -> None:
         assert len(data.crowds(i)) == 0
 
 
-def test_every_class_is_common_and_no_class_has_a_colour_of_its_own() -> None:
-    data, colours = ShapesDataset("train", 200, size=(32, 32)), {0: [], 1: [], 2: []}
+def test_every_class_is_common_and_no_class_has_a_color_of_its_own() -> None:
+    data, colors = ShapesDataset("train", 200, size=(32, 32)), {0: [], 1: [], 2: []}
     for i in range(len(data)):
         pixels, objects = data.read(i)
         for label, mask in zip(objects.labels.tolist(), objects.masks.dense(), strict=True):
-            colours[label].append(pixels[:, mask].float().mean(1))
-    means = torch.stack([torch.stack(found).mean(0) for found in colours.values()])
-    assert min(len(found) for found in colours.values()) > 120
+            colors[label].append(pixels[:, mask].float().mean(1))
+    means = torch.stack([torch.stack(found).mean(0) for found in colors.values()])
+    assert min(len(found) for found in colors.values()) > 120
     assert (means.amax(0) - means.amin(0)).max() < 20
 
 

@@ -110,7 +110,7 @@ def test_pixels_boxes_and_masks_move_together(name) -> None:
             torch.testing.assert_close(objects.boxes, objects.masks.boxes(), atol=4, rtol=0)
             white = pixels[0] > 127
             x0, y0, x1, y1 = objects.boxes[0].tolist()
-            assert (white ^ mask).sum() <= 5 * (x1 - x0 + y1 - y0)  # nearest neighbour shifts by up to half a pixel, each time
+            assert (white ^ mask).sum() <= 5 * (x1 - x0 + y1 - y0)  # nearest neighbor shifts by up to half a pixel, each time
         else:
             assert (pixels > 127).float().mean() < 0.05
 

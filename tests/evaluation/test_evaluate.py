@@ -1,5 +1,6 @@
 """Evaluation: results are measured on the right images, classes and counts, on one process and on two."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -113,6 +114,12 @@ def test_the_mode_of_every_part_of_the_model_stays_as_it_was():
     assert not model.frozen.training
     evaluate(model.eval(), listed, progress=False)
     assert not model.training
+
+
+@pytest.mark.parametrize("source", [None, 5, []])
+def test_data_of_another_kind_is_refused(source):
+    with pytest.raises(DataError, match=r"data must be a data folder, .*got \w+"):
+        inspect.unwrap(evaluate)(Oracle(answers(data())), source)
 
 
 def test_a_broken_image_is_an_error_that_names_it():

@@ -1,4 +1,6 @@
-"""What data and evaluation use of other packages without being promised it. If one of these fails, a new version changed it."""
+"""Private interfaces of other packages that the code depends on. If a test fails, a new version has changed one."""
+
+import argparse
 
 import faster_coco_eval.faster_eval_api_cpp as matching
 from faster_coco_eval.core.cocoeval import Params
@@ -13,6 +15,12 @@ def test_faster_coco_eval_matches_targets_and_detections_by_given_ious() -> None
     curves = matching.COCOevalEvaluateAccumulate(rules, [[[[0.72]]]], targets, detections, [0], [0], True)
     assert curves["precision"].shape == (10, 101, 1, 4, 3)
     assert curves["recall"][:, 0, 0, -1].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]  # IoU 0.50 to 0.95
+
+
+def test_argparse_knows_its_flags_by_name() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument_group("settings").add_argument("--train.epochs")
+    assert parser._option_string_actions.keys() == {"-h", "--help", "--train.epochs"}
 
 
 def test_torch_maps_over_values_of_one_type_in_containers() -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import sys
 import threading
 from dataclasses import replace
 
@@ -101,11 +102,34 @@ def test_threshold_and_limit_reach_the_model():
         ({"threshold": float("nan")}, "between 0 and 1, got nan"),
         ({"limit": 0}, "at least 1 .*, got 0"),
         ({"limit": 10**30}, r"below 2\^31"),
+        ({"threshold": "0.5"}, "threshold must be a number between 0 and 1, got '0.5'"),
+        ({"threshold": None}, "threshold must be a number between 0 and 1, got None"),
+        ({"limit": 2.5}, "limit must be a whole number, .*got 2.5"),
+        ({"limit": True}, "limit must be a whole number, .*got True"),
     ],
 )
 def test_settings_that_are_not_allowed_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        predict(model(), pictures()[0], **settings)
+        inspect.unwrap(predict)(model(), pictures()[0], **settings)  # without the type checker of the tests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.nn.Linear(1, 1), "a.png"), ConfigError, "a model is a system of maskset .*, got torch.nn.modules.linear.Linear"),
+        ((None, "a.png"), ConfigError, "a model is a system of maskset"),
+        (("a.png", "model.safetensors"), ConfigError, "a.png is an image: the model comes first, then the images"),
+        ((pictures()[0], model()), SourceError, "the images are the second argument and the model the first, got a Mean second"),
+        (("https://example.org/model.safetensors", "a.png"), ConfigError, "is an address: download the model"),
+        (("", "a.png"), ConfigError, "the name of the model is empty"),
+        ((model(), "https://example.org/a.png"), SourceError, "there is no file or folder https://.* Download it"),
+        ((model(), ""), SourceError, "the file name is empty"),
+        ((model(), (image for image in pictures())), SourceError, "generator is not an image. .*several images are a list"),
+    ],
+)
+def test_arguments_of_another_kind_or_in_another_order_are_refused_at_the_call(arguments, error, message):
+    with pytest.raises(error, match=message):
+        inspect.unwrap(predict)(*arguments)
 
 
 def test_a_file_gives_instances_and_a_folder_an_iterator(tmp_path):
@@ -137,11 +161,15 @@ def test_bytes_give_the_objects_of_the_file(tmp_path):
     assert [len(detections) for detections in predict(model(), [data, io.BytesIO(data)], threshold=0)] == [1, 1]
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+@pytest.mark.parametrize(
+    "device",
+    ["gpu", "meta", "cuda:99", pytest.param("mps", marks=pytest.mark.skipif(sys.platform == "darwin", reason="it exists"))],
+)
 def test_a_device_that_cannot_be_used_is_reported_with_those_that_can(device):
     fake = model()
-    with pytest.raises(ConfigError, match=r"device .* cannot be used \(.*\). Available here: cpu"):
+    with pytest.raises(ConfigError, match=r"device .* cannot be used \(.*\). Available here: cpu") as error:
         predict(fake, pictures()[0], device=device)
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

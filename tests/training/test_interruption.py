@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from maskset.errors import Terminated
 from maskset.training.interruption import Interruption
 
 
@@ -70,6 +71,15 @@ def test_in_another_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(before, False)]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_the_error_says_which_signal_it_was(number, error):
+    with Interruption() as interruption:
+        press(number)
+        assert interruption.error is error
+        with pytest.raises(error, match="stopped"), interruption.at_once("stopped"):
+            pytest.fail("goes on")
 
 
 def test_sigterm_twice_is_one_request():

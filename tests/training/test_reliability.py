@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from accelerate.state import AcceleratorState
 from runs import assert_same_run, data, lines, recipe
 
 from maskset import config
-from maskset.data import open_data
+from maskset.data import loading, open_data
 from maskset.data.loading import training_batches
 from maskset.errors import ConfigError, ResourceError
 from maskset.files import lock_folder
@@ -68,7 +69,7 @@ def test_sigterm_to_the_whole_group_writes_a_checkpoint(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)  # timeout sends it to the process and to its group
     _, message = process.communicate(timeout=60)
-    assert process.returncode == 130, message
+    assert process.returncode == 143, message
     assert len(message.splitlines()) == 1, message
     done = [line for line in lines(tmp_path / "run") if line["split"] == "train"]
     assert f"stopped after step {len(done)}," in message
@@ -123,6 +124,13 @@ def test_a_batch_that_does_not_fit_into_shared_memory_is_an_error_and_no_hang():
     settings = with_workers(1).data
     batches = training_batches(open_data(data(), "train"), settings, 2, 32, 0, 0)
     with file_size_limit(1000), pytest.raises(ResourceError, match="--shm-size=8g, or .*--data.workers 0"):  # as small a /dev/shm
+        next(batches)
+
+
+def test_shared_memory_without_room_for_a_reader_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=16_384))
+    batches = training_batches(open_data(data(), "train"), with_workers(1).data, 2, 32, 0, 0)
+    with pytest.raises(ResourceError, match=r"/dev/shm.* too small for the processes .*16384 bytes .*--data.workers 0"):
         next(batches)
 
 

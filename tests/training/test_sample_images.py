@@ -29,6 +29,17 @@ def test_a_broken_image_is_left_out_where_broken_ones_are_skipped(tmp_path):
         draw_samples(model, data, tmp_path / "c.jpg")
 
 
+def test_a_sheet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    data, model = listed()
+    draw_samples(model, data, tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    monkeypatch.setattr(Image.Image, "save", lambda _, path, *__, **___: path.write_text("half") / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw_samples(model, data, tmp_path / "a.jpg")
+    assert (tmp_path / "a.jpg").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
+
+
 def test_nothing_is_drawn_where_no_image_can_be_read(tmp_path):
     data, model = listed()
     data.broken, data.skip_broken = {0, 1, 2, 3}, True

@@ -14,6 +14,7 @@ from maskset.systems import build
 from maskset.training.ema import averaged_copy
 from maskset.training.optimizer import build_optimizer
 from maskset.training.state import (
+    MAY_CHANGE,
     Progress,
     Trained,
     check_folder,
@@ -53,7 +54,7 @@ def test_everything_comes_back(tmp_path):
         assert all(torch.equal(old[key], new[key]) for key in old)
 
 
-def test_the_optimiser_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_the_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path):
     before, after = trained(0, steps=2), trained(1)
     save_state(tmp_path, before, Progress(), DATA)
     load_state(tmp_path, after, DATA)
@@ -108,14 +109,23 @@ def test_the_settings_that_a_resumed_run_may_change_are_all_there_and_do_not_cou
     new = replace(
         old, data=replace(old.data, workers=7, skip_broken=True), train=replace(old.train, epochs=99, patience=3, log_every=5)
     )
-    assert differences(old, new) == []
+    assert differences(old, new, MAY_CHANGE) == []
     assert differences(old, replace(old, train=replace(old.train, seed=1))) == ["train.seed was 42, is 1"]
-    short = replace(old, train=replace(old.train, steps=9))
-    assert differences(short, replace(short, train=replace(short.train, epochs=99))) == ["train.epochs was 2, is 99"]
-    from maskset.training.state import MAY_CHANGE
-
     names = {f"train.{name}" for name in asdict(old.train)} | {f"data.{name}" for name in asdict(old.data)}
     assert names > MAY_CHANGE
+
+
+def test_a_run_of_a_number_of_steps_cannot_be_made_longer_and_the_error_says_what_may_change(tmp_path):
+    short = replace(recipe(), train=replace(recipe().train, steps=9))
+    config.write(short, tmp_path / "recipe.json")
+    check_recipe(tmp_path, replace(short, train=replace(short.train, patience=3)))
+    for change, message in (({"epochs": 99}, "train.epochs was 2, is 99"), ({"steps": 10}, "train.steps was 9, is 10")):
+        with pytest.raises(ConfigError, match=message) as error:
+            check_recipe(tmp_path, replace(short, train=replace(short.train, **change)))
+        assert "A run with train.steps cannot be made longer" in str(error.value)
+    config.write(recipe(), tmp_path / "recipe.json")
+    with pytest.raises(ConfigError, match=r"train\.seed was 42, is 1.*only these may change: .*train\.epochs"):
+        check_recipe(tmp_path, replace(recipe(), train=replace(recipe().train, seed=1)))
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):

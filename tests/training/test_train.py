@@ -38,7 +38,7 @@ def whole(tmp_path_factory):
 
 
 def stop_after(monkeypatch, steps, by=lambda: (_ for _ in ()).throw(RuntimeError("stopped"))):
-    """Let something happen right after so many optimiser steps."""
+    """Let something happen right after so many optimizer steps."""
     done = []
 
     def counted(*arguments):
@@ -449,7 +449,7 @@ def test_weights_of_which_nothing_fits_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_code_that_is_learnt_is_fitted_before_training_and_kept_when_fine_tuning(tmp_path):
+def test_a_code_that_is_learned_is_fitted_before_training_and_kept_when_fine_tuning(tmp_path):
     settings = replace(recipe(epochs=1), model=replace(recipe().model, codec="pca", code_length=8))
     train(settings, data(), tmp_path / "first")
     assert maskset.load(tmp_path / "first").codec.fitted
@@ -458,8 +458,8 @@ def test_a_code_that_is_learnt_is_fitted_before_training_and_kept_when_fine_tuni
     assert all(torch.equal(a, b) for a, b in zip(first.codec.buffers(), second.codec.buffers(), strict=True))
 
 
-@pytest.mark.parametrize(("changes", "learnt_anew"), [({}, 0), ({"stages": 3}, 0), ({"code_length": 10}, 1)])
-def test_a_code_is_taken_whole_or_learnt_anew(tmp_path, monkeypatch, changes, learnt_anew):
+@pytest.mark.parametrize(("changes", "learned_anew"), [({}, 0), ({"stages": 3}, 0), ({"code_length": 10}, 1)])
+def test_a_code_is_taken_whole_or_learned_anew(tmp_path, monkeypatch, changes, learned_anew):
     settings, prepared = recipe("istr-smt", epochs=1), []
     model = build(settings.model)
     model.codec.fitted.fill_(True)
@@ -468,7 +468,7 @@ def test_a_code_is_taken_whole_or_learnt_anew(tmp_path, monkeypatch, changes, le
     run.open_run(
         replace(settings, model=replace(settings.model, **changes)), data(), tmp_path, tmp_path / "start.safetensors", False, None
     )
-    assert len(prepared) == learnt_anew
+    assert len(prepared) == learned_anew
 
 
 def test_bf16_trains_and_the_next_run_of_the_process_may_be_fp32(tmp_path):

@@ -1,10 +1,10 @@
-"""The results of a comparison: saved as JSON, so that it can be resumed, and printed as a table."""
+"""The results of a comparison: saved as JSON, from which it is resumed, and printed as a table."""
 
 from pathlib import Path
 from typing import Literal
 
-from maskset import config as settings
 from maskset.config import config
+from maskset.config import write as write_settings
 from maskset.files import atomic_write
 from maskset.recipe import Recipe
 from maskset.training.log import counted
@@ -19,14 +19,14 @@ _COLUMNS = (
     *("parameters", "trained", "steps", "s/step", "minutes", "memory"),
 )
 _NOTES = """\
-AP: of masks, as COCO defines it, on {images} images of {data} ({split}), at most {max_detections} results of an image.
-{budget}. The weights after the last step are measured, whatever the evaluations before.
-s/step: median over the run; minutes: of training, without evaluations; memory: what tensors take at the most in a training step.
-A dash: not measured, because the model was not trained here, or the data has no such object."""
+AP: COCO's average precision of masks on {images} images of {data} ({split}), with at most {max_detections} detections per image.
+{budget}. The weights after the last step are evaluated.
+s/step: median over the run; minutes: training without evaluations; memory: peak memory of tensors in a training step.
+A dash: not measured, because the model was not trained here or the data has no such objects."""
 
 
 @config
-class Compared:
+class ComparisonEntry:
     """One model of a comparison. Values that were not measured are None.
 
     Attributes:
@@ -34,12 +34,12 @@ class Compared:
         source: the recipe or model as the caller passed it.
         recipe: the recipe to train; None for a trained model.
         digest: SHA-256 of the checkpoint of a trained model.
-        state: "begun" is anything but "done" and "failed".
-        problem: why it failed.
+        state: "started" until it is "done" or has "failed".
+        problem: why it failed; empty otherwise.
         parameters: number of parameters.
-        trained_parameters: number of trainable parameters.
-        steps: optimiser steps of training.
-        seconds_per_step: median of those that the run's log has.
+        trainable_parameters: number of trainable parameters.
+        steps: optimizer steps of training.
+        seconds_per_step: median over the run's log.
         minutes: duration of training, without evaluations.
         gigabytes: peak memory of tensors in a training step (10^9 bytes), see `maskset.training.dry_run`.
         device: device it was trained on.
@@ -52,10 +52,10 @@ class Compared:
     source: str
     recipe: Recipe | None = None
     digest: str | None = None
-    state: Literal["begun", "done", "failed"] = "begun"
+    state: Literal["started", "done", "failed"] = "started"
     problem: str = ""
     parameters: int | None = None
-    trained_parameters: int | None = None
+    trainable_parameters: int | None = None
     steps: int | None = None
     seconds_per_step: float | None = None
     minutes: float | None = None
@@ -76,7 +76,7 @@ class Compared:
         return [
             self.name.replace("|", "\\|") + (" (failed)" if self.state == "failed" else ""),
             *(format_number(number, "{:.3f}") for number in (self.mask_ap, self.mask_ap50, self.mask_ap75, *sizes)),
-            *(format_number(number and number / 1e6, "{:.1f} M") for number in (self.parameters, self.trained_parameters)),
+            *(format_number(number and number / 1e6, "{:.1f} M") for number in (self.parameters, self.trainable_parameters)),
             format_number(self.steps, "{:,}"),
             format_number(self.seconds_per_step, "{:.3g}"),
             format_number(self.minutes, "{:.1f}"),
@@ -85,18 +85,18 @@ class Compared:
 
 
 @config
-class Terms:
+class ComparisonSettings:
     """The settings that all models of a comparison share.
 
     Attributes:
         data: the data, its path absolute.
         images: the folder of the images, where the data is a JSON file.
-        split: the part that is measured.
-        epochs: epochs to train each recipe; None leaves them to the recipe or to `minutes`.
-        minutes: minutes to train each recipe; None leaves them to the recipe or to `epochs`.
+        split: the split that models are evaluated on.
+        epochs: epochs to train each recipe; None means the recipe's own schedule, or `minutes`.
+        minutes: minutes to train each recipe; None means the recipe's own schedule, or `epochs`.
         max_detections: maximum number of detections per image.
         skip_broken: whether broken images and annotations are left out.
-        measured: number of images.
+        image_count: number of images in the split.
         classes: class names of the data.
     """
 
@@ -107,7 +107,7 @@ class Terms:
     minutes: float | None
     max_detections: int
     skip_broken: bool
-    measured: int
+    image_count: int
     classes: tuple[str, ...]
 
 
@@ -116,15 +116,15 @@ class Comparison:
     """Models measured on the same data; `print` shows the table.
 
     Attributes:
-        terms: settings that they share.
+        settings: settings that they share.
         models: the models in the order of the arguments.
     """
 
-    terms: Terms
-    models: tuple[Compared, ...] = ()
+    settings: ComparisonSettings
+    models: tuple[ComparisonEntry, ...] = ()
 
     @property
-    def failed(self) -> tuple[Compared, ...]:
+    def failed(self) -> tuple[ComparisonEntry, ...]:
         """The models that could not be trained or measured."""
         return tuple(entry for entry in self.models if entry.state == "failed")
 
@@ -142,25 +142,27 @@ class Comparison:
         problems = [f"{entry.name} failed: {entry.problem}" for entry in self.failed]
         notes = [f"{entry.name}: {note}" for entry in self.models for note in entry.notes]
         return "\n".join(
-            [*lines, "", _notes(self.terms, any(entry.recipe for entry in self.models)), *trained, *problems, *notes]
+            [*lines, "", _notes(self.settings, any(entry.recipe for entry in self.models)), *trained, *problems, *notes]
         )
 
     def save(self, path: Path) -> None:
-        """Write everything as a JSON file that `maskset.config.read` takes."""
+        """Write a JSON file that `maskset.config.read` reads."""
         with atomic_write(path) as part:
-            settings.write(self, part)
+            write_settings(self, part)
 
 
-def _notes(terms: Terms, any_recipe: bool) -> str:
+def _notes(settings: ComparisonSettings, any_recipe: bool) -> str:
     budget = "Each recipe had its own schedule" if any_recipe else "No model was trained here"
-    if terms.epochs:
-        budget = f"Each recipe was trained for {counted(terms.epochs, 'epoch')}"
-    if terms.minutes:
-        budget = f"Each recipe was trained for as many steps as {terms.minutes:g} minutes hold by a trial of its speed"
-    name = Path(terms.data).name or terms.data
-    return _NOTES.format(images=terms.measured, data=name, split=terms.split, max_detections=terms.max_detections, budget=budget)
+    if settings.epochs:
+        budget = f"Each recipe was trained for {counted(settings.epochs, 'epoch')}"
+    if settings.minutes:
+        budget = f"Each recipe was trained for as many steps as fit into {settings.minutes:g} minutes at the measured speed"
+    name = Path(settings.data).name or settings.data
+    return _NOTES.format(
+        images=settings.image_count, data=name, split=settings.split, max_detections=settings.max_detections, budget=budget
+    )
 
 
 def format_number(number: float | None, form: str) -> str:
-    """Return a number, or a dash for none."""
+    """Return a number as text; a dash for None."""
     return "-" if number is None else form.format(number)

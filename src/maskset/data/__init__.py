@@ -34,6 +34,8 @@ def open_data(
     Raises:
         DataError: there is no data in one of these forms, or the files are broken.
     """
+    if not str(data):
+        raise DataError("the name of the data is empty: give a data folder, a COCO JSON file, or shapes: (generated).")
     path = Path(data)
     if data == "shapes:" or (data == "shapes" and not path.exists()):
         return ShapesDataset(split)

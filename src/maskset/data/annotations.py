@@ -185,9 +185,10 @@ def read_annotations(
                 raise DataError(f"there is no image {row.get('image_id')!r:.50}.")
             record = records[position_of[image_id]]
             where = f"{where} (image {image_id}, {record.file and record.file.name})"
-            if not isinstance(id, (int, str)) or id in ids:
-                raise DataError("the id occurs twice." if isinstance(id, (int, str)) else "the id is not a number.")
-            ids.add(id)
+            key = id if isinstance(id, str) else whole_number(id)
+            if key is None or key in ids:
+                raise DataError("the id must be a whole number or text." if key is None else "the id occurs twice.")
+            ids.add(key)
             annotation = _row(row, where, position_of[image_id], (record.height, record.width), label_of, doubts)
         except (DataError, rle.MaskError) as error:
             problems.append(f"{where}: {error}")
@@ -254,7 +255,7 @@ def _box(box: Any, size: tuple[int, int]) -> tuple[float, float, float, float] |
 
 
 def _contradicts(box: Sequence[float], shape: rle.Counts | rle.Polygons, size: tuple[int, int]) -> bool:
-    """Return whether a box has little in common with the box of a mask; polygons need not be rasterised for that."""
+    """Return whether a box has little in common with the box of a mask; polygons need not be rasterized for that."""
     if isinstance(shape, tuple):
         points = shape[0] if len(shape) == 1 else np.concatenate(shape)
         left, top, right, bottom = *points.min(0).tolist(), *points.max(0).tolist()

@@ -1,9 +1,11 @@
 """Training batches of annotated images: their order, augmentation and reading in worker processes."""
 
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -23,8 +25,9 @@ READER_KILLED = (
     "a process that reads images was killed, maybe for lack of memory. Use fewer of them (--data.workers; 0 reads in the "
     "training process); the same command with --resume continues the run from its last checkpoint."
 )
+_SHARED_MEMORY = Path("/dev/shm")  # on Linux
 _TOO_LITTLE_SHARED_MEMORY = (
-    "shared memory (/dev/shm) is too small for a batch of {:.1f} MB ({}). Give a container more with docker run --shm-size=8g, "
+    f"shared memory ({_SHARED_MEMORY}) is too small for {{}} ({{}}). Give a container more with docker run --shm-size=8g, "
     "or read the images in the training process with --data.workers 0."
 )
 
@@ -163,11 +166,11 @@ class _Reader:
         targets = pytree.tree_map_only(Tensor, lambda tensor: _Array(tensor.numpy()), [targets for _, targets in samples])
         images = ImageBatch.from_images([pixels for pixels, _ in samples], self.divisor)
         if get_worker_info() is not None:
-            try:  # here, since torch does it in a thread that loses the batch where there is no room, and training waits for ever
+            try:  # here, because torch does it in a thread that loses the batch on an error, and training would wait forever
                 for tensor in (images.pixels, images.sizes):
                     tensor.share_memory_()
             except RuntimeError as error:
-                return ResourceError(_TOO_LITTLE_SHARED_MEMORY.format(images.pixels.nbytes / 1e6, error))
+                return ResourceError(_TOO_LITTLE_SHARED_MEMORY.format(f"a batch of {images.pixels.nbytes / 1e6:.1f} MB", error))
         return _Batch(images, targets, problems)
 
     __getitem__ = __call__  # DataLoader indexes a data set with the image indices of a batch
@@ -197,6 +200,8 @@ def _handle_sigterm(_: int) -> None:
 
 
 def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iterator[_Batch | DataError | ResourceError]:
+    if _SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(_SHARED_MEMORY).free) < 2**20:  # else torch fails with a traceback
+        raise ResourceError(_TOO_LITTLE_SHARED_MEMORY.format("the processes that read images", f"{free} bytes are free"))
     loader = DataLoader(
         reader,  # type: ignore[arg-type]
         batch_size=None,

@@ -28,7 +28,7 @@ Plane = Float64[np.ndarray, "h w"]
 class ShapesDataset:
     """Scenes of 1 to 5 overlapping shapes, generated on access; see `maskset.data.dataset.Dataset` for the members.
 
-    The shapes are ellipses, rectangles and triangles in any orientation, textured, on a textured background; neither colour nor
+    The shapes are ellipses, rectangles and triangles in any orientation, textured, on a textured background; neither color nor
     texture depends on the class. A shape hides those behind it, and its mask is the visible part. An image depends only on the
     split, its index, the size and the seed.
     """
@@ -140,8 +140,8 @@ class Shape:
     Attributes:
         label: 0 ellipse, 1 rectangle, 2 triangle.
         window: the rows and columns that it and its shadow reach.
-        distance: of each pixel's centre there to the edge, pixels, negative inside (about right near the edge).
-        look: seeds the random numbers of its colours and texture.
+        distance: of each pixel's center there to the edge, pixels, negative inside (about right near the edge).
+        look: seeds the random numbers of its colors and texture.
     """
 
     label: int
@@ -188,15 +188,15 @@ class Scene:
     def _draw_shape(self, random: np.random.RandomState) -> Shape:
         """Return a shape of any class, place, direction, size and proportion."""
         label, (height, width) = int(random.randint(3)), self._size
-        centre_x, centre_y = (0.1 + 0.8 * random.random_sample(2)) * (width, height)
+        center_x, center_y = (0.1 + 0.8 * random.random_sample(2)) * (width, height)
         cos, sin = _direction(random)
         a = (0.11 + 0.17 * random.random_sample()) * self._side
         b = a * (0.55 + 0.45 * random.random_sample())
         skew = 0.6 * (random.random_sample() - 0.5)
         reach = (1, 1.28, 1.7)[label] * a + 0.06 * self._side
-        rows = slice(max(0, int(centre_y - reach)), min(height, int(centre_y + reach) + 1))
-        columns = slice(max(0, int(centre_x - reach)), min(width, int(centre_x + reach) + 1))
-        x, y = _centres(columns) - centre_x, _centres(rows)[:, None] - centre_y
+        rows = slice(max(0, int(center_y - reach)), min(height, int(center_y + reach) + 1))
+        columns = slice(max(0, int(center_x - reach)), min(width, int(center_x + reach) + 1))
+        x, y = _centers(columns) - center_x, _centers(rows)[:, None] - center_y
         u, v = x * cos + y * sin, y * cos - x * sin
         distance = (_ellipse(u, v, a, b), _rectangle(u, v, 0.9 * a, 0.9 * b), _triangle(u, v, 1.2 * a, 1.2 * b, skew))[label]
         return Shape(label, (rows, columns), distance, _seed(random))
@@ -216,7 +216,7 @@ class Scene:
         dark = _rgb(hue + 0.12 * (random.random_sample() - 0.5), 0.6, 0.35 + 0.25 * random.random_sample())
         texture = _pattern(random, size, self._side) * (0.2 + 0.3 * random.random_sample())
         bevel = np.clip(1 + shape.distance / (0.025 * self._side), 0, 1)  # 1 at the edge, 0 from a little inside
-        daylight = 1.12 - 0.24 * _centres(rows)[:, None] / self._size[0]
+        daylight = 1.12 - 0.24 * _centers(rows)[:, None] / self._size[0]
         shade = (1 - 0.4 * bevel) * daylight + 0.06 * (_noise(random, size, 3.0) - 0.5)
         shadow = 1 - 0.45 * np.clip(1 - shape.distance / (0.05 * self._side), 0, 1)
         cover = np.clip(0.5 - shape.distance, 0, 1)
@@ -255,7 +255,7 @@ def _seed(random: np.random.RandomState) -> int:
     return int(random.randint(2**31 - 1))
 
 
-def _centres(pixels: slice) -> np.ndarray:
+def _centers(pixels: slice) -> np.ndarray:
     return np.arange(pixels.start, pixels.stop) + 0.5
 
 
@@ -300,7 +300,7 @@ def _cells(positions: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rgb(hue: float, saturation: float, value: float) -> Float64[np.ndarray, "3"]:
-    """Return a colour given as hue (1 is once around), saturation and value."""
+    """Return a color given as hue (1 is once around), saturation and value."""
     sector = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
     return value - value * saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1)
 

@@ -87,7 +87,7 @@ def crop(pixels: Pixels, objects: Instances, box: tuple[int, int, int, int]) -> 
 def resize(
     pixels: Pixels, objects: Instances, short_side: int, long_side: int | None = None
 ) -> tuple[UInt8[Tensor, "3 new_h new_w"], Instances]:
-    """Return the image and its targets at the size of `fitted_size`; masks are resized by nearest neighbour."""
+    """Return the image and its targets at the size of `fitted_size`; masks are resized by nearest neighbor."""
     return _scale(pixels, objects, fitted_size((pixels.shape[1], pixels.shape[2]), short_side, long_side))
 
 

@@ -65,6 +65,8 @@ def evaluate(
         raise MasksetError(f"max_detections must be at least 1, got {max_detections}.")
     model = load_model(model, device)
     dataset = open_data(data, split, images, skip_broken) if isinstance(data, (str, Path)) else data
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"data must be a data folder, a COCO JSON file, 'shapes:' or a Dataset, got {type(data).__name__}.")
     share = _share(dataset, model)
     unreadable: dict[int, str] = {}
     predictions = detections_in(model, dataset, share, max_detections, batch_size, unreadable)

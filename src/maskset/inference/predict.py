@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from io import IOBase
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, overload
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from maskset import checkpoint, pictures
 from maskset.data.transforms import fit
-from maskset.errors import ConfigError, DataError
+from maskset.errors import ConfigError, DataError, SourceError
 from maskset.instances import Instances
 from maskset.pictures import Picture
 from maskset.progress import report, track
@@ -85,7 +86,8 @@ def predict(
     Args:
         model: a system, or what `maskset.load` takes.
         source: an image: a file name, bytes, a file opened in binary mode, a Pillow image, a uint8 array [h w 3] or [h w], or a
-            uint8 tensor [3 h w]; RGB. Or several: a list of these, a folder, or a pattern such as "photos/*.jpg".
+            uint8 tensor [3 h w]; RGB. Or several: a list of these, a folder, or a pattern such as "photos/*.jpg". Not an
+            iterator, since all are checked before the first is predicted.
         threshold: least score of an object.
         limit: maximum number of objects in an image.
         device: where to compute; by default a system stays where it is, and one that is loaded goes to a GPU if there is one.
@@ -98,7 +100,7 @@ def predict(
         maskset.errors.DataError: a file cannot be read as an image; with `skip_broken`, none of several can.
         maskset.errors.ConfigError: `threshold`, `limit` or `device` is not allowed.
     """
-    _check(threshold, limit)
+    _check(model, source, threshold, limit)
     images, single = pictures.expand(source), pictures.is_single(source)
     unreadable: list[str] = []
     read = partial(_read_or_skip, unreadable) if skip_broken and not single else pictures.read
@@ -131,15 +133,34 @@ def predict_files(
     Raises:
         maskset.errors.MasksetError: as `predict` does.
     """
-    _check(threshold, limit)
+    _check(model, sources, threshold, limit)
     files, unreadable = pictures.expand_files(sources), list[str]()
     read = partial(_read_or_skip, unreadable) if skip_broken else _read_or_advise
     results = predict_items(load_model(model, device), files, read, limit=limit, threshold=threshold)
     return _report_unreadable(track(results, len(files), "predicting") if progress else results, unreadable, len(files))
 
 
+def check_model(model: Any) -> None:
+    """Check that a model is a system, or a path that can be one of a checkpoint; nothing is read.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(model, (str, Path)):
+        if Path(model).suffix.lower() in pictures.ENDINGS:
+            raise ConfigError(f"{model} is an image: the model comes first, then the images.")
+        if "://" in str(model):
+            raise ConfigError(f"{model} is an address: download the model, and give the file.")
+        if not str(model):
+            raise ConfigError("the name of the model is empty: give a run folder or a checkpoint file.")
+    elif not isinstance(model, System):
+        got = f"{type(model).__module__}.{type(model).__name__}"
+        raise ConfigError(f"a model is a system of maskset (maskset.load returns one), a run folder or a checkpoint, got {got}.")
+
+
 def load_model(model: System | str | Path, device: Device | None = None) -> System:
-    """Return the model on the device, loaded where it is not a system yet; see `predict`."""
+    """Return a system on the device; a run folder or checkpoint is loaded. See `predict`."""
+    check_model(model)
     if device is not None:
         device = check_device(device)
     if isinstance(model, System):
@@ -166,7 +187,7 @@ def predict_items(
         limit: maximum number of objects in an image.
         threshold: least score of an object.
         batch_size: maximum number of images in a batch; None depends on their size.
-        ignored_classes: class channels that are left out; they do not count towards `limit`.
+        ignored_classes: class channels that are left out; they do not count toward `limit`.
     """
 
     def fitted(item: Item) -> tuple[Item, Size, Tensor] | None:
@@ -301,8 +322,11 @@ def _read_ahead(read: Callable[[Item], Any], items: Iterable[Item], readers: int
             yield waiting.popleft().result()
 
 
-def _check(threshold: float, limit: int) -> None:
-    if not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold must be between 0 and 1, got {threshold}.")
-    if not 1 <= limit < 2**31:
-        raise ConfigError(f"limit must be at least 1 and below 2^31, got {limit}.")
+def _check(model: Any, source: Any, threshold: Any, limit: Any) -> None:
+    if isinstance(source, nn.Module):
+        raise SourceError(f"the images are the second argument and the model the first, got a {type(source).__name__} second.")
+    check_model(model)
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold must be a number between 0 and 1, got {threshold!r}.")
+    if isinstance(limit, bool) or not isinstance(limit, Integral) or not 1 <= limit < 2**31:
+        raise ConfigError(f"limit must be a whole number, at least 1 and below 2^31, got {limit!r}.")

@@ -1,12 +1,12 @@
 """Save the batch and report the cause when the loss is not finite."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskset.checkpoint import write_tensors
 from maskset.errors import TrainingDiverged
+from maskset.files import write_json
 from maskset.training.state import LAST
 from maskset.training.step import NotFinite
 
@@ -20,7 +20,7 @@ def save_diverged_batch(
 
     Args:
         folder: of the run.
-        step: optimiser steps done before.
+        step: optimizer steps done before.
         rates: learning rates by parameter group.
         problem: the term or gradient that is not finite.
         names: of the images in the batch.
@@ -42,7 +42,7 @@ def save_diverged_batch(
     out = folder / (f"diverged_{process}" if process else "diverged")
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, out / "batch.safetensors", {})
-    (out / "batch.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(facts, out / "batch.json")
     lrs = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     start = f", which may start from this one's last checkpoint with --init {folder}" if (folder / LAST).is_file() else ""

@@ -22,18 +22,18 @@ from maskset.training.state import seed_everything
 from maskset.training.step import Batch, NotFinite, update
 from maskset.training.train import grouped
 
-_WARM_UP, _TIMED, _WEIGHED = 3, 10, 2  # optimiser steps: until all memory is there; timed at least; whose memory is measured
+_WARM_UP, _TIMED, _WEIGHED = 3, 10, 2  # optimizer steps: until all memory is there; timed at least; whose memory is measured
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of an optimiser step.
+    """The cost of an optimizer step.
 
     Attributes:
         seconds: mean time of a step with the reading of its images.
-        steps_per_epoch: optimiser steps per epoch.
+        steps_per_epoch: optimizer steps per epoch.
         device: name of the device.
-        gigabytes: greatest memory that tensors take in a step (10^9 bytes): weights, gradients, the optimiser's moments and what
+        gigabytes: greatest memory that tensors take in a step (10^9 bytes): weights, gradients, the optimizer's moments and what
             the network keeps to compute gradients.
     """
 
@@ -80,7 +80,7 @@ def measure_cost(
 
 
 def _endless(run: Run) -> Iterator[list[Batch]]:
-    """Yield the batches of one optimiser step after the other, epoch after epoch."""
+    """Yield the batches of one optimizer step after the other, epoch after epoch."""
     progress = run.progress
     while True:
         yield from grouped(run.batches(progress.epoch), run.recipe.train.accumulate)
@@ -89,7 +89,7 @@ def _endless(run: Run) -> Iterator[list[Batch]]:
 
 
 def _run_step(run: Run, batches: Sequence[Batch]) -> None:
-    """Run one optimiser step as training does."""
+    """Run one optimizer step as training does."""
     config, progress, trained = run.recipe.train, run.progress, run.trained
     seed_everything(config.seed, progress.step, 0)
     set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))

@@ -16,13 +16,13 @@ def averaged_copy(model: Model) -> Model:
 
 @torch.no_grad()
 def average(averaged: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's: averaged = d * averaged + (1 - d) * weights, in place.
+    """Move the averaged weights toward the model's: averaged = d * averaged + (1 - d) * weights, in place.
 
     Args:
         averaged: made by `averaged_copy`.
         model: what is trained.
         decay: d in the long run. At first it is (1 + step) / (10 + step), or the random start would stay in the average.
-        step: optimiser steps done, at least 1.
+        step: optimizer steps done, at least 1.
     """
     share = 1 - min(decay, (1 + step) / (10 + step))
     for average_of, weight in zip(averaged.parameters(), model.parameters(), strict=True):

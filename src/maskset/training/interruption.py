@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: not at once, but when a checkpoint can be written."""
+"""Ctrl-C and SIGTERM during training: the run ends at the next moment at which a checkpoint can be written."""
 
 import mmap
 import os
@@ -8,19 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from maskset.errors import Terminated
+
 _AGAIN = "stopped at once: the same command with --resume continues from the last checkpoint."
 
 
 class Interruption:
-    """Turns the first Ctrl-C or SIGTERM into the flag `requested`; a second Ctrl-C raises KeyboardInterrupt.
+    """A context in which the first Ctrl-C or SIGTERM only sets `requested`, and a second Ctrl-C raises KeyboardInterrupt.
 
-    A context: outside of it, and in threads other than the main one, signals do what they did before. Schedulers send SIGTERM to
-    a process and to its whole group, so it may come twice, and it also comes to the processes that read images. They ignore it
-    until training has ended, since torch would raise the death of one in the middle of a step.
+    Outside of the context, and in threads other than the main one, signals have their usual effect. Schedulers send SIGTERM to
+    a process and to its whole group, so it may arrive twice, and the processes that read images get it too. Those ignore it
+    until training has ended, because torch would raise the death of one in the middle of a step.
+
+    Attributes:
+        requested: whether a signal was received.
+        error: the exception to raise after the checkpoint: KeyboardInterrupt, or Terminated after SIGTERM.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.error: type[KeyboardInterrupt] = KeyboardInterrupt
         self._message, self._waits = _AGAIN, True
         self._process, self._ended = os.getpid(), mmap.mmap(-1, 1)  # memory that forked processes share
         self._previous: dict[int, object] = {}
@@ -37,11 +44,11 @@ class Interruption:
 
     @contextmanager
     def at_once(self, message: str) -> Iterator[None]:
-        """Let Ctrl-C raise KeyboardInterrupt with this message inside of the context: nothing there would be lost."""
+        """Let signals raise an exception with this message inside of the context, where nothing would be lost."""
         self._message, self._waits = message, False
         try:
             if self.requested:
-                raise KeyboardInterrupt(message)
+                raise self.error(message)
             yield
         finally:
             self._message, self._waits = _AGAIN, True
@@ -52,5 +59,6 @@ class Interruption:
                 raise SystemExit(1)
             return
         again, self.requested = self.requested, True
+        self.error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if (again and number == signal.SIGINT) or not (again or self._waits):
-            raise KeyboardInterrupt(self._message)
+            raise self.error(self._message)

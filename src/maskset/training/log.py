@@ -40,7 +40,7 @@ class Log:
     Args:
         file: metrics.jsonl, truncated to the progress of the run.
         progress: progress of the run.
-        last_step: total number of optimiser steps.
+        last_step: total number of optimizer steps.
         epochs: total number of epochs.
         send: sends numbers to the trackers.
         active: False prints and writes nothing, as in all processes but one.

@@ -1,4 +1,4 @@
-"""The optimiser, its parameter groups, and the schedule of their learning rates."""
+"""The optimizer, its parameter groups, and the schedule of their learning rates."""
 
 import math
 
@@ -14,7 +14,7 @@ _FUSED = {"cpu", "cuda", "xpu", "mps"}  # devices on which one kernel steps all 
 
 
 def build_optimizer(model: System, config: TrainConfig) -> Optimizer:
-    """Return an optimiser with the groups of `parameter_groups`. The model must be on its device already."""
+    """Return an optimizer with the groups of `parameter_groups`. The model must be on its device already."""
     groups = parameter_groups(model, config)
     fused = {parameter.device.type for group in groups for parameter in group["params"]} <= _FUSED
     if config.optimizer == "sgd":
@@ -62,7 +62,7 @@ def learning_rate_scale(config: TrainConfig) -> float:
 
 
 def rate_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """Return the schedule's factor of the learning rates in optimiser step `step`, counted from 0.
+    """Return the schedule's factor of the learning rates in optimizer step `step`, counted from 0.
 
     Warm-up: (step + 1) / warmup_steps, at most 1. The schedule "step" multiplies it by drop_factor after each drop epoch;
     "cosine" by (1 + cos(pi * share)) / 2, where `share` of the steps after the warm-up are done. If `steps` is set, the drop
@@ -77,7 +77,7 @@ def rate_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
 
 
 def step_count(steps_per_epoch: int, config: TrainConfig) -> int:
-    """Return the number of optimiser steps of the whole run."""
+    """Return the number of optimizer steps of the whole run."""
     return config.steps or config.epochs * steps_per_epoch
 
 

@@ -47,10 +47,10 @@ class Run:
         train_data: split that the model is trained on.
         val_data: split that it is evaluated on.
         accelerator: devices, processes, precision.
-        trained: model, optimiser, averaged weights.
+        trained: model, optimizer, averaged weights.
         step: the module to call, on its device and wrapped for several processes.
         batch_size: images that one process computes at once.
-        steps: optimiser steps of an epoch.
+        steps: optimizer steps of an epoch.
         progress: progress of the run.
     """
 
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """Total number of optimiser steps."""
+        """Total number of optimizer steps."""
         return step_count(self.steps, self.recipe.train)
 
     @property
@@ -125,6 +125,8 @@ def open_run(
     progress: bool = True,
 ) -> tuple[Run, list[str]]:
     """Return a run that is ready to start or resume, and lines that describe it. Nothing is written. See `maskset.train`."""
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        launched(variable, 0)  # else accelerate's error does not name the variable
     state.check_folder(folder, resume)
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
     check_trackers(recipe.train.trackers)
@@ -142,10 +144,10 @@ def open_run(
     seed_everything(config.seed, 0, 0)
     model = build(recipe.model, train_data.categories)
     if not resume:
-        lines += _initialise(model, recipe, train_data, init, accelerator, progress)
+        lines += _initialize(model, recipe, train_data, init, accelerator, progress)
     if config.checkpoint_activations:
         recompute(model)
-    step = accelerator.prepare(Step(model))  # moves the model to its device, which the optimiser must see
+    step = accelerator.prepare(Step(model))  # moves the model to its device, which the optimizer must see
     optimizer = accelerator.prepare(build_optimizer(model, config))
     averaged = averaged_copy(model) if config.ema_decay else None
     trained = Trained(model, optimizer, averaged, accelerator.scaler)
@@ -190,8 +192,6 @@ def _check_objects(training: Dataset, data: str | Path) -> None:
 
 def _open_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     AcceleratorState._reset_state()  # else accelerate holds a second run in this process to the precision of the first
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        launched(variable, 0)  # else accelerate's error does not name the variable
     try:
         accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -229,10 +229,10 @@ def _batch_size(config: TrainConfig, processes: int) -> int:
     return config.batch_size // (config.accumulate * processes)
 
 
-def _initialise(
+def _initialize(
     model: System, recipe: Recipe, training: Dataset, init: str | Path | None, accelerator: Accelerator, progress: bool
 ) -> list[str]:
-    """Initialise the weights of a new model, and return lines that say what was copied.
+    """Initialize the weights of a new model, and return lines that say what was copied.
 
     Raises:
         CheckpointError: `init` is not a checkpoint, or none of its weights fit.

@@ -6,6 +6,7 @@ from PIL import Image
 
 from maskset.data import Dataset
 from maskset.errors import DataError
+from maskset.files import write_picture
 from maskset.inference.predict import predict
 from maskset.systems import System
 
@@ -38,7 +39,7 @@ def draw_samples(model: System, dataset: Dataset, path: Path) -> None:
             sheet.paste(picture, (left, row * _HEIGHT))
         left += pictures[0].width
     path.parent.mkdir(exist_ok=True)
-    sheet.save(path, quality=90)
+    write_picture(sheet, path)
 
 
 def _shrunk(picture: Image.Image) -> Image.Image:

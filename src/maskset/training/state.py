@@ -1,11 +1,12 @@
 """The state from which a run is resumed: one file, always replaced whole, so that a kill cannot damage it.
 
-It holds weights, averaged weights and the optimiser's moments as tensors, and the progress of the run as JSON. It holds no
+It holds weights, averaged weights and the optimizer's moments as tensors, and the progress of the run as JSON. It holds no
 random states: before every step the generators are seeded with (seed, step, process), see `seed_everything`.
 """
 
 import json
 import random
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Progress:
 
     Attributes:
         epoch: current epoch, from 0.
-        step: optimiser steps done.
+        step: optimizer steps done.
         best: greatest mask AP so far; None before the first evaluation that has one.
         stale: evaluations since then.
         log_bytes: length of metrics.jsonl.
@@ -159,15 +160,20 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
     Raises:
         ConfigError: settings differ that a resumed run may not change.
     """
-    if changed := differences(config.read(Recipe, folder / RECIPE), recipe):
-        raise ConfigError(f"the run in {folder} has another recipe: {'; '.join(changed)}. Resume it with the same settings.")
+    steps = recipe.train.steps  # with them, epochs only say where the drops of the learning rates are
+    allowed = MAY_CHANGE - {"train.epochs"} if steps else MAY_CHANGE
+    if changed := differences(config.read(Recipe, folder / RECIPE), recipe, allowed):
+        longer = "A run with train.steps cannot be made longer: start a new one with --init. " if steps else ""
+        raise ConfigError(
+            f"the run in {folder} was started with other settings: {'; '.join(changed)}. {longer}"
+            f"Of a resumed run only these may change: {', '.join(sorted(allowed))}."
+        )
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Return one text for each setting that differs and that a resumed run may not change."""
+def differences(old: Any, new: Any, allowed: Container[str] = ()) -> list[str]:
+    """Return one text for each setting that differs between two objects of a settings class, except the `allowed` ones."""
     before, after = flat(config.to_dict(old)), flat(config.to_dict(new))
-    free = MAY_CHANGE - {"train.epochs"} if new.train.steps else MAY_CHANGE  # with steps, epochs only say where drops are
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name) and name not in free]
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name) and name not in allowed]
     return [f"{name} was {before.get(name)}, is {after.get(name)}" for name in names]
 
 

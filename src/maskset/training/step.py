@@ -1,4 +1,4 @@
-"""One optimiser step, on one or several batches of each process."""
+"""One optimizer step, on one or several batches of each process."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -46,7 +46,7 @@ class NotFinite(ArithmeticError):
 def update(
     accelerator: Accelerator, step: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], clip_norm: float
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Do one optimiser step and return this process's loss and its terms, and the norm of the gradient before clipping.
+    """Do one optimizer step and return this process's loss and its terms, and the norm of the gradient before clipping.
 
     The gradient is the mean over batches and processes; each batch has its own divisors, as in the official code.
 

@@ -66,7 +66,7 @@ def train(
         TrainingDiverged: the loss or its gradient is not finite.
         ResourceError: memory does not suffice, or a process that reads images was killed.
         OSError: a file cannot be written, for example because the disk is full.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to continue, or that nothing was written.
+        KeyboardInterrupt: Ctrl-C; after SIGTERM its subclass `Terminated`. The message says how to continue.
     """
     out = Path(out)
     lock = lock_folder(out) if launched("RANK", 0) == 0 else nullcontext()
@@ -110,7 +110,7 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
             if stop or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
                 run.write(log)
             if stop:
-                raise KeyboardInterrupt(_stopped(run))
+                raise interruption.error(_stopped(run))
         if epoch + 1 == run.epochs or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0):
             run.write(log)
             alone = run.accelerator.num_processes == 1  # else the others would wait for the one that stops
