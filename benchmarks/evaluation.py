@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.measure import in_turn
 from benchmarks.report import Report
-from maskset.data.dataset import ImageRecord
+from maskset.data.dataset import Dataset, ImageRecord
 from maskset.evaluation.average_precision import average_precision
 from maskset.instances import Category, Instances, Masks
 
@@ -89,13 +89,12 @@ def content(data: "Generated") -> dict[str, Any]:
     }
 
 
-class Generated:
-    """Ellipses with rough outlines, about 7 in an image, of a few of the classes; see `maskset.data.dataset.Dataset`."""
+class Generated(Dataset):
+    """Ellipses with rough outlines, about 7 in an image, of a few of the classes."""
 
     def __init__(self, images: int) -> None:
-        self.categories = tuple(Category(f"class {k}", k + 1) for k in range(CLASSES))
-        self.images = [ImageRecord(i, None, *SIZE) for i in range(images)]
-        self.skip_broken, self.skipped = False, list[str]()
+        categories = [Category(f"class {k}", k + 1) for k in range(CLASSES)]
+        super().__init__(categories, [ImageRecord(i, None, *SIZE) for i in range(images)])
         self.drawn = [self._draw(np.random.default_rng([0, i])) for i in range(images)]
         self._objects = [instances(np.random.default_rng([1, i]), *drawn, None) for i, drawn in enumerate(self.drawn)]
 
@@ -105,13 +104,6 @@ class Generated:
         count = 1 + rng.poisson(6.25)
         return rng.choice(present, count), ellipses(rng, count)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> tuple[Tensor, Instances]:
-        """Return black pixels and the objects of an image."""
-        return self.image(index), self.targets(index)
-
     def image(self, index: int) -> Tensor:
         """Return black pixels."""
         return torch.zeros(3, *SIZE, dtype=torch.uint8)
@@ -119,18 +111,6 @@ class Generated:
     def targets(self, index: int) -> Instances:
         """Return the objects of an image."""
         return self._objects[index]
-
-    def crowds(self, index: int) -> Instances:
-        """Return none."""
-        return Instances.empty(SIZE, self.categories)
-
-    def areas(self, index: int) -> Float[Tensor, "T"]:
-        """Return how many pixels each of `objects(index)` has."""
-        return self.targets(index).masks.areas().double()
-
-    def counts(self) -> Int[np.ndarray, "images"]:
-        """Return how many objects each image has."""
-        return np.array([len(one) for one in self._objects], dtype=np.int64)
 
 
 def results(data: Generated, index: int) -> Instances:

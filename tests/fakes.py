@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskset.data.dataset import ImageRecord
+from maskset.data.dataset import Dataset, ImageRecord
 from maskset.errors import DataError
 from maskset.instances import Category, Instances, Masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
@@ -37,20 +37,13 @@ def discs(centres: Iterable[tuple[float, float, float]], size: tuple[int, int]) 
     return np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
 
 
-class Listed:
+class Listed(Dataset):
     """A data set of what it is given. Every pixel of an image has the value position + 1, so that a system can know it again."""
 
     def __init__(self, objects: Sequence[Instances], crowds: Sequence[Instances] | None = None) -> None:
+        super().__init__(objects[0].categories, [ImageRecord(i + 1, None, *one.masks.size) for i, one in enumerate(objects)])
         self._objects, self._crowds = objects, crowds or [one[:0] for one in objects]
-        self.categories = objects[0].categories
-        self.images = [ImageRecord(i + 1, None, *one.masks.size) for i, one in enumerate(objects)]
-        self.skip_broken, self.skipped, self.broken = False, list[str](), set[int]()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> tuple[Tensor, Instances]:
-        return self.image(index), self.targets(index)
+        self.broken = set[int]()
 
     def image(self, index: int) -> Tensor:
         if index in self.broken:
@@ -62,12 +55,6 @@ class Listed:
 
     def crowds(self, index: int) -> Instances:
         return self._crowds[index]
-
-    def areas(self, index: int) -> Tensor:
-        return self._objects[index].masks.areas().float()
-
-    def counts(self) -> np.ndarray:
-        return np.array([len(one) for one in self._objects])
 
 
 class _Fake(System):

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from maskset.data.annotations import read_annotations, read_categories, read_image_records, read_json, whole_number
-from maskset.data.dataset import ImageRecord
+from maskset.data.dataset import Dataset, ImageRecord
 from maskset.errors import DataError
-from maskset.instances import Category, Instances, Masks
+from maskset.instances import Instances, Masks
 from maskset.pictures import read_image
 
 __all__ = ["CocoDataset", "DataError", "ImageRecord"]
@@ -21,8 +21,8 @@ _LOG = logging.getLogger("maskset")
 _NEXT_STEP = "Correct what is broken, or leave it out with --skip-broken (in training: --data.skip-broken true)."
 
 
-class CocoDataset:
-    """Annotated images of a COCO file, see `maskset.data.dataset.Dataset` for the members.
+class CocoDataset(Dataset):
+    """Annotated images of a COCO file.
 
     The whole JSON file is checked at once; pixels are read, and their size is compared, on access. Labels are positions in
     `categories`, which are in the order of their ids: ids may have gaps, and 0 is an id. A box is the annotation's `bbox` cut
@@ -45,14 +45,14 @@ class CocoDataset:
         Raises:
             DataError: the file is not in COCO's format, or an entry is broken and `skip_broken` is False.
         """
-        self.file, self.skip_broken, problems = Path(annotations), skip_broken, []
+        self.file, problems = Path(annotations), list[str]()
         content = read_json(self.file)
-        self.categories: tuple[Category, ...] = read_categories(content["categories"], self.file)
-        self.images: list[ImageRecord] = read_image_records(content["images"], Path(images), problems)
+        categories = read_categories(content["categories"], self.file)
+        super().__init__(categories, read_image_records(content["images"], Path(images), problems), skip_broken)
         known = {id for row in content["images"] if (id := whole_number(row.get("id"))) is not None} if problems else set()
         self._annotations, notes = read_annotations(content["annotations"], self.images, known, self.categories, problems)
         self.notes: list[str] = [f"{self.file}: {note}" for note in notes]
-        self.skipped: list[str] = [f"{self.file}: {problem}" for problem in problems]
+        self.skipped += [f"{self.file}: {problem}" for problem in problems]
         if problems and not skip_broken:
             more = f" It has {len(problems)} such problems." if len(problems) > 1 else ""
             raise DataError(f"{self.skipped[0]}{more} {_NEXT_STEP}")
@@ -61,19 +61,8 @@ class CocoDataset:
         for note in self.notes if os.environ.get("RANK", "0") == "0" else ():  # of several processes, one reports
             _LOG.warning("warning: %s", note)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __repr__(self) -> str:
         return f"CocoDataset({self.file}: {len(self)} images, {int(self.counts().sum())} objects, {len(self.categories)} classes)"
-
-    def read(self, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
-        """Return the RGB pixels of an image and its targets, without crowds.
-
-        Raises:
-            DataError: the image file is damaged, or its size is not the one in the JSON.
-        """
-        return self.image(index), self.targets(index)
 
     def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
         """Return the RGB pixels of an image.
@@ -99,11 +88,11 @@ class CocoDataset:
         return self._instances(index, crowd=True)
 
     def areas(self, index: int) -> Float[Tensor, "T"]:
-        """Return the annotated areas of `targets(index)` in pixels, by which COCO's evaluation distinguishes small from large."""
+        """Return the areas of `targets(index)` as annotated, pixels."""
         return torch.from_numpy(self._annotations.areas[self._rows(index, crowd=False)])
 
     def counts(self) -> Int[np.ndarray, "images"]:
-        """Return the number of targets in each image, without crowds."""
+        """Return the number of targets in each image, without building them."""
         before = np.concatenate([[0], np.cumsum(~self._annotations.crowd)])
         return np.diff(before[self._annotations.starts])
 

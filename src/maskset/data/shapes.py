@@ -4,6 +4,7 @@ Pixels are computed with +, -, *, /, sqrt and comparisons only, whose results IE
 numbers of NumPy's `RandomState`, which is frozen.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int, UInt8
+from jaxtyping import Bool, Float64, UInt8
 from torch import Tensor
 
-from maskset.data.dataset import ImageRecord
+from maskset.data.dataset import Dataset, ImageRecord
 from maskset.errors import DataError
 from maskset.instances import Category, Instances, Masks
 
@@ -25,8 +26,8 @@ SPLITS = {"train": 2000, "val": 200, "test": 200}  # default number of images
 Plane = Float64[np.ndarray, "h w"]
 
 
-class ShapesDataset:
-    """Scenes of 1 to 5 overlapping shapes, generated on access; see `maskset.data.dataset.Dataset` for the members.
+class ShapesDataset(Dataset):
+    """Scenes of 1 to 5 overlapping shapes, generated on access.
 
     The shapes are ellipses, rectangles and triangles in any orientation, textured, on a textured background; neither color nor
     texture depends on the class. A shape hides those behind it, and its mask is the visible part. An image depends only on the
@@ -49,48 +50,30 @@ class ShapesDataset:
             raise DataError(f"the generated shapes have no split {split!r}, only {', '.join(SPLITS)}.")
         if min(size) < 16:
             raise DataError(f"the generated shapes need 16 or more pixels a side, got {size[1]} x {size[0]}.")
-        self.categories, self.size, self.seed = CATEGORIES, size, seed
-        self.images = [ImageRecord(i + 1, None, *size) for i in range(SPLITS[split] if count is None else count)]
-        self.skip_broken, self.skipped = False, list[str]()
-        self._split = list(SPLITS).index(split)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
-        """Return the RGB pixels of an image and its targets."""
-        scene = self._scene(index)
-        return torch.from_numpy(scene.painted()), self._instances(scene)
+        records = [ImageRecord(i + 1, None, *size) for i in range(SPLITS[split] if count is None else count)]
+        super().__init__(CATEGORIES, records)
+        self.size, self.seed, self._split = size, seed, list(SPLITS).index(split)
 
     def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
         """Return the RGB pixels of an image."""
-        return self.read(index)[0]
+        return torch.from_numpy(self._scene(index).painted())
 
     def targets(self, index: int) -> Instances:
         """Return the targets of an image."""
-        return self._instances(self._scene(index))
-
-    def crowds(self, index: int) -> Instances:
-        """Return no instances: generated images have no crowds."""
-        return Instances.empty(self.size, CATEGORIES)
-
-    def areas(self, index: int) -> Float[Tensor, "T"]:
-        """Return the areas of `targets(index)` in pixels."""
-        return self.targets(index).masks.areas().double()
-
-    def counts(self) -> Int[np.ndarray, "images"]:
-        """Return the number of targets in each image."""
-        return np.array([len(self._scene(i).shapes) for i in range(len(self))], dtype=np.int64)
+        scene = self._scene(index)
+        masks = Masks.from_dense(torch.from_numpy(scene.visible))
+        labels = torch.tensor([shape.label for shape in scene.shapes], dtype=torch.int64)
+        return Instances(labels, masks.boxes(), masks, None, CATEGORIES)
 
     def _scene(self, index: int) -> "Scene":
         if not 0 <= index < len(self):
             raise IndexError(f"there is no image {index}, only 0 to {len(self) - 1}.")
-        return Scene(np.random.RandomState([self.seed % 2**32, self._split, index]), self.size)
+        return _draw_scene((self.seed % 2**32, self._split, index), self.size)
 
-    def _instances(self, scene: "Scene") -> Instances:
-        masks = Masks.from_dense(torch.from_numpy(scene.visible))
-        labels = torch.tensor([shape.label for shape in scene.shapes], dtype=torch.int64)
-        return Instances(labels, masks.boxes(), masks, None, CATEGORIES)
+
+@functools.lru_cache(maxsize=1)  # pixels and targets of an image are mostly read one after the other
+def _draw_scene(seed: tuple[int, ...], size: tuple[int, int]) -> "Scene":
+    return Scene(np.random.RandomState(seed), size)
 
 
 def write(folder: str | Path, counts: Mapping[str, int] = SPLITS, size: tuple[int, int] = (128, 128), seed: int = 0) -> Path:

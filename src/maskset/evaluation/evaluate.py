@@ -7,6 +7,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, distributed
@@ -199,7 +200,7 @@ def _metrics(dataset: Dataset, overlaps_of: dict[int, Overlaps], unreadable: dic
     metrics = compute_metrics([overlaps_of[index] for index in images], dataset.categories, max_detections)
     unread = [unreadable[index] for index in sorted(unreadable)]
     opened = [problem for problem in dataset.skipped if problem not in unreadable.values()]
-    counts = dataset.counts()[images]
+    counts = np.array([int((~overlaps_of[index].crowd).sum()) for index in images], dtype=np.int64)
     return replace(
         metrics,
         skipped=len(opened) + len(unread),
