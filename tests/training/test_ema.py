@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskset.training.ema import average, averaged_copy
+from maskset.training.step import average, averaged_copy
 
 
 def scalar(value: float) -> nn.Linear:

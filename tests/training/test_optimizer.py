@@ -111,8 +111,8 @@ def test_linear_scaling_multiplies_all_rates_when_asked_for():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "rest 0.0002, backbone 2e-05, offsets 2e-05 at batch size 32, which they were chosen for"),
-        ({"batch_size": 16}, "They were chosen for 32: linear scaling makes it 0.0001 (--train.scale-learning-rate true)"),
+        ({}, "rest 0.0002, backbone 2e-05, offsets 2e-05 at batch size 32, for which they were tuned"),
+        ({"batch_size": 16}, "They were tuned for 32; linear scaling would give 0.0001 (--train.scale-learning-rate true)"),
         (
             {"batch_size": 16, "scale_learning_rate": True},
             "rest 0.0001, backbone 1e-05, offsets 1e-05 at batch size 16, scaled from 32",

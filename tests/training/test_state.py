@@ -11,12 +11,11 @@ from runs import recipe
 from maskset import config
 from maskset.errors import CheckpointError, ConfigError
 from maskset.systems import build
-from maskset.training.ema import averaged_copy
 from maskset.training.optimizer import build_optimizer
 from maskset.training.state import (
     MAY_CHANGE,
     Progress,
-    Trained,
+    TrainingState,
     check_folder,
     check_recipe,
     differences,
@@ -24,6 +23,7 @@ from maskset.training.state import (
     save_state,
     seed_everything,
 )
+from maskset.training.step import averaged_copy
 
 DATA = {"images": 3, "categories": [["a", 1]]}
 
@@ -37,7 +37,7 @@ def trained(seed, steps=0, **model):
         for parameter in network.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    return Trained(network, optimizer, averaged)
+    return TrainingState(network, optimizer, averaged)
 
 
 def test_everything_comes_back(tmp_path):

@@ -322,7 +322,7 @@ def test_a_mistake_leaves_no_folder_behind(tmp_path, changes, message):
 
 def test_a_tracker_that_is_not_installed_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="asks for wandb, not installed: pip install wandb"):
+    with pytest.raises(ConfigError, match="needs wandb, which is not installed: pip install"):
         train(recipe(trackers=("wandb",)), data(), tmp_path / "run")
 
 

@@ -107,14 +107,14 @@ def test_the_report_says_all_of_it():
     old, new = model(named("cat", "dog"), decoder_layers=3), model(named("dog", "fox"), num_queries=20, encoder_layers=2)
     report = str(copied(new, old)[0])
     for line in (
-        "copied whole: ",
+        "copied completely: ",
         "classes in both: dog",
         "new classes: fox",
         "extended: query_content, 12 -> 20 rows",
     ):
         assert line in report
     assert "not copied: encoder.layers.1." in report
-    assert "no place in the model for: decoder.2." in report
+    assert "not in the model: decoder.2." in report
 
 
 def test_nothing_shares_memory_with_the_weights_given():

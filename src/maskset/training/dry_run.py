@@ -1,4 +1,4 @@
-"""The cost of a training step, measured on the first steps of a run that is thrown away."""
+"""The cost of a training step, measured on the first steps of a run that writes no files."""
 
 import gc
 import json
@@ -22,7 +22,9 @@ from maskset.training.state import seed_everything
 from maskset.training.step import Batch, NotFinite, update
 from maskset.training.train import grouped
 
-_WARM_UP, _TIMED, _WEIGHED = 3, 10, 2  # optimizer steps: until all memory is there; timed at least; whose memory is measured
+_WARM_UP = 3  # optimizer steps before measuring, in which memory is allocated
+_TIMED = 10  # minimum number of steps whose time is measured
+_PROFILED = 2  # steps whose memory is measured
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,10 @@ class Cost:
     """The cost of an optimizer step.
 
     Attributes:
-        seconds: mean time of a step with the reading of its images.
+        seconds: mean time of a step, including reading its images.
         steps_per_epoch: optimizer steps per epoch.
         device: name of the device.
-        gigabytes: greatest memory that tensors take in a step (10^9 bytes): weights, gradients, the optimizer's moments and what
-            the network keeps to compute gradients.
+        gigabytes: peak memory of tensors in a step (10^9 bytes): weights, gradients, moments and activations.
     """
 
     seconds: float
@@ -50,8 +51,8 @@ def measure_cost(
 ) -> Cost:
     """Return the cost of a training step of a recipe on this data and machine.
 
-    Memory is what torch's allocator gave out for tensors, on a GPU and on a CPU alike: neither Python and torch themselves, nor
-    what an allocator keeps in reserve. It is measured on two steps, so larger images or more objects may yet need more.
+    Memory is what torch's allocator returned for tensors, on a GPU and on a CPU alike, without Python, torch and reserves of the
+    allocator. It is measured on two steps, so larger images or more objects may need more.
 
     Args:
         recipe: the recipe to measure.
@@ -63,11 +64,11 @@ def measure_cost(
     Raises:
         ValueError: the run cannot be started, see `maskset.train`, or a loss is not finite.
     """
-    gc.collect()  # what an earlier model has left
+    gc.collect()  # memory of earlier models
     with tempfile.TemporaryDirectory() as folder:
         run, _ = open_run(recipe, data, Path(folder), None, False, images, progress)
-    run.trained.model.train()
-    batches = _endless(run)
+    run.state.model.train()
+    batches = _steps_without_end(run)
     for _ in range(_WARM_UP):
         _run_step(run, next(batches))
     start, steps = time.perf_counter(), 0
@@ -76,11 +77,11 @@ def measure_cost(
         steps += 1
     mean = (time.perf_counter() - start) / steps
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
-    return Cost(mean, run.steps, _peak(run, [next(batches) for _ in range(_WEIGHED)]) / 1e9, device)
+    return Cost(mean, run.steps, _peak_memory(run, [next(batches) for _ in range(_PROFILED)]) / 1e9, device)
 
 
-def _endless(run: Run) -> Iterator[list[Batch]]:
-    """Yield the batches of one optimizer step after the other, epoch after epoch."""
+def _steps_without_end(run: Run) -> Iterator[list[Batch]]:
+    """Yield the batches of each optimizer step, without end."""
     progress = run.progress
     while True:
         yield from grouped(run.batches(progress.epoch), run.recipe.train.accumulate)
@@ -90,41 +91,41 @@ def _endless(run: Run) -> Iterator[list[Batch]]:
 
 def _run_step(run: Run, batches: Sequence[Batch]) -> None:
     """Run one optimizer step as training does."""
-    config, progress, trained = run.recipe.train, run.progress, run.trained
+    config, progress, optimizer = run.recipe.train, run.progress, run.state.optimizer
     seed_everything(config.seed, progress.step, 0)
-    set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
+    set_learning_rates(optimizer, rate_factor(progress.step, run.steps, config))
     try:
-        update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
+        update(run.accelerator, run.step, optimizer, batches, config.clip_norm)
     except NotFinite as problem:
         raise MasksetError(f"training diverged in step {progress.step}: {problem.why} Try a lower train.learning_rate.") from None
     progress.step += 1
 
 
-def _peak(run: Run, steps: Sequence[Sequence[Batch]]) -> int:
-    """Return how many bytes tensors take at the most while these steps are done."""
-    device, trained = run.accelerator.device, run.trained
+def _peak_memory(run: Run, steps: Sequence[Sequence[Batch]]) -> int:
+    """Return the peak memory of tensors during these steps, bytes."""
+    device, state = run.accelerator.device, run.state
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         for batches in steps:
             _run_step(run, batches)
         return torch.accelerator.max_memory_allocated(device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler tells on stderr that it starts and stops
-    trained.optimizer.zero_grad()
-    lasting = [*trained.model.state_dict().values(), *(trained.averaged.state_dict().values() if trained.averaged else ())]
-    moments = [value for state in trained.optimizer.state.values() for value in state.values()]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr
+    state.optimizer.zero_grad()
+    persistent = [*state.model.state_dict().values(), *(state.averaged.state_dict().values() if state.averaged else ())]
+    moments = [value for values in state.optimizer.state.values() for value in values.values()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for batches in steps:
             _run_step(run, batches)
-    return sum(tensor.nbytes for tensor in lasting + moments) + _most_allocated(profiler)
+    return sum(tensor.nbytes for tensor in persistent + moments) + _peak_allocation(profiler)
 
 
-def _most_allocated(profiler: profile) -> int:
-    """Return the greatest sum of what was allocated and not yet freed while the profiler looked, bytes."""
+def _peak_allocation(profiler: profile) -> int:
+    """Return the peak of the memory that was allocated while the profiler ran, bytes."""
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    now = most = 0
+    current = peak = 0
     for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        most = max(most, now)
-    return most
+        current += event["args"]["Bytes"]
+        peak = max(peak, current)
+    return peak

@@ -1,4 +1,4 @@
-"""Context managers around a run: process-wide settings come back, and a lack of memory ends in one line."""
+"""Context managers around a run: they restore process-wide settings, and explain errors for lack of memory."""
 
 import os
 import random
@@ -20,15 +20,15 @@ def restore_process_settings() -> Iterator[None]:
     """Restore what a run sets for the whole process: random states, torch's threads, accelerate's state, the environment."""
     environment, accelerator = dict(os.environ), dict(AcceleratorState._shared_state)
     threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    of_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        if of_devices:
-            torch.cuda.set_rng_state_all(of_devices)
+        if device_states:
+            torch.cuda.set_rng_state_all(device_states)
         torch.set_num_threads(threads)
         AcceleratorState._shared_state.clear()
         AcceleratorState._shared_state.update(accelerator)
@@ -39,20 +39,20 @@ def restore_process_settings() -> Iterator[None]:
 
 @contextmanager
 def explain_shortages() -> Iterator[None]:
-    """Raise a ResourceError with a remedy where memory does not suffice, or a process that reads images was killed.
+    """Turn errors for lack of memory, or of a killed reader process, into a ResourceError that names a remedy.
 
     Raises:
-        ResourceError: torch or NumPy could not get memory, or a reader is gone.
+        ResourceError: torch or NumPy could not allocate memory, or a process that reads images was killed.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[-1][:200]  # an error of a reader brings its traceback
+        reason = (str(error).strip().splitlines() or [""])[-1][:200]  # an error in a reader process includes its traceback
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in reason for text in _OUT_OF_MEMORY):
             raise ResourceError(
-                "not enough memory: use a smaller --train.batch-size (or the same with a larger --train.accumulate), "
-                f"--train.checkpoint-activations, smaller images (--data.long-side), or a smaller model. {reason}"
+                "not enough memory: use a smaller --train.batch-size, or a larger --train.accumulate, "
+                f"--train.checkpoint-activations true, smaller images (--data.long-side), or a smaller model. {reason}"
             ) from error
-        if "DataLoader worker (pid" in str(error):  # raised anywhere, by torch's handler of SIGCHLD
+        if "DataLoader worker (pid" in str(error):  # raised at any place by torch's handler of SIGCHLD
             raise ResourceError(READER_KILLED) from error
         raise

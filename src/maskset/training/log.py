@@ -18,11 +18,11 @@ from maskset.evaluation.metrics import Metrics
 from maskset.files import name_in_errors
 from maskset.training.state import Progress
 
-Send = Callable[[dict[str, float], int], None]  # gives a tracker numbers of a step
+Send = Callable[[dict[str, float], int], None]  # sends numbers of a step to the trackers
 
 
 class Output(Console):
-    """A console that falls silent when nobody can read it any more (`| head`, a full disk), instead of ending the process."""
+    """A console that stops printing when its stream fails (`| head`, a full disk), instead of ending the process."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
@@ -35,16 +35,16 @@ class Output(Console):
 
 
 class Log:
-    """Prints progress and writes metrics.jsonl. A context manager, inside of which the bar is shown.
+    """Prints progress and writes metrics.jsonl. A context manager that shows the bar.
 
     Args:
-        file: metrics.jsonl, truncated to the progress of the run.
+        file: metrics.jsonl, which is truncated to `progress.log_bytes`.
         progress: progress of the run.
         last_step: total number of optimizer steps.
         epochs: total number of epochs.
-        send: sends numbers to the trackers.
-        active: False prints and writes nothing, as in all processes but one.
-        prints: False prints nothing.
+        send: function that sends numbers to the trackers.
+        active: whether to print and write at all; of several processes, only one does.
+        prints: whether to print.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Hide the bar inside of this context, and count its time for no training step."""
+        """Hide the bar inside the context, and exclude its duration from the time per step."""
         before = time.perf_counter()
         self._bar.stop()
         try:
@@ -104,7 +104,7 @@ class Log:
             self._time += time.perf_counter() - before
 
     def log_step(self, step: int, epoch: int, rates: Mapping[str, float], values: Mapping[str, float], batch_size: int) -> None:
-        """Log a training step: learning rates, terms of the loss, and the time since the last one."""
+        """Log a training step: learning rates, terms of the loss, and the time per step since the last log entry."""
         seconds = (time.perf_counter() - self._time) / max(1, step - self._step)
         self._time, self._step = time.perf_counter(), step
         learning_rates = {("learning_rate" if name == "rest" else f"learning_rate/{name}"): rate for name, rate in rates.items()}
@@ -112,9 +112,9 @@ class Log:
         self._write("train", epoch, step, {**learning_rates, **values, **timing})
         losses = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if "/" not in name)
         if self._bar.disable:
-            left = seconds * (self._last_step - step)
+            remaining = seconds * (self._last_step - step)
             place = f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._last_step}"
-            self.print(f"{place}  {losses}  lr {rates.get('rest', 0):.3g}  {seconds:.2f} s/step  {_clock(left)} left")
+            self.print(f"{place}  {losses}  lr {rates.get('rest', 0):.3g}  {seconds:.2f} s/step  {_clock(remaining)} left")
         else:
             self._bar.update(self._task, description=f"epoch {epoch + 1}/{self._epochs}", losses=losses)
 
@@ -138,20 +138,18 @@ class Log:
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse trackers whose package is not there.
+    """Check that the packages of trackers are installed.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: a package is missing.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"train.trackers asks for {', '.join(missing)}, not installed: pip install {' '.join(missing)}, or 'maskset[track]'."
-        )
+        raise ConfigError(f"train.trackers needs {', '.join(missing)}, which is not installed: pip install 'maskset[track]'.")
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "1 step", "2 steps", "1 class", "2 classes"."""
+    """Return number and noun, such as "1 step", "2 steps" or "2 classes"."""
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 

@@ -10,11 +10,11 @@ from maskset.systems import System
 from maskset.systems.base import belongs
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
-_FUSED = {"cpu", "cuda", "xpu", "mps"}  # devices on which one kernel steps all parameters
+_FUSED = {"cpu", "cuda", "xpu", "mps"}  # device types on which one kernel updates all parameters
 
 
 def build_optimizer(model: System, config: TrainConfig) -> Optimizer:
-    """Return an optimizer with the groups of `parameter_groups`. The model must be on its device already."""
+    """Return the optimizer of a model, which must be on its device already. See `parameter_groups`."""
     groups = parameter_groups(model, config)
     fused = {parameter.device.type for group in groups for parameter in group["params"]} <= _FUSED
     if config.optimizer == "sgd":
@@ -25,8 +25,8 @@ def build_optimizer(model: System, config: TrainConfig) -> Optimizer:
 def parameter_groups(model: System, config: TrainConfig) -> list[dict]:
     """Return the papers' parameter groups: the backbone, sampling offsets and reference points, and the rest.
 
-    Each has a `name`, and its learning rate before the schedule as `rate`. AdamW's weight decay applies to all parameters, norms
-    and biases included, as in the official code; with SGD, as in detectron2, norms are in groups without weight decay.
+    Each group has a `name`, and as `rate` its learning rate before the schedule. With AdamW, weight decay applies to all
+    parameters, including norms and biases, as in the official code; with SGD, norms have none, as in detectron2.
     """
     scale = learning_rate_scale(config)
     rates = {
@@ -34,12 +34,12 @@ def parameter_groups(model: System, config: TrainConfig) -> list[dict]:
         "backbone": config.backbone_learning_rate * scale,
         "offsets": config.offset_learning_rate * scale,
     }
-    members, undecayed = {name: [] for name in rates}, {name: [] for name in rates}
+    decayed, undecayed = {name: [] for name in rates}, {name: [] for name in rates}
     norms = _norms(model) if config.optimizer == "sgd" else set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (undecayed if parameter in norms else members)[_group_of(model, name)].append(parameter)
-    groups = [{"params": members[name], "name": name, "rate": rate, "lr": rate} for name, rate in rates.items()]
+            (undecayed if parameter in norms else decayed)[_group_of(model, name)].append(parameter)
+    groups = [{"params": decayed[name], "name": name, "rate": rate, "lr": rate} for name, rate in rates.items()]
     groups += [
         {"params": undecayed[name], "name": name, "rate": rate, "lr": rate, "weight_decay": 0.0} for name, rate in rates.items()
     ]
@@ -57,16 +57,16 @@ def _group_of(model: System, name: str) -> str:
 
 
 def learning_rate_scale(config: TrainConfig) -> float:
-    """Return the factor of the config's learning rates for its batch size."""
+    """Return the factor by which the batch size scales the learning rates."""
     return config.batch_size / config.reference_batch_size if config.scale_learning_rate else 1.0
 
 
 def rate_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     """Return the schedule's factor of the learning rates in optimizer step `step`, counted from 0.
 
-    Warm-up: (step + 1) / warmup_steps, at most 1. The schedule "step" multiplies it by drop_factor after each drop epoch;
-    "cosine" by (1 + cos(pi * share)) / 2, where `share` of the steps after the warm-up are done. If `steps` is set, the drop
-    epochs are scaled to it.
+    During warm-up it is (step + 1) / warmup_steps. The schedule "step" multiplies it by drop_factor after each drop epoch, the
+    schedule "cosine" by (1 + cos(pi * t)) / 2, where t is the completed fraction of the steps after the warm-up. If `steps` is
+    set, the drop epochs are scaled to it.
     """
     total = step_count(steps_per_epoch, config)
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
@@ -77,7 +77,7 @@ def rate_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
 
 
 def step_count(steps_per_epoch: int, config: TrainConfig) -> int:
-    """Return the number of optimizer steps of the whole run."""
+    """Return the total number of optimizer steps of a run."""
     return config.steps or config.epochs * steps_per_epoch
 
 
@@ -89,17 +89,17 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
 
 
 def learning_rate_advice(config: TrainConfig) -> str:
-    """Return a line with the learning rates at this batch size, and what linear scaling would make them."""
+    """Return a line with the learning rates at this batch size, and those that linear scaling would give."""
     names = {"rest": "learning_rate", "backbone": "backbone_learning_rate", "offsets": "offset_learning_rate"}
     base = {group: getattr(config, name) for group, name in names.items()}
     scale, linear = learning_rate_scale(config), config.batch_size / config.reference_batch_size
     rates = ", ".join(f"{group} {rate * scale:.3g}" for group, rate in base.items())
     line = f"learning rates: {rates} at batch size {config.batch_size}"
     if linear == 1:
-        return line + ", which they were chosen for"
+        return line + ", for which they were tuned"
     if config.scale_learning_rate:
         return line + f", scaled from {config.reference_batch_size}"
     return line + (
-        f". They were chosen for {config.reference_batch_size}: linear scaling makes it {base['rest'] * linear:.3g} "
+        f". They were tuned for {config.reference_batch_size}; linear scaling would give {base['rest'] * linear:.3g} "
         "(--train.scale-learning-rate true)"
     )

@@ -1,4 +1,4 @@
-"""Set-up of a training run. Cheap checks come first, so that mistakes show early."""
+"""Set-up of a training run. Quick checks come first, so that errors in the arguments appear early."""
 
 import os
 from collections.abc import Iterator
@@ -28,29 +28,39 @@ from maskset.progress import track
 from maskset.recipe import Recipe, TrainConfig
 from maskset.systems import System, build
 from maskset.systems.base import belongs
-from maskset.training import state
-from maskset.training.ema import averaged_copy
 from maskset.training.log import Log, check_trackers, counted
 from maskset.training.optimizer import build_optimizer, learning_rate_advice, step_count
-from maskset.training.state import Progress, Trained, seed_everything
-from maskset.training.step import Batch, Step
+from maskset.training.state import (
+    LAST,
+    METRICS,
+    RECIPE,
+    Progress,
+    TrainingState,
+    check_folder,
+    check_recipe,
+    flat,
+    load_state,
+    save_state,
+    seed_everything,
+)
+from maskset.training.step import Batch, Step, averaged_copy
 from maskset.training.transfer import transfer
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run. Only `progress`, and what `trained` and `step` hold, change.
+    """The parts of a run. Only `progress` and the objects in `state` and `step` change.
 
     Attributes:
         folder: output folder.
-        recipe: with the class count of the data.
-        train_data: split that the model is trained on.
-        val_data: split that it is evaluated on.
-        accelerator: devices, processes, precision.
-        trained: model, optimizer, averaged weights.
-        step: the module to call, on its device and wrapped for several processes.
-        batch_size: images that one process computes at once.
-        steps: optimizer steps of an epoch.
+        recipe: the recipe, with the number of classes of the data.
+        train_data: the data to train on.
+        val_data: the data to evaluate on.
+        accelerator: device, processes and precision.
+        state: model, optimizer, averaged weights.
+        step: the `Step` to call, on its device, and wrapped in DDP for several processes.
+        batch_size: images in a batch of one process.
+        steps: optimizer steps per epoch.
         progress: progress of the run.
     """
 
@@ -59,7 +69,7 @@ class Run:
     train_data: Dataset
     val_data: Dataset
     accelerator: Accelerator
-    trained: Trained
+    state: TrainingState
     step: nn.Module
     batch_size: int
     steps: int
@@ -67,8 +77,8 @@ class Run:
 
     @property
     def eval_model(self) -> System:
-        """The model to evaluate and to save: the averaged one where there is one."""
-        return self.trained.model if self.trained.averaged is None else self.trained.averaged
+        """The model to evaluate and to save: the one with averaged weights, if there is one."""
+        return self.state.model if self.state.averaged is None else self.state.averaged
 
     @property
     def last_step(self) -> int:
@@ -82,23 +92,23 @@ class Run:
 
     @property
     def batches_done(self) -> int:
-        """Batches of this epoch that each process has done."""
+        """Batches of this epoch that each process has completed."""
         return (self.progress.step - self.progress.epoch * self.steps) * self.recipe.train.accumulate
 
     @property
     def skipped(self) -> list[str]:
-        """What this process has left out as broken so far, one message each."""
+        """Messages about the images and annotations that this process has left out as broken so far."""
         return list(dict.fromkeys([*self.train_data.skipped, *self.val_data.skipped]))
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Return this process's batches of an epoch that are still to do."""
-        accelerator, divisor, seed = self.accelerator, self.trained.model.input.divisor, self.recipe.train.seed
+        """Return the remaining batches of an epoch for this process."""
+        accelerator, divisor, seed = self.accelerator, self.state.model.input.divisor, self.recipe.train.seed
         place = accelerator.process_index, accelerator.num_processes
         done = self.batches_done
         return training_batches(self.train_data, self.recipe.data, self.batch_size, divisor, seed, epoch, *place, start=done)
 
     def image_names(self, place: int) -> list[str]:
-        """Return the files of the images of this process in batch `place` of the step that comes next."""
+        """Return the image files of this process in batch `place` of the next step."""
         data, processes = self.train_data.images, self.accelerator.num_processes
         wide = np.array([image.width >= image.height for image in data]) if self.recipe.data.group_by_aspect else None
         order = batch_order(len(data), self.batch_size * processes, self.recipe.train.seed, self.progress.epoch, wide)
@@ -106,12 +116,12 @@ class Run:
         return [str(data[i].file or f"image {data[i].id}") for i in mine.tolist()]
 
     def write(self, log: Log) -> None:
-        """Write state and last checkpoint. Each replaces its file whole; to resume, the state alone is needed."""
+        """Write the state, from which the run can be resumed, and the last checkpoint."""
         self.progress.log_bytes = log.bytes
         with log.paused():
             if self.accelerator.is_main_process:
-                state.save_state(self.folder, self.trained, self.progress, _facts(self.train_data))
-                save(self.eval_model, self.recipe, self.folder / state.LAST)
+                save_state(self.folder, self.state, self.progress, _facts(self.train_data))
+                save(self.eval_model, self.recipe, self.folder / LAST)
             self.accelerator.wait_for_everyone()
 
 
@@ -124,23 +134,23 @@ def open_run(
     images: str | Path | None,
     progress: bool = True,
 ) -> tuple[Run, list[str]]:
-    """Return a run that is ready to start or resume, and lines that describe it. Nothing is written. See `maskset.train`."""
+    """Return a run that is ready to start or resume, and lines of text about it. Nothing is written. See `maskset.train`."""
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         launched(variable, 0)  # else accelerate's error does not name the variable
-    state.check_folder(folder, resume)
+    check_folder(folder, resume)
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
     check_trackers(recipe.train.trackers)
     train_data, val_data = (open_data(data, split, images, recipe.data.skip_broken) for split in ("train", "val"))
     _check_objects(train_data, data)
     recipe = replace(recipe, model=replace(recipe.model, num_classes=len(train_data.categories)))
     if resume:
-        state.check_recipe(folder, recipe)
+        check_recipe(folder, recipe)
     config, accelerator = recipe.train, _open_accelerator(recipe.train, folder)
     batch_size = _batch_size(config, accelerator.num_processes)
     lines = []
 
     if accelerator.device.type == "cpu":
-        _leave_a_core_to_the_loader()
+        _reserve_core_for_loader()
     seed_everything(config.seed, 0, 0)
     model = build(recipe.model, train_data.categories)
     if not resume:
@@ -150,24 +160,24 @@ def open_run(
     step = accelerator.prepare(Step(model))  # moves the model to its device, which the optimizer must see
     optimizer = accelerator.prepare(build_optimizer(model, config))
     averaged = averaged_copy(model) if config.ema_decay else None
-    trained = Trained(model, optimizer, averaged, accelerator.scaler)
-    where = state.load_state(folder, trained, _facts(train_data)) if resume else Progress()
+    state = TrainingState(model, optimizer, averaged, accelerator.scaler)
+    resumed = load_state(folder, state, _facts(train_data)) if resume else Progress()
 
     batches = steps_per_epoch(len(train_data), batch_size, accelerator.num_processes)
     steps = -(-batches // config.accumulate)
-    run = Run(folder, recipe, train_data, val_data, accelerator, trained, step, batch_size, steps, where)
+    run = Run(folder, recipe, train_data, val_data, accelerator, state, step, batch_size, steps, resumed)
     return run, [*lines, *_summary(run, data, resume)]
 
 
 @contextmanager
 def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
-    """Create the folder of the run and yield its log, truncated to its progress; at the end report what could not be read."""
+    """Create the folder of the run and yield its log; at the end report which images could not be read."""
     _create_folder(run, resume)
     config, accelerator = run.recipe.train, run.accelerator
     if config.trackers:
-        facts = {name: str(value) for name, value in state.flat(settings.to_dict(run.recipe)).items()}
+        facts = {name: str(value) for name, value in flat(settings.to_dict(run.recipe)).items()}
         accelerator.init_trackers("maskset", facts)
-    file, send = run.folder / state.METRICS, accelerator.log
+    file, send = run.folder / METRICS, accelerator.log
     try:
         with Log(file, run.progress, run.last_step, run.epochs, send, accelerator.is_main_process, prints) as log:
             known = run.skipped
@@ -180,10 +190,10 @@ def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
             tracker.finish()
 
 
-def _check_objects(training: Dataset, data: str | Path) -> None:
+def _check_objects(train_data: Dataset, data: str | Path) -> None:
     """Raise a DataError if no training image has an object."""
-    if not any(len(training.targets(index)) for index in range(len(training))):
-        left_out = f" Left out as broken: {training.skipped[0]}" if training.skipped else ""
+    if not any(len(train_data.targets(index)) for index in range(len(train_data))):
+        left_out = f" Left out as broken: {train_data.skipped[0]}" if train_data.skipped else ""
         raise DataError(
             f"{data} has nothing to train on: no training image has an annotation other than crowds. "
             f"Annotate some, or use other data.{left_out}"
@@ -191,14 +201,14 @@ def _check_objects(training: Dataset, data: str | Path) -> None:
 
 
 def _open_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    AcceleratorState._reset_state()  # else accelerate holds a second run in this process to the precision of the first
+    AcceleratorState._reset_state()  # else a second run in this process would get the precision of the first
     try:
         accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             cpu=not torch.accelerator.is_available(),
             log_with=list(config.trackers) or None,
             project_dir=folder,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while the first process computes AP
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # of waiting for the first to evaluate
         )
     except (ImportError, RuntimeError, ValueError) as error:
         asked = ", ".join(sorted(name for name in os.environ if name.startswith("ACCELERATE_"))) or "no ACCELERATE_ variable"
@@ -210,11 +220,11 @@ def _open_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
-def _leave_a_core_to_the_loader() -> None:
-    """Let torch compute on all cores but one, unless OMP_NUM_THREADS says on how many.
+def _reserve_core_for_loader() -> None:
+    """Let torch compute on all cores but one, unless OMP_NUM_THREADS is set.
 
-    Threads that share a core with the processes that read images wait for each other: on two cores that made a step of a
-    small model take several times as long. The count does not depend on data.workers, since sums in other orders differ in bits.
+    Threads that share a core with a process that reads images slow each other down: on two cores, a step of a small model took
+    several times as long. The number does not depend on data.workers, because it decides the order and so the last bits of sums.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
@@ -230,7 +240,7 @@ def _batch_size(config: TrainConfig, processes: int) -> int:
 
 
 def _initialize(
-    model: System, recipe: Recipe, training: Dataset, init: str | Path | None, accelerator: Accelerator, progress: bool
+    model: System, recipe: Recipe, train_data: Dataset, init: str | Path | None, accelerator: Accelerator, progress: bool
 ) -> list[str]:
     """Initialize the weights of a new model, and return lines that say what was copied.
 
@@ -244,21 +254,21 @@ def _initialize(
         metadata, weights = read(path)
         check_weights(weights, model, path)
         if _stride_in_first(metadata.recipe) != _stride_in_first(recipe):
-            lines.append("the backbone's weights are left out: they are of a ResNet with the stride in a different convolution.")
+            lines.append("the weights of the backbone are not copied: its ResNet has the stride in another convolution.")
             weights = {name: value for name, value in weights.items() if not belongs(name, model.BACKBONE_PARTS)}
-        done = transfer(model, training.categories, weights, metadata.categories)
+        done = transfer(model, train_data.categories, weights, metadata.categories)
         if not done.copied:
             raise CheckpointError(f"nothing in {path} fits the model.")
         lines += [f"start from {path}", *(f"  {line}" for line in str(done).split("\n"))]
         fresh = set(done.initial)
     backbone = recipe.model.backbone
     if backbone is not None and backbone.pretrained and any(belongs(name, model.BACKBONE_PARTS) for name in fresh):
-        with accelerator.local_main_process_first():  # one process of each machine downloads, the others find it there
+        with accelerator.local_main_process_first():  # one process per machine downloads
             lines.append(load_pretrained(model.get_submodule("backbone"), backbone.weights))  # type: ignore[arg-type]
-    if any(belongs(name, model.FITTED_PARTS) for name in fresh):  # a mask code is copied whole or fitted again
-        numbers = range(len(training))
-        images = track(numbers, len(training), "fitting the mask code") if progress else numbers
-        model.prepare(training.targets(index) for index in images)
+    if any(belongs(name, model.FITTED_PARTS) for name in fresh):  # a mask code is copied completely or fitted again
+        numbers = range(len(train_data))
+        images = track(numbers, len(train_data), "fitting the mask code") if progress else numbers
+        model.prepare(train_data.targets(index) for index in images)
     return lines
 
 
@@ -267,19 +277,19 @@ def _stride_in_first(recipe: Recipe) -> bool:
 
 
 def _create_folder(run: Run, resume: bool) -> None:
-    """Write what makes a folder one of a run. The recipe comes last: where it is, there is a state to resume from."""
-    run.accelerator.wait_for_everyone()  # until all have checked that there is no run yet
+    """Create the run folder. The recipe is written last: a folder with a recipe also has a state to resume from."""
+    run.accelerator.wait_for_everyone()  # all processes must have checked that there is no run yet
     if run.accelerator.is_main_process:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            state.save_state(run.folder, run.trained, run.progress, _facts(run.train_data))
-        with atomic_write(run.folder / state.RECIPE) as part:
+            save_state(run.folder, run.state, run.progress, _facts(run.train_data))
+        with atomic_write(run.folder / RECIPE) as part:
             settings.write(run.recipe, part)
     run.accelerator.wait_for_everyone()
 
 
 def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
-    model, config, processes = run.trained.model, run.recipe.train, run.accelerator.num_processes
+    model, config, processes = run.state.model, run.recipe.train, run.accelerator.num_processes
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = str(run.accelerator.device) + (f" x {processes} processes" if processes > 1 else "") + f", {config.precision}"
@@ -303,12 +313,12 @@ def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
 
 
 def _length(run: Run) -> str:
-    """Return how long the run is in all."""
+    """Return a text about the length of the run."""
     if run.last_step % run.steps:
         return f"{counted(run.last_step, 'step')}, {run.steps} in an epoch"
     return f"{counted(run.epochs, 'epoch')} of {counted(run.steps, 'step')}"
 
 
-def _facts(training: Dataset) -> dict[str, object]:
-    """Return what the data must be like for a run to go on with it."""
-    return {"images": len(training), "categories": [[category.name, category.coco_id] for category in training.categories]}
+def _facts(train_data: Dataset) -> dict[str, object]:
+    """Return a description of the training data; it must be the same when the run is resumed."""
+    return {"images": len(train_data), "categories": [[category.name, category.coco_id] for category in train_data.categories]}

@@ -1,4 +1,4 @@
-"""Sample images drawn after each evaluation: annotations above, predictions below."""
+"""Sample images that are drawn after each evaluation: annotations above, predictions below."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from maskset.inference.predict import predict
 from maskset.systems import System
 
 _COUNT = 4  # images, spread over the data
-_HEIGHT = 320  # of each picture in the sheet, pixels
-_THRESHOLD = 0.3  # least score of what is drawn; early in training little is above
+_HEIGHT = 320  # height of each drawing, pixels
+_THRESHOLD = 0.3  # minimum score of a prediction; scores are low early in training
 
 
 def draw_samples(model: System, dataset: Dataset, path: Path) -> None:
-    """Write a sheet of a few images of the data set, always the same ones, with annotations and predictions drawn on them.
+    """Write one image file with the annotations and predictions of a few images, always the same ones.
 
-    Broken images are left out where the data set skips them; without any that can be read nothing is written.
+    Broken images are left out if the data set skips them; if no image can be read, nothing is written.
     """
     columns = []
     for index in range(0, len(dataset), max(1, len(dataset) // _COUNT))[:_COUNT]:

@@ -1,7 +1,7 @@
-"""The state from which a run is resumed: one file, always replaced whole, so that a kill cannot damage it.
+"""The state from which a run is resumed: one file, replaced atomically, so that a killed process cannot damage it.
 
-It holds weights, averaged weights and the optimizer's moments as tensors, and the progress of the run as JSON. It holds no
-random states: before every step the generators are seeded with (seed, step, process), see `seed_everything`.
+It contains weights, averaged weights and the optimizer's moments as tensors, and the progress of the run as JSON. It contains no
+random states, because the generators are seeded with (seed, step, process) before every step, see `seed_everything`.
 """
 
 import json
@@ -24,8 +24,8 @@ from maskset.systems import System
 RECIPE, METRICS, STATE = "recipe.json", "metrics.jsonl", "state.safetensors"  # files of a run folder ...
 LAST, BEST = "last.safetensors", "best.safetensors"  # ... and its checkpoints
 
-# Settings that a resumed run may change: the steps already done do not depend on them. With schedule "cosine" another number of
-# epochs gives the rest of the run another learning rate, as it must. A run that a broken image has stopped goes on without it.
+# Settings that a resumed run may change, because the completed steps do not depend on them. With schedule "cosine", another number
+# of epochs changes the learning rates of the remaining steps. A run that a broken image has stopped can continue without it.
 MAY_CHANGE = {
     "data.workers",
     "data.skip_broken",
@@ -59,14 +59,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingState:
     """The objects that training changes.
 
     Attributes:
-        model: the network.
-        optimizer: over its parameters.
-        averaged: its averaged weights, if they are kept.
-        scaler: of the loss in fp16, which has a `state_dict` of plain numbers.
+        model: the model.
+        optimizer: its optimizer.
+        averaged: the model with averaged weights, if the run has them.
+        scaler: the gradient scaler of fp16, if the run has one; its `state_dict` is plain numbers.
     """
 
     model: System
@@ -78,7 +78,7 @@ class Trained:
 def seed_everything(seed: int, step: int, process: int) -> None:
     """Seed all random generators for one step of one process.
 
-    Dropout and the like then depend on these three numbers alone, so that a resumed run draws what it would have drawn.
+    Random numbers depend on nothing else, so a resumed run draws the same ones as an uninterrupted run.
     """
     mixed = int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
     random.seed(mixed)
@@ -86,34 +86,34 @@ def seed_everything(seed: int, step: int, process: int) -> None:
     torch.manual_seed(mixed)  # of all devices
 
 
-def save_state(folder: Path, trained: Trained, progress: Progress, data: dict[str, Any]) -> None:
+def save_state(folder: Path, state: TrainingState, progress: Progress, data: dict[str, Any]) -> None:
     """Write the state of a run.
 
     Args:
-        folder: of the run.
-        trained: what training has changed.
+        folder: the run folder.
+        state: the objects to save.
         progress: progress of the run.
         data: description of the training data; `load_state` compares it.
     """
-    tensors = {f"model/{name}": tensor for name, tensor in trained.model.state_dict().items()}
-    if trained.averaged is not None:
-        tensors |= {f"averaged/{name}": tensor for name, tensor in trained.averaged.state_dict().items()}
-    for name, parameter in trained.model.named_parameters():
-        moments = trained.optimizer.state.get(parameter, {})
+    tensors = {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()}
+    if state.averaged is not None:
+        tensors |= {f"averaged/{name}": tensor for name, tensor in state.averaged.state_dict().items()}
+    for name, parameter in state.model.named_parameters():
+        moments = state.optimizer.state.get(parameter, {})
         tensors |= {f"optimizer/{name}/{key}": torch.as_tensor(value) for key, value in moments.items()}
     facts = {
         "progress": asdict(progress),
         "data": data,
-        "scaler": trained.scaler.state_dict() if trained.scaler is not None else {},
+        "scaler": state.scaler.state_dict() if state.scaler is not None else {},
     }
     write_tensors(tensors, folder / STATE, {key: json.dumps(value) for key, value in facts.items()})
 
 
-def load_state(folder: Path, trained: Trained, data: dict[str, Any]) -> Progress:
+def load_state(folder: Path, state: TrainingState, data: dict[str, Any]) -> Progress:
     """Restore the state of a run and return its progress.
 
     Raises:
-        ConfigError: the training data is not that of the run.
+        ConfigError: the run was started with other training data.
         CheckpointError: the file is damaged or does not fit.
     """
     with opened(folder / STATE) as file:
@@ -125,40 +125,40 @@ def load_state(folder: Path, trained: Trained, data: dict[str, Any]) -> Progress
         ]
         raise ConfigError(f"the training data is not what the run in {folder} was started with: {'; '.join(changed)}.")
     try:
-        trained.model.load_state_dict(_under(tensors, "model/"))
-        if trained.averaged is not None:
-            trained.averaged.load_state_dict(_under(tensors, "averaged/"))
+        state.model.load_state_dict(_under(tensors, "model/"))
+        if state.averaged is not None:
+            state.averaged.load_state_dict(_under(tensors, "averaged/"))
     except RuntimeError as error:
         raise CheckpointError(f"{folder / STATE} does not fit the model: {' '.join(str(error).split())[:300]}") from None
-    for name, parameter in trained.model.named_parameters():
+    for name, parameter in state.model.named_parameters():
         moments = _under(tensors, f"optimizer/{name}/")
         if moments:
-            trained.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
-    if trained.scaler is not None and facts["scaler"]:
-        trained.scaler.load_state_dict(facts["scaler"])
+            state.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+    if state.scaler is not None and facts["scaler"]:
+        state.scaler.load_state_dict(facts["scaler"])
     return Progress(**facts["progress"])
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder that a run must not be written into.
+    """Check that a run can be started, or resumed, in a folder.
 
     Raises:
         ConfigError: it holds a run and `resume` is False, or it holds none and `resume` is True.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; a run needs a folder.")
-    there = (folder / RECIPE).is_file()
-    if there and not resume:
+    has_run = (folder / RECIPE).is_file()
+    if has_run and not resume:
         raise ConfigError(f"{folder} already contains a run: continue it with --resume, or choose another folder with --out.")
-    if resume and not there:
+    if resume and not has_run:
         raise ConfigError(f"{folder} does not contain a run to resume: leave --resume out to start one.")
 
 
 def check_recipe(folder: Path, recipe: Recipe) -> None:
-    """Refuse to resume the run of another recipe.
+    """Check that a run can be resumed with a recipe.
 
     Raises:
-        ConfigError: settings differ that a resumed run may not change.
+        ConfigError: a setting differs that a resumed run may not change.
     """
     steps = recipe.train.steps  # with them, epochs only say where the drops of the learning rates are
     allowed = MAY_CHANGE - {"train.epochs"} if steps else MAY_CHANGE
@@ -178,7 +178,7 @@ def differences(old: Any, new: Any, allowed: Container[str] = ()) -> list[str]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one, with names such as "model.input.mean"."""
+    """Return nested dicts as a single one with names such as "model.input.mean"."""
     flattened: dict[str, Any] = {}
     for name, value in values.items():
         flattened |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

@@ -1,4 +1,4 @@
-"""Training: one loop for all systems, from top to bottom. Copy it if you need another."""
+"""Training: one loop for all systems. Copy this file if you need another loop."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -18,17 +18,15 @@ from maskset.evaluation.evaluate import evaluate
 from maskset.evaluation.metrics import Metrics
 from maskset.files import lock_folder
 from maskset.recipe import Recipe
-from maskset.training import state
 from maskset.training.divergence import save_diverged_batch
-from maskset.training.ema import average
 from maskset.training.guards import explain_shortages, restore_process_settings
 from maskset.training.interruption import Interruption
 from maskset.training.log import Log, counted
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_log, open_run
 from maskset.training.sample_images import draw_samples
-from maskset.training.state import seed_everything
-from maskset.training.step import NotFinite, Step, mean, update
+from maskset.training.state import BEST, seed_everything
+from maskset.training.step import NotFinite, Step, average, mean, update
 
 Item = TypeVar("Item")
 
@@ -45,26 +43,26 @@ def train(
 ) -> Metrics:
     """Train a model and return its last evaluation.
 
-    The folder `out` gets recipe.json, best.safetensors (greatest mask AP) and last.safetensors, which `maskset.load` takes,
-    metrics.jsonl, pictures in samples/, and state.safetensors to resume from. On a CPU, a run that was stopped at any moment
-    and resumed ends with the same bits as one that was not.
+    The folder `out` gets recipe.json, best.safetensors (greatest mask AP) and last.safetensors, which `maskset.load` reads,
+    metrics.jsonl, images in samples/, and state.safetensors to resume from. On a CPU, a run that was stopped at any moment and
+    resumed ends with exactly the weights of an uninterrupted one.
 
     Args:
         recipe: a recipe, its name, or a recipe.json.
         data: a data source for `maskset.data.open_data`, with splits "train" and "val".
         out: folder of the run.
-        init: checkpoint or run folder to start from; weights that do not fit are left out.
+        init: checkpoint or run folder to start from; weights that do not fit are not copied.
         resume: continue the run in `out`.
         images: the folder of the images, where `data` is a JSON file; it is then used for training and evaluation.
         progress: whether to print progress.
 
     Raises:
-        ConfigError: a setting is not possible, `out` holds a run and `resume` is False, or the reverse, or another process trains
-            in `out`.
+        ConfigError: a setting is not allowed, `out` contains a run and `resume` is False or the reverse, or another process
+            trains in `out`.
         DataError: the data cannot be used.
-        CheckpointError: `init` is no checkpoint, or nothing of it fits.
+        CheckpointError: `init` is not a checkpoint, or none of its weights fit.
         TrainingDiverged: the loss or its gradient is not finite.
-        ResourceError: memory does not suffice, or a process that reads images was killed.
+        ResourceError: there is not enough memory, or a process that reads images was killed.
         OSError: a file cannot be written, for example because the disk is full.
         KeyboardInterrupt: Ctrl-C; after SIGTERM its subclass `Terminated`. The message says how to continue.
     """
@@ -84,25 +82,25 @@ def train(
 
 def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
     """Run the remaining steps and return the last evaluation; None if the run was already complete."""
-    config, progress, trained = run.recipe.train, run.progress, run.trained
+    config, progress, state = run.recipe.train, run.progress, run.state
     metrics = None
     for epoch in range(progress.epoch, run.epochs):
         if config.patience and progress.stale >= config.patience:
             log.print(f"stopped early: {counted(progress.stale, 'evaluation')} without a better mask AP")
             break
-        trained.model.train()
-        left = run.last_step - progress.step  # of a last epoch that is none in full
-        for batches in islice(grouped(run.batches(epoch), config.accumulate), left):
+        state.model.train()
+        remaining = run.last_step - progress.step  # the last epoch may be incomplete
+        for batches in islice(grouped(run.batches(epoch), config.accumulate), remaining):
             seed_everything(config.seed, progress.step, run.accelerator.process_index)
-            rates = set_learning_rates(trained.optimizer, rate_factor(progress.step, run.steps, config))
+            rates = set_learning_rates(state.optimizer, rate_factor(progress.step, run.steps, config))
             try:
-                terms, norm = update(run.accelerator, run.step, trained.optimizer, batches, config.clip_norm)
+                terms, norm = update(run.accelerator, run.step, state.optimizer, batches, config.clip_norm)
             except NotFinite as problem:
                 names, process = run.image_names(problem.place), run.accelerator.process_index
                 raise save_diverged_batch(run.folder, progress.step, rates, problem, names, process) from None
             progress.step += 1
-            if trained.averaged is not None:
-                average(trained.averaged, trained.model, config.ema_decay, progress.step)
+            if state.averaged is not None:
+                average(state.averaged, state.model, config.ema_decay, progress.step)
             log.advance(progress.step)
             if progress.step % config.log_every == 0:
                 log.log_step(progress.step, epoch, rates, mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size)
@@ -113,7 +111,7 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
                 raise interruption.error(_stopped(run))
         if epoch + 1 == run.epochs or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0):
             run.write(log)
-            alone = run.accelerator.num_processes == 1  # else the others would wait for the one that stops
+            alone = run.accelerator.num_processes == 1  # several processes must stop at the same place
             with interruption.at_once(_stopped(run)) if alone else nullcontext(), log.paused():
                 metrics = _evaluate(run, epoch, log)
         progress.epoch = epoch + 1
@@ -134,12 +132,12 @@ def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
 
 
 def _evaluate(run: Run, epoch: int, log: Log) -> Metrics:
-    """Evaluate, keep the weights if they are the best so far, draw sample images, and return the metrics."""
+    """Evaluate, save the weights if they are the best so far, draw sample images, and return the metrics."""
     start, progress = time.perf_counter(), run.progress
     metrics = evaluate(run.eval_model, run.val_data, max_detections=run.recipe.train.max_detections, progress=log.prints)
-    better = metrics.mask_ap > (-1 if progress.best is None else progress.best)  # False for NaN: nothing to find
+    better = metrics.mask_ap > (-1 if progress.best is None else progress.best)  # False for NaN: no objects
     if better and run.accelerator.is_main_process:
-        save(run.eval_model, run.recipe, run.folder / state.BEST)
+        save(run.eval_model, run.recipe, run.folder / BEST)
     progress.best, progress.stale = (metrics.mask_ap, 0) if better else (progress.best, progress.stale + 1)
     if run.accelerator.is_main_process:
         draw_samples(run.eval_model, run.val_data, run.folder / "samples" / f"epoch_{epoch + 1:03}.jpg")
@@ -148,7 +146,7 @@ def _evaluate(run: Run, epoch: int, log: Log) -> Metrics:
 
 
 def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Return whether the flag is set in any process: all must stop after the same step."""
+    """Return whether the flag is set in any process, because all must stop after the same step."""
     if accelerator.num_processes == 1:
         return flag
     total = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")

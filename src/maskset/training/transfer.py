@@ -1,4 +1,4 @@
-"""Fine-tuning: copies from other weights what fits, class by class and slot by slot, and reports what was copied.
+"""Fine-tuning: copy the weights that fit from another model, class by class and slot by slot, and report them.
 
 Which tensors have one row per class or per slot is declared by the system: `CLASS_PARTS`, `SLOT_PARTS` and `PROPOSAL_PARTS`.
 """
@@ -16,16 +16,16 @@ from maskset.systems.base import belongs
 
 @dataclass
 class Transfer:
-    """Which tensors of a model were copied from other weights, and which were not.
+    """A report on which tensors of a model were copied from other weights.
 
     Attributes:
-        copied: names of tensors copied whole.
+        copied: names of tensors that were copied completely.
         by_class: names of tensors of which the rows of `classes` were copied.
         classes: names of the classes that both models have.
         new_classes: names of the classes that only the model has; their rows keep their initial values.
         by_row: names of tensors of which the first rows were copied, with the numbers of rows before and now.
         initial: names of tensors that keep their initial values, and why.
-        unused: names of the other weights' tensors that the model has no place for.
+        unused: names of tensors of the other weights that the model does not have.
     """
 
     copied: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Transfer:
     unused: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"copied whole: {len(self.copied)} tensors"]
+        lines = [f"copied completely: {len(self.copied)} tensors"]
         if self.by_class:
             lines.append(f"copied class by class: {_listed(self.by_class)}")
             lines.append(f"  classes in both: {_listed(self.classes)}")
@@ -49,7 +49,7 @@ class Transfer:
         if self.initial:
             lines.append(f"not copied: {_listed([f'{name} ({why})' for name, why in self.initial.items()])}")
         if self.unused:
-            lines.append(f"no place in the model for: {_listed(self.unused)}")
+            lines.append(f"not in the model: {_listed(self.unused)}")
         return "\n".join(lines)
 
 
@@ -57,10 +57,10 @@ class Transfer:
 def transfer(
     model: System, categories: Sequence[Category], state: dict[str, Tensor], state_categories: Sequence[Category]
 ) -> Transfer:
-    """Copy what fits into a model, in place, and return what was copied.
+    """Copy the weights that fit into a model, in place, and return a report.
 
-    A tensor fits if name and shape are equal. Rows of class tensors are copied by the names of their classes, rows of slot
-    tensors in order; where the model has more slots, the others keep their initial values.
+    A tensor fits if name and shape are equal. Rows of class tensors are copied by the names of the classes, rows of slot tensors
+    in order; if the model has more slots, the rest keep their initial values.
 
     Args:
         model: the model to fill.
@@ -69,29 +69,29 @@ def transfer(
         state_categories: the classes of the other weights.
     """
     old, new = ([category.name for category in listed] for listed in (state_categories, categories))
-    done = Transfer(classes=[name for name in new if name in old], new_classes=[name for name in new if name not in old])
+    report = Transfer(classes=[name for name in new if name in old], new_classes=[name for name in new if name not in old])
     own = model.state_dict()
     for name, tensor in own.items():  # these share memory with the model's parameters
         source = state.get(name)
         if source is None:
-            done.initial[name] = "not in the file"
+            report.initial[name] = "not in the file"
         elif (
             belongs(name, model.CLASS_PARTS) and source.shape == (len(old), *tensor.shape[1:]) and tensor.shape[:1] == (len(new),)
         ):
-            rows, source_rows = ([names.index(shared) for shared in done.classes] for names in (new, old))
+            rows, source_rows = ([names.index(shared) for shared in report.classes] for names in (new, old))
             tensor[rows] = source[source_rows].to(tensor)
-            done.by_class.append(name)
+            report.by_class.append(name)
         elif source.shape == tensor.shape:
             tensor.copy_(source)
-            done.copied.append(name)
+            report.copied.append(name)
         elif belongs(name, (*model.SLOT_PARTS, *model.PROPOSAL_PARTS)) and source.shape[1:] == tensor.shape[1:]:
             count = min(len(source), len(tensor))
             tensor[:count] = source[:count].to(tensor)
-            done.by_row[name] = (len(source), len(tensor))
+            report.by_row[name] = (len(source), len(tensor))
         else:
-            done.initial[name] = f"{list(source.shape)} in the file, {list(tensor.shape)} in the model"
-    done.unused = [name for name in state if name not in own]
-    return done
+            report.initial[name] = f"{list(source.shape)} in the file, {list(tensor.shape)} in the model"
+    report.unused = [name for name in state if name not in own]
+    return report
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
