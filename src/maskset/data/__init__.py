@@ -1,4 +1,4 @@
-"""Data sets: COCO files and generated shapes. `open_data` opens either."""
+"""Data sets: COCO files and generated shapes. `open_data` opens both."""
 
 import glob
 import logging
@@ -18,18 +18,18 @@ def open_data(
     """Return a data set.
 
     Args:
-        data: a folder in one of the layouts below, a COCO JSON file, or "shapes:" for generated data. The word "shapes" means
-            the same where there is no file or folder of that name.
+        data: a folder in one of the layouts below, a COCO JSON file, or "shapes:" for generated data. "shapes" means the same
+            unless there is a file or folder of that name.
         split: which part of a folder or of the generated data, such as "train" or "val". A JSON file has no parts.
         images: for a JSON file, the folder that its file names are relative to. By default the image folder that belongs to a
             file instances_NAME.json in one of the layouts, else the folder of the file.
-        skip_broken: leave out broken images and annotations, and count them, instead of raising an error.
+        skip_broken: leave out broken images and annotations, and list them in `skipped`, instead of raising an error.
 
-    A folder holds one of:
+    Layouts of a folder:
 
-    - `annotations/instances_<split>*.json` and an image folder of the same ending, such as `train2017/`
-    - `instances_<split>.json` and `<split>/`
-    - `<split>/_annotations.coco.json` among the images, with `valid` for `val`
+    - `annotations/instances_<split>*.json` with an image folder named like the end of the file, such as `train2017/`
+    - `instances_<split>.json` with the images in `<split>/`
+    - `<split>/_annotations.coco.json` in the image folder, which may be `valid` for the split `val`
 
     Raises:
         DataError: there is no data in one of these forms, or the files are broken.
@@ -81,7 +81,7 @@ def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 def _layout_images(file: Path) -> Path:
-    """Return the image folder that goes with a file instances_NAME.json: NAME/ beside it, or beside its folder annotations/."""
+    """Return the image folder of a file instances_NAME.json: NAME/ beside it, or beside its folder annotations/."""
     parent = file.absolute().parent
     return (parent.parent if parent.name == "annotations" else parent) / file.stem.removeprefix("instances_")
 

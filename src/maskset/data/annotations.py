@@ -1,4 +1,4 @@
-"""Reading of COCO JSON files. Every value is checked before it reaches C code, and every file name before it reaches the disk."""
+"""Reading of COCO JSON files. Every value is checked before C code uses it, and every file name before a file is opened."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ from maskset.errors import DataError
 from maskset.instances import Category
 from maskset.pictures import check_size
 
-_LEAST_IOU = 0.5  # of an annotated box with the mask's; in COCO's own files, boxes below it are rarer than 1 in 1,000
+_LEAST_IOU = 0.5  # of an annotated box and the box of its mask; fewer than 1 in 1,000 boxes of COCO are below
 
 
 class Ragged:
-    """Arrays of different lengths in one long array."""
+    """Arrays of different lengths, stored in one array."""
 
     def __init__(self, arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> None:
         self._starts = _starts(np.array([array.size for array in arrays], dtype=np.int64))
@@ -34,8 +34,8 @@ class Ragged:
 class Annotations:
     """All annotations of a data set, in the order of the images.
 
-    They are a few large arrays, because worker processes share those with their parent: a million small Python objects would be
-    copied, page by page, into each of them.
+    They are a few large arrays, because worker processes share those with their parent process. A million small Python objects
+    would be copied into each worker, as their reference counts change.
 
     Attributes:
         starts: image i has the annotations starts[i] to starts[i + 1].
@@ -75,27 +75,25 @@ class _Row:
 
 
 @dataclass
-class _Doubts:
-    """The annotations that were read, or left out, other than they are written."""
+class _Warnings:
+    """Names of the annotations whose content was replaced, contradicts itself, or was left out."""
 
     no_box: list[str] = field(default_factory=list)
     no_mask: list[str] = field(default_factory=list)
     different_box: list[str] = field(default_factory=list)
 
-    def notes(self, count: int) -> list[str]:
+    def sentences(self, count: int) -> list[str]:
         """Return one sentence for each kind; `count` is the number of annotations."""
-        sentences = {
+        kinds = {
             "have an empty or invalid bbox, so the box of their mask is used": self.no_box,
             "have neither a box nor a mask inside the image, so they are left out": self.no_mask,
             "have a bbox (used as it is) that contradicts their mask; it should be x, y, width, height": self.different_box,
         }
-        return [
-            f"{len(names)} of {count} annotations {text}. The first: {names[0]}." for text, names in sentences.items() if names
-        ]
+        return [f"{len(names)} of {count} annotations {text}. The first: {names[0]}." for text, names in kinds.items() if names]
 
 
 def read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the images, annotations and categories of a COCO file, each a list of objects whose content is not checked yet.
+    """Return the images, annotations and categories of a COCO file: lists of objects whose content is not checked yet.
 
     Raises:
         DataError: the file cannot be read, is not JSON, or lacks one of the lists.
@@ -105,7 +103,7 @@ def read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}): is the file whole?") from None
+        raise DataError(f"{path} cannot be read as JSON ({error}): is the file complete?") from None
     lists = {}
     for key in ("images", "annotations", "categories"):
         lists[key] = value = content.get(key) if isinstance(content, dict) else None
@@ -115,7 +113,7 @@ def read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_categories(rows: list[dict[str, Any]], path: Path) -> tuple[Category, ...]:
-    """Return the categories in the order of their ids. Names that occur twice get their id: "fish (id 1)".
+    """Return the categories in the order of their ids. The id is added to names that occur twice: "fish (id 1)".
 
     Raises:
         DataError: there is no category, an id occurs twice, or a category lacks a name or a whole number as id.
@@ -134,7 +132,7 @@ def read_categories(rows: list[dict[str, Any]], path: Path) -> tuple[Category, .
 
 
 def read_image_records(rows: list[dict[str, Any]], folder: Path, problems: list[str]) -> list[ImageRecord]:
-    """Return a record of each sound image; a message on each broken one is added to `problems`."""
+    """Return a record of each valid image; a message on each broken one is added to `problems`."""
     records, ids, present = [], set(), {}
     for position, row in enumerate(rows):
         try:
@@ -142,7 +140,7 @@ def read_image_records(rows: list[dict[str, Any]], folder: Path, problems: list[
             if record.id in ids:
                 raise DataError("the id occurs twice.")
             parent = record.file.parent  # type: ignore[union-attr]
-            if parent not in present:  # a list of the folder is faster than asking for 100,000 files
+            if parent not in present:  # listing the folder is faster than checking 100,000 files
                 present[parent] = {file.name for file in parent.iterdir()} if parent.is_dir() else set()
             if record.file.name not in present[parent]:  # type: ignore[union-attr]
                 raise DataError(f"there is no file {record.file}.")
@@ -162,16 +160,16 @@ def read_annotations(
     categories: Sequence[Category],
     problems: list[str],
 ) -> tuple[Annotations, list[str]]:
-    """Return the annotations of the images in `records`, and notes on what is doubtful about them.
+    """Return the annotations of the images in `records`, and warnings about them.
 
     Args:
-        rows: the annotations of the file. Their segmentations are removed, which frees memory during the work.
-        records: the images, in their order.
+        rows: the annotations of the file. Their segmentations are removed to free memory.
+        records: the images, in the order of the data set.
         known_images: ids of all images of the file. Annotations of those that are not in `records` are left out.
         categories: the classes, in the order of the labels.
         problems: a message on each broken annotation is added here; these are left out.
     """
-    doubts = _Doubts()
+    warnings = _Warnings()
     position_of = {record.id: position for position, record in enumerate(records)}
     label_of = {category.coco_id: label for label, category in enumerate(categories)}
     ids, checked = set(), []
@@ -189,13 +187,13 @@ def read_annotations(
             if key is None or key in ids:
                 raise DataError("the id must be a whole number or text." if key is None else "the id occurs twice.")
             ids.add(key)
-            annotation = _row(row, where, position_of[image_id], (record.height, record.width), label_of, doubts)
+            annotation = _row(row, where, position_of[image_id], (record.height, record.width), label_of, warnings)
         except (DataError, rle.MaskError) as error:
             problems.append(f"{where}: {error}")
             continue
         if annotation is not None:
             checked.append(annotation)
-    return _pack(checked, len(records)), doubts.notes(len(rows))
+    return _pack(checked, len(records)), warnings.sentences(len(rows))
 
 
 def _image_record(row: dict[str, Any], folder: Path) -> ImageRecord:
@@ -216,7 +214,7 @@ def _image_record(row: dict[str, Any], folder: Path) -> ImageRecord:
 
 
 def _row(
-    row: dict[str, Any], name: str, image: int, size: tuple[int, int], label_of: dict[int, int], doubts: _Doubts
+    row: dict[str, Any], name: str, image: int, size: tuple[int, int], label_of: dict[int, int], warnings: _Warnings
 ) -> _Row | None:
     """Return a checked annotation; None where it has neither a box nor a mask inside the image."""
     category, crowd, area = whole_number(row.get("category_id")), row.get("iscrowd", 0), row.get("area")
@@ -231,20 +229,20 @@ def _row(
     if box is None:
         box = rle.box(_runs(shape, size), size[0])
         if box == (0, 0, 0, 0):
-            doubts.no_mask.append(name)
+            warnings.no_mask.append(name)
             return None
         if row.get("bbox") is not None:
-            doubts.no_box.append(f"{name}, {row['bbox']!r:.100}")
+            warnings.no_box.append(f"{name}, {row['bbox']!r:.100}")
     elif _contradicts(box, shape, size):
-        doubts.different_box.append(f"{name}, {row['bbox']!r:.100}")
+        warnings.different_box.append(f"{name}, {row['bbox']!r:.100}")
     area = _number(area) or 0
-    if area <= 0:  # it is left out, or the signed area of a polygon that runs the other way around
+    if area <= 0:  # it is missing, or the signed area of a polygon in the opposite direction
         area = rle.area(_runs(shape, size))
     return _Row(image, label_of[category], box, area, bool(int(crowd)), shape)
 
 
 def _box(box: Any, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Return a `bbox`, cut to the image, as x0 y0 x1 y1; None where it is missing, not four finite numbers, or empty."""
+    """Return a `bbox`, clipped to the image, as x0 y0 x1 y1; None if it is missing, empty or not four finite numbers."""
     numbers = [number for value in box if (number := _number(value)) is not None] if isinstance(box, list) else []
     if len(numbers) != 4 or len(box) != 4:
         return None
@@ -255,7 +253,7 @@ def _box(box: Any, size: tuple[int, int]) -> tuple[float, float, float, float] |
 
 
 def _contradicts(box: Sequence[float], shape: rle.Counts | rle.Polygons, size: tuple[int, int]) -> bool:
-    """Return whether a box has little in common with the box of a mask; polygons need not be rasterized for that."""
+    """Return whether the IoU of a box and the box of its mask is low. Polygons are not rasterized."""
     if isinstance(shape, tuple):
         points = shape[0] if len(shape) == 1 else np.concatenate(shape)
         left, top, right, bottom = *points.min(0).tolist(), *points.max(0).tolist()
@@ -264,14 +262,14 @@ def _contradicts(box: Sequence[float], shape: rle.Counts | rle.Polygons, size: t
     width, height = min(right, size[1]) - max(left, 0), min(bottom, size[0]) - max(top, 0)
     shared_width, shared_height = min(box[2], right) - max(box[0], left), min(box[3], bottom) - max(box[1], top)
     box_width, box_height = box[2] - box[0], box[3] - box[1]
-    if min(width, height, box_width, box_height) < 3:  # of slivers, rounding decides
+    if min(width, height, box_width, box_height) < 3:  # for thin boxes, rounding decides
         return False
     shared = max(shared_width, 0) * max(shared_height, 0)
     return shared < _LEAST_IOU * (width * height + box_width * box_height - shared)
 
 
 def _with_numbers(segmentation: Any) -> Any:
-    """Return run lengths whose counts and size are numbers, also where they are written as text."""
+    """Return run lengths with counts and size as numbers, even if they are written as text."""
     if not isinstance(segmentation, dict):
         return segmentation  # NumPy reads polygons that are written as text
     lists = {key: value for key, value in segmentation.items() if isinstance(value, list)}
@@ -283,7 +281,7 @@ def _runs(shape: rle.Counts | rle.Polygons, size: tuple[int, int]) -> rle.Counts
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a whole number that may be written as text ("7") or as a float (7.0); None for anything else."""
+    """Return a whole number, which may be written as text ("7") or as a float (7.0); None for anything else."""
     if isinstance(value, str) and value.strip().isdecimal():
         return int(value) if len(value) < 100 else None
     number = _number(value)
@@ -291,7 +289,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def _number(value: Any) -> int | float | None:
-    """Return a finite number that may be written as text, as in Roboflow's exports of 2026; None for anything else."""
+    """Return a finite number, which may be written as text, as in Roboflow's exports; None for anything else."""
     if isinstance(value, str):
         try:
             value = float(value)

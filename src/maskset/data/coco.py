@@ -18,20 +18,20 @@ from maskset.pictures import read_image
 __all__ = ["CocoDataset", "DataError", "ImageRecord"]
 
 _LOG = logging.getLogger("maskset")
-_NEXT_STEP = "Correct what is broken, or leave it out with --skip-broken (in training: --data.skip-broken true)."
+_NEXT_STEP = "Correct the data, or leave out broken parts with --skip-broken (in training: --data.skip-broken true)."
 
 
 class CocoDataset(Dataset):
     """Annotated images of a COCO file.
 
-    The whole JSON file is checked at once; pixels are read, and their size is compared, on access. Labels are positions in
-    `categories`, which are in the order of their ids: ids may have gaps, and 0 is an id. A box is the annotation's `bbox` cut
-    to the image, or the box of its mask where `bbox` is missing, empty or invalid. Masks are kept as they are in the file.
+    The JSON file is checked when the data set is opened; an image, and its size, when it is read. Labels are positions in
+    `categories`, which are sorted by id: ids may have gaps, and 0 is a valid id. A box is the annotation's `bbox` clipped to the
+    image, or the box of the mask if `bbox` is missing, empty or invalid. Masks are stored as polygons or run lengths.
 
     Attributes:
         file: the JSON file.
-        notes: one sentence on each kind of doubtful annotation, such as boxes that contradict their masks. They are also logged
-            as warnings of the logger "maskset".
+        notes: one warning for each kind of doubtful annotation, such as boxes that contradict their masks. They are also logged
+            by the logger "maskset".
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, skip_broken: bool = False) -> None:
@@ -57,8 +57,8 @@ class CocoDataset(Dataset):
             more = f" It has {len(problems)} such problems." if len(problems) > 1 else ""
             raise DataError(f"{self.skipped[0]}{more} {_NEXT_STEP}")
         if not self.images:
-            raise DataError(f"{self.file} has no image that can be used. {' '.join(self.skipped[:1])}".rstrip())
-        for note in self.notes if os.environ.get("RANK", "0") == "0" else ():  # of several processes, one reports
+            raise DataError(f"{self.file} has no usable image. {' '.join(self.skipped[:1])}".rstrip())
+        for note in self.notes if os.environ.get("RANK", "0") == "0" else ():  # only the first of several processes
             _LOG.warning("warning: %s", note)
 
     def __repr__(self) -> str:

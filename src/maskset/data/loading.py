@@ -1,4 +1,4 @@
-"""Training batches of annotated images: their order, augmentation and reading in worker processes."""
+"""Training batches of annotated images: order, augmentation, and reading in worker processes."""
 
 import shutil
 import signal
@@ -22,7 +22,7 @@ from maskset.instances import Instances
 from maskset.structures import ImageBatch
 
 READER_KILLED = (
-    "a process that reads images was killed, maybe for lack of memory. Use fewer of them (--data.workers; 0 reads in the "
+    "a process that reads images was killed, maybe for lack of memory. Use fewer of them (--data.workers, or 0 to read in the "
     "training process); the same command with --resume continues the run from its last checkpoint."
 )
 _SHARED_MEMORY = Path("/dev/shm")  # on Linux
@@ -34,7 +34,7 @@ _TOO_LITTLE_SHARED_MEMORY = (
 
 @runtime_checkable
 class Loading(Augmentation, Protocol):
-    """The settings that `training_batches` reads, see `maskset.recipe.DataConfig`."""
+    """The settings of `training_batches`, see `maskset.recipe.DataConfig`."""
 
     @property
     def group_by_aspect(self) -> bool: ...
@@ -101,38 +101,39 @@ def batch_order(
         batch_size: images per batch, over all processes. If all images do not fill one batch, they are repeated.
         seed: seed of the order.
         epoch: epoch, from 0.
-        wide: whether each image is at least as wide as high; all batches but the last ones then hold images of one kind.
+        wide: whether each image is at least as wide as high; if given, wide and tall images are in separate batches, except for
+            the last ones.
     """
     shuffled = np.random.default_rng([seed, epoch]).permutation(count)
     if count < batch_size:
         return [np.resize(shuffled, batch_size)]
     batches, waiting = [], ([], [])
     for index in shuffled.tolist():
-        kind = waiting[int(wide is not None and wide[index])]
-        kind.append(index)
-        if len(kind) == batch_size:
-            batches.append(np.array(kind))
-            kind.clear()
+        group = waiting[int(wide is not None and wide[index])]
+        group.append(index)
+        if len(group) == batch_size:
+            batches.append(np.array(group))
+            group.clear()
     rest = waiting[0] + waiting[1]
     whole = len(rest) // batch_size
     return batches + [np.array(rest[i * batch_size : (i + 1) * batch_size]) for i in range(whole)]
 
 
 def warn_about_slots(dataset: Dataset, slots: int) -> str | None:
-    """Return a warning where images hold more objects than a model has slots for; None where all fit."""
+    """Return a warning if images have more objects than a model has slots; else None."""
     counts = dataset.counts()
     over = int((counts > slots).sum())
     if not over:
         return None
     return (
         f"{over} of {len(counts)} images have more objects (up to {counts.max()}) than the model has slots ({slots}), "
-        f"so some objects can be neither learned nor detected: give it {counts.max()} or more, or cut the images into tiles."
+        f"so some objects can be neither learned nor detected: use {counts.max()} slots or more, or cut the images into tiles."
     )
 
 
 @dataclass(frozen=True)
 class _Array:
-    """A tensor that leaves a worker by value: the many small tensors of a batch would each need a file handle."""
+    """A tensor that a worker sends by value, because each shared tensor would need a file handle."""
 
     values: np.ndarray
 
@@ -149,7 +150,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the images of a batch, in a worker process."""
+    """Reads the images of a batch, in the main process or in a worker."""
 
     dataset: Dataset
     config: Augmentation
@@ -162,7 +163,7 @@ class _Reader:
         try:
             samples = [self._sample(index, problems) for index in indices]
         except DataError as error:
-            return error  # raised in a worker it would come with a traceback as its message
+            return error  # if a worker raised it, its message would include a traceback
         targets = pytree.tree_map_only(Tensor, lambda tensor: _Array(tensor.numpy()), [targets for _, targets in samples])
         images = ImageBatch.from_images([pixels for pixels, _ in samples], self.divisor)
         if get_worker_info() is not None:
@@ -177,7 +178,9 @@ class _Reader:
 
     def _sample(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
         pixels, targets = self._read_or_next(index, problems)
-        rng = np.random.default_rng([self.seed, self.epoch, index + 1])  # a 0 at the end would repeat the stream of the order
+        rng = np.random.default_rng(
+            [self.seed, self.epoch, index + 1]
+        )  # with a 0 at the end it would repeat the numbers of the order
         return augment(pixels, targets, self.config, rng)
 
     def _read_or_next(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
@@ -193,7 +196,7 @@ class _Reader:
 
 
 def _handle_sigterm(_: int) -> None:
-    """Handle SIGTERM in a worker as the process that started it does, see `Interruption`; torch has set a handler of its own."""
+    """Handle SIGTERM in a worker as in the main process, see `Interruption`: torch replaces the inherited handler."""
     handler = signal.getsignal(signal.SIGTERM)
     if callable(handler):
         signal.signal(signal.SIGTERM, handler)
@@ -208,8 +211,10 @@ def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iter
         sampler=batches,  # type: ignore[arg-type]
         num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else it draws from torch's own, and resuming would depend on the number of workers
-        multiprocessing_context="fork" if sys.platform == "linux" else None,  # others copy the data set into each worker
+        generator=torch.Generator(),  # else torch's own is used, and a resumed run would depend on workers
+        multiprocessing_context="fork"
+        if sys.platform == "linux"
+        else None,  # other start methods copy the data set into each worker
         worker_init_fn=_handle_sigterm,
     )
     try:

@@ -1,4 +1,4 @@
-"""Generated data: overlapping textured shapes, with the same pixels on every machine. Demos and tests need no download.
+"""Generated images of overlapping, textured shapes, with the same pixels on every machine. They need no download.
 
 Pixels are computed with +, -, *, /, sqrt and comparisons only, whose results IEEE 754 defines to the last bit, and with random
 numbers of NumPy's `RandomState`, which is frozen.
@@ -35,13 +35,13 @@ class ShapesDataset(Dataset):
     """
 
     def __init__(self, split: str, count: int | None = None, size: tuple[int, int] = (128, 128), seed: int = 0) -> None:
-        """Define the scenes.
+        """Initialize the data set; images are generated when they are read.
 
         Args:
             split: "train", "val" or "test".
             count: number of images; None means 2,000 in train and 200 in the others.
             size: height and width in pixels, at least 16.
-            seed: each seed gives other scenes.
+            seed: seed of the scenes.
 
         Raises:
             DataError: there is no such split, or the size is too small.
@@ -56,7 +56,7 @@ class ShapesDataset(Dataset):
 
     def image(self, index: int) -> UInt8[Tensor, "3 h w"]:
         """Return the RGB pixels of an image."""
-        return torch.from_numpy(self._scene(index).painted())
+        return torch.from_numpy(self._scene(index).paint())
 
     def targets(self, index: int) -> Instances:
         """Return the targets of an image."""
@@ -80,10 +80,10 @@ def write(folder: str | Path, counts: Mapping[str, int] = SPLITS, size: tuple[in
     """Write generated shapes as a data set in COCO's format (`instances_<split>.json` and `<split>/*.png`) and return its folder.
 
     Args:
-        folder: a new folder. It appears when everything is written.
+        folder: a new folder. It exists only when everything is written.
         counts: number of images in each split.
         size: height and width in pixels.
-        seed: each seed gives other scenes.
+        seed: seed of the scenes.
 
     Raises:
         DataError: the folder exists.
@@ -91,11 +91,11 @@ def write(folder: str | Path, counts: Mapping[str, int] = SPLITS, size: tuple[in
     folder = Path(folder)
     if folder.exists():
         raise DataError(f"{folder} exists already: choose another folder, or delete it.")
-    aside = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
     for split, count in counts.items():
-        _write_split(aside, split, ShapesDataset(split, count, size, seed))
-    aside.rename(folder)
+        _write_split(temporary, split, ShapesDataset(split, count, size, seed))
+    temporary.rename(folder)
     return folder
 
 
@@ -122,9 +122,9 @@ class Shape:
 
     Attributes:
         label: 0 ellipse, 1 rectangle, 2 triangle.
-        window: the rows and columns that it and its shadow reach.
-        distance: of each pixel's center there to the edge, pixels, negative inside (about right near the edge).
-        look: seeds the random numbers of its colors and texture.
+        window: rows and columns of the image that the shape and its shadow may cover.
+        distance: approximate distance of each pixel center in the window to the edge, pixels, negative inside.
+        look: seed of its colors and texture.
     """
 
     label: int
@@ -134,11 +134,11 @@ class Shape:
 
 
 class Scene:
-    """What is where, decided from front to back, and the pixels, painted from back to front.
+    """The shapes of an image, placed from front to back and painted from back to front.
 
     Attributes:
-        shapes: front first.
-        visible: what can be seen of each.
+        shapes: the shapes, front first.
+        visible: masks of their visible parts.
     """
 
     def __init__(self, random: np.random.RandomState, size: tuple[int, int]) -> None:
@@ -159,17 +159,17 @@ class Scene:
                 occupied[shape.window] |= inside
         self.visible: Bool[np.ndarray, "T h w"] = np.array(visible, dtype=bool).reshape(-1, *size)
 
-    def painted(self) -> UInt8[np.ndarray, "3 h w"]:
-        """Return the picture, RGB."""
+    def paint(self) -> UInt8[np.ndarray, "3 h w"]:
+        """Return the RGB pixels."""
         random = np.random.RandomState(self._look)
-        hues = (random.permutation(12) + random.random_sample()) / 12  # every shape and the background have a hue of their own
+        hues = (random.permutation(12) + random.random_sample()) / 12  # a different hue for the background and each shape
         picture = self._background(random, hues[0])
         for shape, hue in reversed(list(zip(self.shapes, hues[1:], strict=False))):
             self._paint(picture[:, *shape.window], shape, hue)
         return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
     def _draw_shape(self, random: np.random.RandomState) -> Shape:
-        """Return a shape of any class, place, direction, size and proportion."""
+        """Return a shape with random class, position, direction, size and proportions."""
         label, (height, width) = int(random.randint(3)), self._size
         center_x, center_y = (0.1 + 0.8 * random.random_sample(2)) * (width, height)
         cos, sin = _direction(random)
@@ -193,7 +193,7 @@ class Scene:
         return _mix(light, dark, clouds) * (1 + 0.1 * (pattern - 0.5))
 
     def _paint(self, canvas: Float64[np.ndarray, "3 h w"], shape: Shape, hue: float) -> None:
-        """Paint a shape and its shadow on the part of the picture that is its window."""
+        """Paint a shape and its shadow on the part of the image in its window."""
         random, (rows, _), size = np.random.RandomState(shape.look), shape.window, shape.distance.shape
         light = _rgb(hue, 0.55 + 0.4 * random.random_sample(), 0.75 + 0.25 * random.random_sample())
         dark = _rgb(hue + 0.12 * (random.random_sample() - 0.5), 0.6, 0.35 + 0.25 * random.random_sample())
@@ -243,7 +243,7 @@ def _centers(pixels: slice) -> np.ndarray:
 
 
 def _direction(random: np.random.RandomState) -> tuple[float, float]:
-    """Return cosine and sine of any angle, without trigonometry, whose last bit differs between machines."""
+    """Return cosine and sine of a random angle, without trigonometric functions, which differ between machines."""
     while True:
         x, y = 2 * random.random_sample(2) - 1
         if 0.01 < x * x + y * y <= 1:
@@ -263,7 +263,7 @@ def _rectangle(u: Plane, v: Plane, a: float, b: float) -> Plane:
 
 def _triangle(u: Plane, v: Plane, a: float, b: float, skew: float) -> Plane:
     """Return the distance to a triangle with corners (-a, b), (a, b) and (skew * a, -b)."""
-    left, right = (1 + skew) * a, (1 - skew) * a  # how far the sides run along u while v goes from -b to b
+    left, right = (1 + skew) * a, (1 - skew) * a  # extent of the sides along u
     height = 2 * b
     from_left = (-(u + a) * height - (v - b) * left) / np.sqrt(height * height + left * left)
     from_right = ((u - a) * height - (v - b) * right) / np.sqrt(height * height + right * right)
@@ -271,7 +271,7 @@ def _triangle(u: Plane, v: Plane, a: float, b: float, skew: float) -> Plane:
 
 
 def _wave(along: Plane, period: float) -> Plane:
-    """Return stripes, half of a period 0 and half 1, with edges one pixel wide."""
+    """Return stripes: 0 in one half of a period and 1 in the other, with edges one pixel wide."""
     phase = along / period - np.floor(along / period)
     return np.clip((np.abs(2 * phase - 1) - 0.5) * period / 2 + 0.5, 0, 1)
 
@@ -283,7 +283,7 @@ def _cells(positions: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rgb(hue: float, saturation: float, value: float) -> Float64[np.ndarray, "3"]:
-    """Return a color given as hue (1 is once around), saturation and value."""
+    """Return the RGB color of a hue (from 0 to 1), saturation and value."""
     sector = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
     return value - value * saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1)
 

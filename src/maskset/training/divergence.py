@@ -49,6 +49,6 @@ def save_diverged_batch(
     start = f", which can start from the last checkpoint: --init {folder}" if (folder / LAST).is_file() else ""
     return TrainingDiverged(
         f"training diverged in step {step}: {problem.why} Learning rates: {learning_rates}. Images: {listed}. "
-        f"The batch is in {out}. Try a lower --train.learning-rate, a longer --train.warmup-steps, a smaller --train.clip-norm, or another "
-        f"--train.precision than fp16, in a new run{start}."
+        f"The batch is in {out}. Try a lower --train.learning-rate, a longer --train.warmup-steps, a smaller "
+        f"--train.clip-norm, or another --train.precision than fp16, in a new run{start}."
     )

@@ -24,8 +24,8 @@ from maskset.systems import System
 RECIPE, METRICS, STATE = "recipe.json", "metrics.jsonl", "state.safetensors"  # files of a run folder ...
 LAST, BEST = "last.safetensors", "best.safetensors"  # ... and its checkpoints
 
-# Settings that a resumed run may change, because the completed steps do not depend on them. With schedule "cosine", another number
-# of epochs changes the learning rates of the remaining steps. A run that a broken image has stopped can continue without it.
+# Settings that a resumed run may change, because the completed steps do not depend on them. With schedule "cosine", another
+# number of epochs changes the remaining learning rates. A run that a broken image has stopped can continue without it.
 MAY_CHANGE = {
     "data.workers",
     "data.skip_broken",
