@@ -295,7 +295,7 @@ def test_the_first_of_several_problems_is_told_with_their_number(tmp_path: Path)
 
 
 def test_a_file_with_no_usable_image_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no image that can be used"):
+    with pytest.raises(DataError, match="has no usable image"):
         opened(tmp_path, coco([], [image(height=0)]), skip_broken=True)
 
 
@@ -341,7 +341,7 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     data = opened(tmp_path, coco([annotation()]))
     file = tmp_path / "train" / "1.png"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(DataError, match=r"1.png cannot be read as an image.*leave it out with --skip-broken \(in training"):
+    with pytest.raises(DataError, match=r"1.png cannot be read as an image.*leave out broken parts with --skip-broken \(in training"):
         data.read(0)
     assert len(data.targets(0)) == 1
     data = open_data(tmp_path, "train", skip_broken=True)
