@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.measure import Way, in_turn, peaks, require
+from benchmarks.measure import Implementation, in_turn, peaks, require
 from benchmarks.report import Report
 from maskset.layers.deformable import FUSED, deformable_attention, implementations, using
 
@@ -34,7 +34,7 @@ class Sample:
     gradient: Float[Tensor, "B Q M*D"]
 
     def cast(self, dtype: torch.dtype) -> "Sample":
-        """Return the same numbers in another precision, all of them."""
+        """Return the sample in another precision."""
         values = {name: getattr(self, name).to(dtype) for name in ("value", "locations", "weights", "gradient")}
         return replace(self, **values)
 
@@ -58,7 +58,11 @@ def run(report: Report, quick: bool) -> None:
     for place, queries in (("encoder", None), ("decoder", 300)):
         measure(report, place, sample(size, images, queries, device), attentions, seconds=0 if quick else 25)
     if gpu:
-        cuda.bandwidth(report, sample(size, images, None, device), [way for way in attentions if way != BASELINE])
+        cuda.bandwidth(
+            report,
+            sample(size, images, None, device),
+            [implementation for implementation in attentions if implementation != BASELINE],
+        )
         return gpu_targets(report)
     cpu_targets(report)
 
@@ -70,7 +74,7 @@ def ours(name: str, sample: Sample) -> Tensor:
 
 
 def transformers_attention(sample: Sample) -> Tensor:
-    """Return what DeformableDetr, and all other models of transformers that have this attention, compute."""
+    """Return the attention of DeformableDetr and the other models of transformers that have it."""
     from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
     shapes = torch.tensor(sample.shapes, device=sample.value.device)
@@ -92,7 +96,7 @@ def sample(size: tuple[int, int], images: int, queries: int | None, device: str)
     offsets = direction + torch.randn(*many, 2, generator=generator)
     wide = torch.tensor([(width, height) for height, width in shapes])[:, None]
     places = centers[:, None, None, None] * wide - 0.5 + offsets  # in cells
-    # The gradient of a place jumps where it meets a cell's center, so none may be nearer than rounding moves it.
+    # The gradient jumps where a sampling point meets the center of a cell, so no point may be closer than rounding.
     near = (places - places.round()).abs() < 0.01
     locations = (torch.where(near, places.round() + 0.02, places) + 0.5) / wide
     weights = torch.randn(*many, generator=generator).flatten(3).softmax(-1).view(many)
@@ -120,12 +124,18 @@ def measure(report: Report, place: str, sample: Sample, attentions: dict[str, At
         what = f"{place}, output and gradients: {name} and {BASELINE} in float64, relative to the greatest value"
         report.agree(what, apart, 1e-4)
     given = replace(sample, value=sample.value.bfloat16()) if sample.value.is_cuda else sample
-    taken = {name: given if name == "maskset, triton" else sample for name in attentions}  # others want one precision of all
-    ways: dict[str, Way] = {name: partial(attention, taken[name]) for name, attention in attentions.items()}
+    samples = {
+        name: given if name == "maskset, triton" else sample for name in attentions
+    }  # the others need inputs of one precision
+    implementations: dict[str, Implementation] = {
+        name: partial(attention, samples[name]) for name, attention in attentions.items()
+    }
     with torch.no_grad():
-        report.compare(case(place, "inference", sample), BASELINE, in_turn(ways, seconds), peaks(ways))
-    ways = {name: partial(with_gradients, attention, taken[name]) for name, attention in attentions.items()}
-    report.compare(case(place, "forward and backward", sample), BASELINE, in_turn(ways, seconds), peaks(ways))
+        report.compare(case(place, "inference", sample), BASELINE, in_turn(implementations, seconds), peaks(implementations))
+    implementations = {name: partial(with_gradients, attention, samples[name]) for name, attention in attentions.items()}
+    report.compare(
+        case(place, "forward and backward", sample), BASELINE, in_turn(implementations, seconds), peaks(implementations)
+    )
 
 
 def with_gradients(attention: Attention, sample: Sample) -> tuple[Tensor, ...]:

@@ -122,17 +122,21 @@ def attentions(report: Report) -> dict[str, Callable[["Sample"], Tensor]]:
     return {_NAME: attention}
 
 
-def bandwidth(report: Report, sample: "Sample", ways: Sequence[str]) -> None:
-    """Remark what share of the GPU's copy bandwidth each way reaches if it reads its inputs and writes its output once."""
+def bandwidth(report: Report, sample: "Sample", implementations: Sequence[str]) -> None:
+    """Add the fraction of the GPU's copy bandwidth that each implementation reaches, for inputs and output counted once."""
     source = torch.empty(2**28, device="cuda")
     target = torch.empty_like(source)
     seconds = median(in_turn({"copy": lambda: target.copy_(source)}, 1.0)["copy"])
     copied = 2 * source.nbytes / seconds / 1e9
     report.note(f"Copying 1 GiB: {copied:,.0f} GB/s.")
-    for way in ways:
-        found = next((f for f in report.figures if f.case.startswith("encoder, inference") and f.implementation == way), None)
+    for implementation in implementations:
+        found = next(
+            (f for f in report.figures if f.case.startswith("encoder, inference") and f.implementation == implementation), None
+        )
         if found and found.milliseconds:
-            value = sample.value.nbytes // (2 if way == "maskset, triton" else 1)  # bfloat16
+            value = sample.value.nbytes // (2 if implementation == "maskset, triton" else 1)  # bfloat16
             moved = value + sample.locations.nbytes + sample.weights.nbytes + sample.gradient.nbytes
             rate = moved / found.milliseconds / 1e6
-            report.note(f"{way}: {moved / 2**20:,.0f} MiB in and out, {rate:,.0f} GB/s, {100 * rate / copied:.0f} % of a copy.")
+            report.note(
+                f"{implementation}: {moved / 2**20:,.0f} MiB in and out, {rate:,.0f} GB/s, {100 * rate / copied:.0f} % of a copy."
+            )

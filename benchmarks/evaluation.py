@@ -36,9 +36,9 @@ def run(report: Report, quick: bool, images: int = 500) -> None:
     few = data if len(data) <= 100 else Generated(100)
     apart = differences(ours(few, found[: len(few)]), theirs(content(few), [row for row in rows if row["image_id"] < len(few)]))
     report.agree(f"all 24 numbers of masks and boxes, {len(few)} images", apart, 1e-9)
-    ways = {BASELINE: partial(theirs, truth, rows), "maskset": partial(ours, data, found)}
+    implementations = {BASELINE: partial(theirs, truth, rows), "maskset": partial(ours, data, found)}
     case = f"masks and boxes of {len(data):,} images, {sum(map(len, found)):,} results"
-    report.compare(case, BASELINE, in_turn(ways, 0 if quick or images > 1000 else 60))
+    report.compare(case, BASELINE, in_turn(implementations, 0 if quick or images > 1000 else 60))
     figure = report.figure(case, "maskset")
     assert figure is not None
     assert figure.milliseconds is not None
@@ -48,19 +48,19 @@ def run(report: Report, quick: bool, images: int = 500) -> None:
 
 
 def ours(data: "Generated", found: Sequence[Instances]) -> dict[str, float]:
-    """Return maskset's numbers."""
+    """Return the metrics of maskset."""
     metrics = average_precision(data, enumerate(found), RESULTS)
     return {f"{kind}_{name}": getattr(metrics, f"{kind}_{name}") for kind in ("mask", "box") for name in NUMBERS}
 
 
 def theirs(truth: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return pycocotools' numbers."""
+    """Return the metrics of pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     numbers = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        # With boxes and masks in one row it would take the box's area for the mask's.
+        # With box and mask in one row, it would use the area of the box for the mask.
         for kind, name, left_out in _KINDS:
             coco: Any = COCO()
             coco.dataset = truth
@@ -114,7 +114,7 @@ class Generated(Dataset):
 
 
 def results(data: Generated, index: int) -> Instances:
-    """Return what a model could have found in an image: half of it resembles the objects."""
+    """Return simulated detections in an image; half of them resemble the objects."""
     rng, (labels, shapes) = np.random.default_rng([2, index]), data.drawn[index]
     chosen, near = rng.integers(0, len(labels), RESULTS), rng.random(RESULTS) < 0.5
     moved = shapes[chosen] + rng.normal(0, 0.12, (RESULTS, 4)) * np.tile(shapes[chosen][:, 2:], 2)
@@ -133,7 +133,7 @@ def ellipses(rng: np.random.Generator, count: int) -> Float[np.ndarray, "n 4"]:
 
 
 def instances(rng: np.random.Generator, labels: np.ndarray, shapes: np.ndarray, scores: np.ndarray | None) -> Instances:
-    """Return ellipses as objects; those of which nothing is in the image are left out."""
+    """Return ellipses as objects, without those outside of the image."""
     runs = [outlined(rng, *shape) for shape in shapes]
     kept = [i for i, one in enumerate(runs) if len(one) > 1]
     x, y, half_width, half_height = shapes[kept].T

@@ -1,4 +1,4 @@
-"""What a GPU must show, in at most eight minutes: results, training and speed of everything that has a path of its own there.
+"""Checks of everything that runs differently on a GPU, in at most eight minutes: results, training, speed and memory.
 
 Each attention implementation against its plain twin in every precision, forward and backward; the official numbers of every
 system, computed on the device; a training in bfloat16 that is killed and resumed; DistributedDataParallel in one process; peak
@@ -46,11 +46,11 @@ EPOCH_STEPS = TRAIN_IMAGES // 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check measured.
+    """The result of a check.
 
     Attributes:
-        error: distance from the expected result; None if the check has no single number.
-        allowed: greatest distance with which the check passes.
+        error: difference from the expected result; None if the check has no single number.
+        allowed: greatest error with which the check passes.
         detail: further figures, as text.
     """
 
@@ -97,27 +97,27 @@ def run(device: str, quick: bool, out: Path | None) -> int:
 
 
 def outcome(name: str, check: Check, seconds_left: float) -> dict[str, Any]:
-    """Run one check and return its row; whatever it raises is its failure."""
+    """Run one check and return its row; an exception means that it failed."""
     start = time.monotonic()
     try:
         if seconds_left <= 0:
             raise TimeoutError(f"not run: the checks before it took all of the {LIMIT} seconds.")
         measured = check()
         passed = measured.passed
-    except Exception as error:  # also what nobody expects: the others must run
+    except Exception as error:  # the other checks must run
         measured, passed = Outcome(detail=f"{type(error).__name__}: {error}"), False
         if not isinstance(error, (TimeoutError, AssertionError)):
             traceback.print_exc()
     row = {"check": name, "passed": passed, "seconds": round(time.monotonic() - start, 2), **asdict(measured)}
     error = "" if measured.error is None else f"error {measured.error:.2g}"
     error += "" if measured.allowed is None else f" (allowed {measured.allowed:.2g})"
-    shown = " ".join(measured.detail.split())[:160]
-    print(f"{'passed' if passed else 'FAILED'}  {row['seconds']:6.1f} s  {name:44} {error} {shown}".rstrip(), flush=True)
+    detail = " ".join(measured.detail.split())[:160]
+    print(f"{'passed' if passed else 'FAILED'}  {row['seconds']:6.1f} s  {name:44} {error} {detail}".rstrip(), flush=True)
     return row
 
 
 def checks(device: str, quick: bool, folder: Path, reports: list[dict[str, Any]]) -> Iterator[tuple[str, Check]]:
-    """Yield every check with its name, the short ones first."""
+    """Yield all checks with their names, short ones first."""
     for name in usable(device):
         for dtype in DTYPES[:2] if quick else DTYPES:
             yield f"attention, {name}, {str(dtype).removeprefix('torch.')}", partial(compare_attention, name, dtype, device)
@@ -134,7 +134,7 @@ def checks(device: str, quick: bool, folder: Path, reports: list[dict[str, Any]]
 
 
 def usable(device: str) -> list[str]:
-    """Return the implementations of attention that are for a device; in a rehearsal Triton's too, which is interpreted."""
+    """Return the implementations of attention for a device; in a rehearsal also Triton's, interpreted."""
     fused = [name for name, reason in implementations().items() if FUSED.get(name) == device and reason is None]
     return list(dict.fromkeys([*fused, "triton", *PLAIN]))
 
@@ -263,7 +263,7 @@ def losses(run: Path) -> list[float]:
     """Return the loss of every logged training step of a run; none before its first."""
     file = run / "metrics.jsonl"
     text = file.read_text() if file.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]  # not one half written
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]  # the last may be incomplete
     return [line["loss"] for line in lines if line["split"] == "train"]
 
 

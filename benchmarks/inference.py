@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Way, in_new_process, in_turn, peaks, require, resident
+from benchmarks.measure import Implementation, in_new_process, in_turn, peaks, require, resident
 from benchmarks.report import Report
 from maskset import recipes
 from maskset.layers.deformable import FUSED, implementations, using
@@ -55,9 +55,11 @@ def run(report: Report, quick: bool) -> None:
     )
     place = f"{images} image{'s' * (images > 1)} of {size[0]} x {size[1]}"
     for precision, dtype in PRECISIONS.items():
-        ways: dict[str, Way] = {name: partial(results, name, model, pixels, most, dtype) for name, model in models.items()}
-        times = in_turn(ways, 0 if quick else 40)
-        report.compare(f"{place}, {precision}", DDETR, times, peaks(ways) if device == "cuda" else None)
+        implementations: dict[str, Implementation] = {
+            name: partial(results, name, model, pixels, most, dtype) for name, model in models.items()
+        }
+        times = in_turn(implementations, 0 if quick else 40)
+        report.compare(f"{place}, {precision}", DDETR, times, peaks(implementations) if device == "cuda" else None)
     if device == "cpu":
         named = ["maskset solq"] if quick else [name for name in models if name != LIKE]
         memories = {name: in_new_process(memory, name, pixels, quick) for name in named}
@@ -74,7 +76,7 @@ def noise(images: int, size: tuple[int, int]) -> Tensor:
 
 
 def system(name: str, quick: bool, **settings: Any) -> System:
-    """Return one of maskset's systems, with thresholds that leave enough results."""
+    """Return one of maskset's systems, with thresholds that give enough results."""
     torch.manual_seed(0)
     config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
     config = replace(config, num_classes=91, **settings)
@@ -90,7 +92,7 @@ def system(name: str, quick: bool, **settings: Any) -> System:
 
 @torch.no_grad()
 def steady(model: Istr) -> None:
-    """Learn the model's code from noise, and keep its boxes at 4 % of the image: untrained, they leave it."""
+    """Fit the model's mask code to noise, and fix its boxes at 4 % of the image, which untrained boxes leave."""
     assert isinstance(model.codec, LogitPcaCodec)
     model.codec.fit((torch.rand(200, model.codec.size, model.codec.size) > 0.5).float())
     model.query_boxes.copy_(torch.tensor([0.5, 0.5, 0.2, 0.2]))
@@ -113,7 +115,7 @@ def draw_few(model: Sotr, size: tuple[int, int]) -> None:
 
 
 def deformable_detr(quick: bool) -> Any:
-    """Return transformers' DeformableDetr, with its refinement of boxes, as SOLQ has it."""
+    """Return transformers' DeformableDetr with box refinement, which SOLQ has too."""
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
     torch.manual_seed(0)
@@ -137,13 +139,13 @@ def mask2former(quick: bool) -> Any:
 
 
 def timm_backbone(quick: bool) -> dict[str, Any]:
-    """Return how transformers is told which untrained ResNet to use."""
+    """Return the setting of transformers for an untrained ResNet."""
     name = "resnet18" if quick else "resnet50"
     return {"model_type": "timm_backbone", "backbone": name, "features_only": True, "use_pretrained_backbone": False}
 
 
 def mask_rcnn(quick: bool) -> Any:
-    """Return torchvision's Mask R-CNN, which keeps the size of its images here and leaves no box out for its score."""
+    """Return torchvision's Mask R-CNN without resizing and without a score threshold."""
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
     torch.manual_seed(0)
@@ -157,7 +159,7 @@ class Listed(torch.nn.Module):
     """Mask R-CNN's first and last step, without resizing and normalizing: the pixels come normalized, and masks are pasted."""
 
     def forward(self, images: list[Tensor], targets: Any = None) -> tuple[Any, Any]:
-        """Return images as the model keeps them."""
+        """Return the images in the format of the model."""
         from torchvision.models.detection.image_list import ImageList
 
         return ImageList(torch.stack(images), [(image.shape[1], image.shape[2]) for image in images]), targets
@@ -182,7 +184,7 @@ MODELS: dict[str, Callable[[bool], Any]] = {
 
 @torch.inference_mode()
 def results(name: str, model: Any, pixels: Tensor, most: int = MOST, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Return what a model finds in each image, at most so many: boxes, or masks at the image's size."""
+    """Return at most `most` results of a model in each image: boxes, or masks at the image's size."""
     sizes = [(pixels.shape[2], pixels.shape[3])] * len(pixels)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         if isinstance(model, System):
@@ -199,18 +201,18 @@ def results(name: str, model: Any, pixels: Tensor, most: int = MOST, dtype: torc
     from transformers import Mask2FormerImageProcessor
 
     post = Mask2FormerImageProcessor().post_process_instance_segmentation
-    with pixels.device:  # where it makes tensors of its own
+    with pixels.device:  # it creates tensors on the default device
         return [one["segmentation"] for one in post(output, 0.0, target_sizes=sizes, return_binary_maps=True)]
 
 
 def counts(name: str, found: list[Any]) -> list[int]:
-    """Return how many masks each image has."""
+    """Return the number of masks in each image."""
     return [len(one["masks"]) if name == MRCNN else len(one) for one in found]
 
 
 @torch.inference_mode()
 def agree(report: Report, model: System, pixels: Tensor) -> None:
-    """Check that SOLQ says the same with every implementation of its attention."""
+    """Check that SOLQ's outputs are the same with every implementation of attention."""
     images = ImageBatch(pixels, torch.tensor([pixels.shape[2:]] * len(pixels), device=pixels.device))
     outputs = {}
     usable = [name for name, reason in implementations().items() if reason is None]
@@ -229,7 +231,7 @@ def agree(report: Report, model: System, pixels: Tensor) -> None:
 def memory(name: str, pixels: Tensor, quick: bool) -> tuple[float, float]:
     """Return the memory of this process before a model computes, and at most, MiB."""
     model = MODELS[name](quick)
-    results(name, model, noise(1, (64, 64)))  # loads what is loaded late
+    results(name, model, noise(1, (64, 64)))  # warm-up
     before, _ = resident()
     results(name, model, pixels)
     return before, resident()[1]

@@ -40,30 +40,30 @@ def run(report: Report, quick: bool) -> None:
         polygons = write(Path(folder), count, size)
         data = open_data(folder, "train")
         agree(report, data, polygons)
-        ways = {BASELINE: partial(theirs, data, polygons), "maskset": partial(ours, data)}
+        implementations = {BASELINE: partial(theirs, data, polygons), "maskset": partial(ours, data)}
         case = f"{count} images of {size[1]} x {size[0]} pixels, {sum(map(len, polygons))} objects"
-        report.compare(case, BASELINE, in_turn(ways, 0 if quick else 30))
-    for way in ways:
-        found = report.figure(case, way)
+        report.compare(case, BASELINE, in_turn(implementations, 0 if quick else 30))
+    for implementation in implementations:
+        found = report.figure(case, implementation)
         if found and found.milliseconds:
-            report.note(f"{way}: {1000 * count / found.milliseconds:.0f} images/s and core.")
+            report.note(f"{implementation}: {1000 * count / found.milliseconds:.0f} images/s and core.")
     report.target("speed-up of the loader over Pillow and dense masks, per core", 4, report.speedup(case, "maskset"))
 
 
 def ours(data: Dataset) -> None:
-    """Make the pixels of all images, and the masks that SOLQ's loss reads."""
+    """Read all images, with the masks that SOLQ's loss needs."""
     for index in range(len(data)):
         _, found = resized(data, index)
         crop(found.masks, found.boxes, CROP)
 
 
 def resized(data: Dataset, index: int) -> tuple[UInt8[Tensor, "3 h w"], Instances]:
-    """Return an image as the augmentation leaves it, always without the flip, so that both ways see the same."""
+    """Return an augmented image, without random flips, so that both implementations have the same input."""
     return resize(*data.read(index), SHORT_SIDE, LONG_SIDE)
 
 
 def theirs(data: Dataset, polygons: list[list[Polygon]]) -> None:
-    """Make the pixels of all images, and their masks."""
+    """Read all images and their masks."""
     for index in range(len(data)):
         usual(data, polygons, index)
 
@@ -113,7 +113,7 @@ def write(folder: Path, count: int, size: tuple[int, int]) -> list[list[Polygon]
 
 
 def clouds(rng: np.random.Generator, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Return a picture with details of all sizes, which JPEG takes as many bytes for as for a photo."""
+    """Return an image with details of all sizes, whose JPEG is as large as that of a photo."""
     pixels = torch.from_numpy(rng.normal(128, 16, (1, 3, *size)))
     for cells in (60, 20, 8, 3):
         detail = torch.from_numpy(rng.normal(0, cells, (1, 3, 480 // cells, 640 // cells)))

@@ -80,12 +80,12 @@ def box_masks(report: Report, drawn: Drawn, seconds: float) -> None:
     )
     rounded = apart(found, torchvision_masks(drawn))
     report.note(f"torchvision moves boxes to whole pixels: {100 * rounded:.3f} % of all pixels are others.")
-    ways = {
+    implementations = {
         baseline: lambda: coco_text(torchvision_masks(drawn)),
         sampled: lambda: coco_text(sampled_masks(drawn)),
         "maskset": partial(pasted, drawn),
     }
-    report.compare(case, baseline, in_turn(ways, seconds))
+    report.compare(case, baseline, in_turn(implementations, seconds))
     report.target(f"speed-up over torchvision and {PYCOCOTOOLS}: {case}", 10, report.speedup(case, "maskset"))
 
 
@@ -152,9 +152,9 @@ def codes(report: Report, drawn: Drawn, seconds: float) -> None:
             "maskset, separable": lambda: codec.decode(kept),
         },
     }
-    for what, ways in both.items():
+    for what, implementations in both.items():
         case = f"DCT {what}, {len(masks)} masks"
-        report.compare(case, "dense matrix", in_turn(ways, seconds / 4))
+        report.compare(case, "dense matrix", in_turn(implementations, seconds / 4))
         report.target(f"speed-up over a dense matrix: {case}", 5, report.speedup(case, "maskset, separable"))
 
 

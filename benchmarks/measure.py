@@ -1,4 +1,4 @@
-"""How time and memory are measured: several ways of doing the same, in turn, in one process."""
+"""Measurement of time and memory of several implementations, which take turns in one process."""
 
 import importlib.util
 import multiprocessing
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from maskset.errors import ConfigError
 
 Result = TypeVar("Result")
-Way = Callable[[], Any]
+Implementation = Callable[[], Any]
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
 _LONG = 10  # seconds of a round
@@ -31,50 +31,51 @@ def require(*packages: str) -> None:
         raise ConfigError(f"this benchmark compares with {' and '.join(missing)}: pip install 'maskset[bench]'.")
 
 
-def in_turn(ways: Mapping[str, Way], seconds: float) -> dict[str, list[float]]:
-    """Return how long each call of each way took, in seconds.
+def in_turn(implementations: Mapping[str, Implementation], seconds: float) -> dict[str, list[float]]:
+    """Return the duration of each call of each implementation, in seconds.
 
-    The ways take turns, so that whatever else the machine does slows all of them. One call of each comes first, and is not
-    counted unless a round takes so long that what is only done once weighs little. There are 3 to 30 rounds, and no new one
-    after `seconds`; where that is 0, one call of each is all.
+    The implementations take turns, so that other load on the machine slows all of them. The first round is not counted unless it
+    takes more than 10 seconds. There are 3 to 30 rounds, and no new one after `seconds`; if that is 0, there is one round.
     """
     seconds = seconds if MOST_SECONDS is None else min(seconds, MOST_SECONDS)
-    times: dict[str, list[float]] = {name: [_timed(way)] if seconds else [] for name, way in ways.items()}
+    times: dict[str, list[float]] = {
+        name: [_timed(implementation)] if seconds else [] for name, implementation in implementations.items()
+    }
     if sum(map(sum, times.values())) < _LONG:
-        times = {name: [] for name in ways}
+        times = {name: [] for name in implementations}
     start = time.perf_counter()
     while True:
-        for name, way in ways.items():
-            times[name].append(_timed(way))
+        for name, implementation in implementations.items():
+            times[name].append(_timed(implementation))
         rounds = min(map(len, times.values()))
         enough = time.perf_counter() - start >= seconds and (rounds >= _LEAST_ROUNDS or not seconds)
         if enough or rounds == _MOST_ROUNDS:
             return times
 
 
-def _timed(way: Way) -> float:
+def _timed(implementation: Implementation) -> float:
     start = time.perf_counter()
-    way()
+    implementation()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def peaks(ways: Mapping[str, Way]) -> dict[str, float]:
-    """Return by how many MiB of tensors PyTorch's allocator rises above its start in one call of each way."""
-    return {name: _peak(way) / 2**20 for name, way in ways.items()}
+def peaks(implementations: Mapping[str, Implementation]) -> dict[str, float]:
+    """Return the increase of the memory of tensors in one call of each implementation, MiB."""
+    return {name: _peak(implementation) / 2**20 for name, implementation in implementations.items()}
 
 
-def _peak(way: Way) -> float:
+def _peak(implementation: Implementation) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        way()
+        implementation()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = way()  # kept until the end: its memory belongs to the call
+        result = implementation()  # kept until the end: its memory belongs to the call
     del result
     now = highest = 0
     found: Any = profiler.profiler

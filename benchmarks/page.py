@@ -1,4 +1,4 @@
-"""The page of all results, made from their files: the targets first, then every benchmark's tables."""
+"""The page of all results, generated from their files: a table of targets, then the tables of each benchmark."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ _HEADLINES = (
 
 
 def check(folder: Path) -> None:
-    """Raise a ConfigError if `write` should not do its work in a folder, before what there is to write is measured.
+    """Check before a benchmark that `write` can write to a folder.
 
     Raises:
-        ConfigError: somebody else wrote the folder's README.md, or a file of its results cannot be read.
+        ConfigError: the README.md in the folder is not a page of benchmarks, or a file of results cannot be read.
     """
     readme = folder / "README.md"
     if readme.exists() and not readme.read_text(encoding="utf-8", errors="replace").startswith(_BEGIN):
-        raise ConfigError(f"{readme} would be written over, and is not a page of benchmarks: choose another folder.")
+        raise ConfigError(f"{readme} would be overwritten, and is not a page of benchmarks: choose another folder.")
     read(folder / "results")
 
 
@@ -61,7 +61,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page, in Markdown."""
-    ours = {name: result for name, result in results.items() if _is_ours(result)}
+    ours = {name: result for name, result in results.items() if _is_benchmark(result)}
     checked = {name: result for name, result in results.items() if isinstance(result, dict) and "checks" in result}
     others = {name: result for name, result in results.items() if name not in ours | checked}
     parts = [_HEAD, *summary(ours.values())]
@@ -77,7 +77,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def headlines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the figures that the README of the repository shows, as it writes them."""
+    """Return the figures in the README of the repository, as text."""
     figures = []
     for file, comparison in _HEADLINES:
         value = next(target["measured"] for target in results[file]["targets"] if target["comparison"] == comparison)
@@ -86,7 +86,7 @@ def headlines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def summary(results: Sequence[Mapping[str, Any]] | Any) -> list[str]:
-    """Return the table of all targets, and where they were measured."""
+    """Return the table of all targets, and a line about the machines."""
     rows, places = [], []
     for result in results:
         place = _place(result)
@@ -118,7 +118,7 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
         f"commit {result['commit']}; {', '.join(f'{name} {version}' for name, version in result['versions'].items())}."
     )
     if result["agreements"]:
-        rows = [[one["what"], f"{one['difference']:.2g}", f"{one['allowed']:.2g}"] for one in result["agreements"]]
+        rows = [[row["what"], f"{row['difference']:.2g}", f"{row['allowed']:.2g}"] for row in result["agreements"]]
         yield _table(["results that agree", "difference", "allowed"], rows)
     for case in dict.fromkeys(figure["case"] for figure in result["figures"]):
         yield _case(case, [figure for figure in result["figures"] if figure["case"] == case])
@@ -130,10 +130,11 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
 def _checks(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield the paragraphs and the table of the checks of a GPU."""
     rows = []
-    for one in result["checks"]:
-        numbers = ["" if one[name] is None else f"{one[name]:.2g}" for name in ("error", "allowed")]
-        rows.append([one["check"], "passed" if one["passed"] else "failed", f"{one['seconds']:.1f}", *numbers, one["detail"]])
-    passed = sum(one["passed"] for one in result["checks"])
+    for check in result["checks"]:
+        numbers = ["" if check[name] is None else f"{check[name]:.2g}" for name in ("error", "allowed")]
+        state = "passed" if check["passed"] else "failed"
+        rows.append([check["check"], state, f"{check['seconds']:.1f}", *numbers, check["detail"]])
+    passed = sum(check["passed"] for check in result["checks"])
     yield (
         f"`{result['command']}`, {result['minutes']:.1f} minutes on {result['device']}, {_place(result)}, commit "
         f"{result['commit']}: {passed} of {len(rows)} checks passed."
@@ -141,19 +142,25 @@ def _checks(result: Mapping[str, Any]) -> Iterator[str]:
     yield _table(["check", "result", "seconds", "error", "allowed", "detail"], rows)
 
 
-def _is_ours(result: Any) -> bool:
+def _is_benchmark(result: Any) -> bool:
     return isinstance(result, dict) and result.keys() >= {"benchmark", "machine", "figures", "targets"}
 
 
 def _case(case: str, figures: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of one case, without columns that have nothing in them."""
+    """Return the table of one case, without empty columns."""
     heads = [case, "ms", "speed-up", "MiB", "memory saving"]
     rows = []
-    for one in figures:
-        time = "" if one["milliseconds"] is None else f"{_number(one['milliseconds'])} ({_number(one['best_milliseconds'])})"
-        rows.append([one["implementation"], time, *(_number(one[name]) for name in ("speedup", "peak_mib", "memory_saving"))])
-    kept = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
-    return _table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    for figure in figures:
+        time = (
+            ""
+            if figure["milliseconds"] is None
+            else f"{_number(figure['milliseconds'])} ({_number(figure['best_milliseconds'])})"
+        )
+        rows.append(
+            [figure["implementation"], time, *(_number(figure[name]) for name in ("speedup", "peak_mib", "memory_saving"))]
+        )
+    columns = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
+    return _table([heads[i] for i in columns], [[row[i] for i in columns] for row in rows])
 
 
 def _number(value: float | None) -> str:
@@ -169,19 +176,19 @@ def _place(result: Mapping[str, Any]) -> str:
 
 
 def _commands(value: Any) -> Iterator[str]:
-    """Yield every command that a file of another form names."""
+    """Yield all commands in a file of another format."""
     if isinstance(value, dict):
         if isinstance(value.get("command"), str):
             yield value["command"]
-        for one in value.values():
-            yield from _commands(one)
+        for entry in value.values():
+            yield from _commands(entry)
     elif isinstance(value, list):
-        for one in value:
-            yield from _commands(one)
+        for entry in value:
+            yield from _commands(entry)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown whose columns are aligned for those who read it as it is."""
+    """Return a table in Markdown with aligned columns."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     numeric = [all(row[i][:1] in ("", "*") or row[i][0].isdigit() for row in cells[1:]) for i in range(len(heads))]

@@ -21,17 +21,17 @@ _PACKAGES = ("maskset", "torch", "torchvision", "timm", "transformers", "numpy",
 
 
 class Disagreement(ValueError):
-    """Two ways that should compute the same do not, so there is nothing to compare."""
+    """Two implementations that should agree do not, so their costs cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two ways are apart that should compute the same.
+    """The difference of the results of two implementations that should agree.
 
     Attributes:
-        what: which results of which ways.
-        difference: how far they are apart.
-        allowed: how far they may be apart.
+        what: results and implementations that are compared.
+        difference: their difference.
+        allowed: the allowed difference.
     """
 
     what: str
@@ -41,15 +41,15 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Figure:
-    """What one way costs in one case.
+    """The cost of one implementation in one case.
 
     Attributes:
-        case: what is computed, on which input.
-        way: who computes it, or how.
-        milliseconds: median of all rounds; None where only memory is told.
-        best_milliseconds: of the fastest round.
-        rounds: how many there were.
-        peak_mib: the greatest memory, MiB; None where only time is told.
+        case: the computation and its input.
+        implementation: name of the implementation.
+        milliseconds: median of all rounds; None if only memory was measured.
+        best_milliseconds: time of the fastest round.
+        rounds: number of rounds.
+        peak_mib: peak memory, MiB; None if only time was measured.
         speedup: time of the baseline divided by this one's.
         memory_saving: memory of the baseline divided by this one's.
     """
@@ -66,13 +66,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio to a baseline, with the least value that it must have.
+    """A ratio to a baseline and its required minimum.
 
     Attributes:
-        comparison: the ratio that is meant.
-        required: the least value.
-        measured: the value; None if it cannot be measured here.
-        note: why it is None, or why the target is missed.
+        comparison: description of the ratio.
+        required: the minimum.
+        measured: the value; None if it cannot be measured on this machine.
+        note: the reason why it is None, or why the target is missed.
     """
 
     comparison: str
@@ -83,12 +83,12 @@ class Target:
 
 @dataclass
 class Report:
-    """What a benchmark found, as far as it has come; it tells every part when it is added.
+    """The results of a benchmark so far; each is printed when it is added.
 
     Attributes:
-        benchmark: its name.
-        about: what is compared, on which input.
-        threads: of the CPU.
+        benchmark: name of the benchmark.
+        about: description of the comparison.
+        threads: number of CPU threads.
     """
 
     benchmark: str
@@ -100,17 +100,17 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Add something that the reader must know."""
+        """Add a remark for the reader."""
         self.notes.append(text)
         print(text, flush=True)
 
     def agree(self, what: str, difference: float, allowed: float) -> None:
-        """Add that two ways compute the same.
+        """Add the difference of two implementations.
 
         Raises:
-            Disagreement: they are further apart than allowed.
+            Disagreement: it is greater than allowed.
         """
-        if not difference <= allowed:  # also if it is NaN
+        if not difference <= allowed:  # NaN is not allowed either
             raise Disagreement(f"{what}: they differ by {difference:.3g}, allowed is {allowed:.3g}.")
         self.agreements.append(Agreement(what, float(difference), float(allowed)))
         print(f"agree: {what}, difference {difference:.2g} (allowed {allowed:.2g})", flush=True)
@@ -118,53 +118,55 @@ class Report:
     def compare(
         self, case: str, baseline: str | None, times: Mapping[str, Sequence[float]], peaks: Mapping[str, float] | None = None
     ) -> None:
-        """Add what each way costs in a case.
+        """Add the cost of each implementation in a case.
 
         Args:
-            case: what is computed, on which input.
-            baseline: the implementation that the others are compared with; None if they do not compute the same.
-            times: seconds of each round of each way; may be empty where only memory is told.
-            peaks: greatest memory of each way, MiB.
+            case: the computation and its input.
+            baseline: the implementation that the others are compared with; None if they compute different results.
+            times: seconds of each round of each implementation; may be empty if only memory was measured.
+            peaks: peak memory of each implementation, MiB.
         """
         peaks = peaks or {}
-        for way in times or peaks:
-            rounds, peak = times.get(way, ()), peaks.get(way)
-            usual, least = (median(rounds), min(rounds)) if rounds else (None, None)
-            speedup = median(times[baseline]) / usual if baseline and times.get(baseline) and usual else None
+        for implementation in times or peaks:
+            rounds, peak = times.get(implementation, ()), peaks.get(implementation)
+            middle, fastest = (median(rounds), min(rounds)) if rounds else (None, None)
+            speedup = median(times[baseline]) / middle if baseline and times.get(baseline) and middle else None
             memory_saving = peaks[baseline] / peak if baseline and baseline in peaks and peak else None
-            self.figures.append(Figure(case, way, _thousand(usual), _thousand(least), len(rounds), peak, speedup, memory_saving))
-            parts = [] if usual is None else [f"{1000 * usual:.4g} ms ({len(rounds)} rounds)"]
+            self.figures.append(
+                Figure(case, implementation, _thousand(middle), _thousand(fastest), len(rounds), peak, speedup, memory_saving)
+            )
+            parts = [] if middle is None else [f"{1000 * middle:.4g} ms ({len(rounds)} rounds)"]
             parts += [] if peak is None else [f"{peak:.4g} MiB"]
-            print(f"{case}: {way}: {', '.join(parts)}", flush=True)
+            print(f"{case}: {implementation}: {', '.join(parts)}", flush=True)
 
-    def figure(self, case: str, way: str) -> Figure | None:
-        """Return what a way costs in a case, None if that was not measured."""
-        return next((one for one in self.figures if (one.case, one.implementation) == (case, way)), None)
+    def figure(self, case: str, implementation: str) -> Figure | None:
+        """Return the cost of an implementation in a case; None if it was not measured."""
+        return next((figure for figure in self.figures if (figure.case, figure.implementation) == (case, implementation)), None)
 
-    def speedup(self, case: str, way: str, baseline: str | None = None) -> float | None:
+    def speedup(self, case: str, implementation: str, baseline: str | None = None) -> float | None:
         """Return the speed-up over the case's baseline, or over another implementation; None if it was not measured."""
-        one, other = self.figure(case, way), self.figure(case, baseline) if baseline else None
-        if baseline is None or one is None:
-            return one.speedup if one else None
-        return other.milliseconds / one.milliseconds if other and other.milliseconds and one.milliseconds else None
+        figure, other = self.figure(case, implementation), self.figure(case, baseline) if baseline else None
+        if baseline is None or figure is None:
+            return figure.speedup if figure else None
+        return other.milliseconds / figure.milliseconds if other and other.milliseconds and figure.milliseconds else None
 
-    def memory_saving(self, case: str, way: str, baseline: str | None = None) -> float | None:
+    def memory_saving(self, case: str, implementation: str, baseline: str | None = None) -> float | None:
         """Return the memory saving over the case's baseline, or over another implementation; None if it was not measured."""
-        one, other = self.figure(case, way), self.figure(case, baseline) if baseline else None
-        if baseline is None or one is None:
-            return one.memory_saving if one else None
-        return other.peak_mib / one.peak_mib if other and other.peak_mib and one.peak_mib else None
+        figure, other = self.figure(case, implementation), self.figure(case, baseline) if baseline else None
+        if baseline is None or figure is None:
+            return figure.memory_saving if figure else None
+        return other.peak_mib / figure.peak_mib if other and other.peak_mib and figure.peak_mib else None
 
     def target(self, comparison: str, required: float, measured: float | None, note: str = "") -> None:
         """Add a target and the measured value."""
         self.targets.append(Target(comparison, required, measured, note))
 
     def to_dict(self, command: str, start: float) -> dict[str, Any]:
-        """Return everything with where it was measured, for JSON.
+        """Return everything, with commit and machine, for JSON.
 
         Args:
-            command: what measures it again.
-            start: when it began, as `time.monotonic` counts.
+            command: the command that repeats the benchmark.
+            start: start of the benchmark, from `time.monotonic`.
         """
         content = asdict(self)
         head = {name: content.pop(name) for name in ("benchmark", "about")}
@@ -172,15 +174,12 @@ class Report:
 
 
 def where() -> dict[str, Any]:
-    """Return the commit, the machine and the versions that something was measured with, for JSON."""
+    """Return the commit, the machine and the versions of packages, for JSON."""
     return {"commit": _commit(), "machine": _machine(), "versions": _versions()}
 
 
 def save(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write a result into a folder, whole or not at all, and return the file's path.
-
-    Each number of threads, and a GPU, have a file of their own.
-    """
+    """Write a result into a folder and return its path. Each number of threads, and a GPU, has its own file."""
     name = result["benchmark"]
     if result["machine"]["gpu"]:
         name += "-gpu"
@@ -197,12 +196,12 @@ def _thousand(seconds: float | None) -> float | None:
 
 
 def _rounded(value: Any) -> Any:
-    """Return the value with five digits of every number: more is noise."""
+    """Return the value with all numbers rounded to five digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list) else value
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _machine() -> dict[str, Any]:
@@ -223,13 +222,13 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""One benchmark from beginning to end: measured, told, written."""
+"""Running a benchmark, printing and writing its results."""
 
 import importlib
 import inspect
@@ -16,17 +16,17 @@ from maskset.layers.deformable import ATTENTION_ENV
 
 
 def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = None, images: int | None = None) -> Report:
-    """Return what a benchmark found, after it has been told on stdout and, where that is asked for, written.
+    """Run a benchmark, print its results, write them if asked for, and return them.
 
     Args:
         name: one of `benchmarks.BENCHMARKS`.
-        quick: with small inputs, once: only to see that results agree.
-        threads: of the CPU.
-        out: folder whose `results` get a file and whose README.md is written anew.
-        images: how many are evaluated; for `evaluation` only.
+        quick: only check that the results agree, on small inputs.
+        threads: number of CPU threads.
+        out: folder whose `results` get a file and whose README.md is written again.
+        images: number of images; for `evaluation` only.
 
     Raises:
-        ConfigError: `threads` or `images` is less than 1, a package is missing, or what is in `out` cannot be written anew.
+        ConfigError: `threads` or `images` is less than 1, a package is missing, or the content of `out` cannot be replaced.
         benchmarks.report.Disagreement: maskset and the baseline do not compute the same.
     """
     for flag, number in (("--threads", threads), ("--images", images)):
@@ -36,18 +36,18 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
         raise ConfigError("the figures of --quick are not worth keeping: leave out --quick or --out.")
     if out is not None:
         page.check(out)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that are started, and of what is not PyTorch's
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory would speak on stderr
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes and other libraries
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr
     torch.set_num_threads(threads)
     module = importlib.import_module(f"benchmarks.{name}")
     start, report = time.monotonic(), Report(name, _about(module.__doc__ or ""), threads)
     module.run(report, quick, **({} if images is None else {"images": images}))
-    chosen = [f"{variable}={os.environ[variable]}" for variable in (ATTENTION_ENV, NATIVE_ENV) if os.environ.get(variable)]
+    variables = [f"{variable}={os.environ[variable]}" for variable in (ATTENTION_ENV, NATIVE_ENV) if os.environ.get(variable)]
     command = " ".join(
-        [*chosen, "python -m benchmarks", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])]
+        [*variables, "python -m benchmarks", name, *_flags(quick, threads, images), *([] if out is None else [f"--out {out}"])]
     )
     result = report.to_dict(command, start)
-    heads = ["Small inputs, once: the results agree, the figures mean nothing."] if quick else page.summary([result])
+    heads = ["Small inputs, one round: the results agree; the times mean nothing."] if quick else page.summary([result])
     print("", *heads, *page.section(result), sep="\n\n")
     if out is not None:
         print(f"\nwritten: {', '.join(str(file) for file in [save(result, out / 'results'), page.write(out)])}")
@@ -61,7 +61,7 @@ def _about(text: str) -> str:
 
 
 def _flags(quick: bool, threads: int, images: int | None) -> list[str]:
-    """Return the flags that were given, as one would type them."""
+    """Return the flags as they are typed."""
     flags = ["--quick"] if quick else []
     if threads != 1:
         flags.append(f"--threads {threads}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inference import noise, results
-from benchmarks.measure import Way, in_turn, peaks, require
+from benchmarks.measure import Implementation, in_turn, peaks, require
 from benchmarks.report import Report
 from benchmarks.training import example
 from maskset import recipes
@@ -34,7 +34,7 @@ _TICKS = 5
 
 
 def run(report: Report, quick: bool) -> None:
-    """Measure each curve on its own; what does not vary is usual."""
+    """Measure each curve; the other sizes keep their usual values."""
     require("matplotlib")
     sizes, slots, objects = ((64, 96), (10, 20), (1, 5)) if quick else (SIZES, SLOTS, OBJECTS)
     usual = {"size": 64, "slots": 10, "objects": 5} if quick else USUAL
@@ -46,15 +46,15 @@ def run(report: Report, quick: bool) -> None:
     curve(report, f"loss of {max(slots):,} slots, objects", {count: loss(model, max(slots), count) for count in objects}, seconds)
 
 
-def curve(report: Report, case: str, ways: Mapping[int, Way], seconds: float) -> None:
+def curve(report: Report, case: str, implementations: Mapping[int, Implementation], seconds: float) -> None:
     """Add the cost at each value."""
-    named = {str(value): way for value, way in ways.items()}
+    named = {str(value): implementation for value, implementation in implementations.items()}
     memory = peaks(named)
     report.compare(case, None, in_turn(named, seconds), memory)
 
 
 def solq(slots: int, quick: bool) -> Solq:
-    """Return SOLQ with so many slots."""
+    """Return SOLQ with this number of slots."""
     torch.manual_seed(0)
     config = recipes.get("solq-tiny" if quick else "solq-r50").model
     model = build(replace(config, num_queries=slots, num_classes=91)).eval()
@@ -62,13 +62,13 @@ def solq(slots: int, quick: bool) -> Solq:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def inference(model: System, size: int) -> Way:
+def inference(model: System, size: int) -> Implementation:
     """Return the computation of an image's results."""
     pixels = noise(1, (size, size * 4 // 3)).to(next(model.parameters()).device)
     return partial(results, "maskset solq", model, pixels)
 
 
-def loss(model: Solq, slots: int, objects: int) -> Way:
+def loss(model: Solq, slots: int, objects: int) -> Implementation:
     """Return the computation of the loss's gradient for random predictions."""
     images, found = example(model, (480, 640), objects, 1)
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)

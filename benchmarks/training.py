@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import inference
-from benchmarks.measure import Way, in_new_process, in_turn, peaks, require, resident
+from benchmarks.measure import Implementation, in_new_process, in_turn, peaks, require, resident
 from benchmarks.report import Report
 from maskset import recipes
 from maskset.data.shapes import CATEGORIES, ShapesDataset
@@ -49,7 +49,7 @@ def run(report: Report, quick: bool) -> None:
 
 @contextmanager
 def straightforward() -> Iterator[None]:
-    """Compute training steps in the straightforward way inside of a `with` block."""
+    """Compute training steps in the straightforward way inside a `with` block."""
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {ATTENTION_ENV: "reference", library.NATIVE_ENV: "off"}))
         for module in (soit, isda):
@@ -58,13 +58,13 @@ def straightforward() -> Iterator[None]:
 
 
 def all_at_once(values: Callable, pieces: Sequence[Tensor], shared: Tensor) -> Tensor:
-    """Return what `maskset.losses.chunked_loss` returns, by ordinary means."""
+    """Return the result of `maskset.losses.chunked_loss`, computed at once."""
     return torch.stack([values(i, piece, shared) for i, piece in enumerate(pieces)])
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step took.
+    """The cost of one step.
 
     Attributes:
         before: memory of the process before it, MiB.
@@ -80,16 +80,20 @@ class Cost:
 
 
 def memory(report: Report, name: str, quick: bool) -> None:
-    """Compare the memory of a system's ways."""
-    costs = {way: in_new_process(step_alone, name, way, quick) for way in (BASELINE, OURS, FRUGAL)}
+    """Compare the memory of the implementations of a system."""
+    costs = {
+        implementation: in_new_process(step_alone, name, implementation, quick) for implementation in (BASELINE, OURS, FRUGAL)
+    }
     norm = costs[BASELINE].norm
-    for way in (OURS, FRUGAL):
-        report.agree(f"{name}, {way}: norm of the gradient, relative", abs(costs[way].norm - norm) / norm, 1e-3)
+    for implementation in (OURS, FRUGAL):
+        report.agree(
+            f"{name}, {implementation}: norm of the gradient, relative", abs(costs[implementation].norm - norm) / norm, 1e-3
+        )
     case = f"memory of a training step, {name}"
-    report.compare(case, BASELINE, {}, {way: cost.peak - cost.before for way, cost in costs.items()})
-    for way, cost in costs.items():
+    report.compare(case, BASELINE, {}, {implementation: cost.peak - cost.before for implementation, cost in costs.items()})
+    for implementation, cost in costs.items():
         text = f"{cost.before:,.0f} MiB before, {cost.peak:,.0f} MiB at most, {cost.seconds:.1f} s (once)"
-        report.note(f"Training step of {name}, {way}: {text}.")
+        report.note(f"Training step of {name}, {implementation}: {text}.")
     if name == "soit":
         report.target(
             f"memory saving over the {BASELINE} implementation: training step of SOIT, layers recomputed",
@@ -98,17 +102,17 @@ def memory(report: Report, name: str, quick: bool) -> None:
         )
 
 
-def step_alone(name: str, way: str, quick: bool) -> Cost:
-    """Return what one step costs, the first that this process does."""
+def step_alone(name: str, implementation: str, quick: bool) -> Cost:
+    """Return the cost of one step, the first in this process."""
     size, objects = ((96, 128), 5) if quick else ((800, 1066), 50)
     torch.manual_seed(0)
     config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
     model = off_center(build(config).train()).to(device())
-    if way == FRUGAL:
+    if implementation == FRUGAL:
         recompute(model)
     batch = on_device(example(model, size, objects, images=1))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with straightforward() if way == BASELINE else ExitStack():
+    with straightforward() if implementation == BASELINE else ExitStack():
         before, _ = resident()
         start = time.perf_counter()
         gradients = torch.autograd.grad(total(model, batch), parameters, allow_unused=True)
@@ -118,12 +122,12 @@ def step_alone(name: str, way: str, quick: bool) -> Cost:
 
 
 def device() -> str:
-    """Return where to compute."""
+    """Return the device to compute on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def on_device(batch: Batch) -> Batch:
-    """Return the batch where it is computed."""
+    """Return the batch on the device."""
     return batch[0].to(device()), [one.to(device()) for one in batch[1]]
 
 
@@ -136,7 +140,7 @@ def off_center(model: System) -> System:
 
 
 def example(model: System, size: tuple[int, int], objects: int, images: int) -> Batch:
-    """Return pictures of noise with objects, discs of many sizes."""
+    """Return images of noise, and as objects discs of many sizes."""
     generator = torch.Generator().manual_seed(0)
     height, width = size
     y, x = torch.arange(height)[:, None], torch.arange(width)[None]
@@ -157,7 +161,7 @@ def total(model: System, batch: Batch) -> Tensor:
 
 
 def seconds(report: Report, name: str, quick: bool) -> None:
-    """Compare the time of both ways of a system's small recipe."""
+    """Compare the time of both implementations with a system's small recipe."""
     torch.manual_seed(0)
     side, count = (64, 1) if quick else (256, 4)
     config = recipes.get(f"{name}-{'tiny' if quick else 'small'}").model
@@ -179,26 +183,26 @@ def seconds(report: Report, name: str, quick: bool) -> None:
 
 
 def step(model: System, batch: Batch) -> None:
-    """Compute gradients and forget them."""
+    """Compute gradients and discard them."""
     total(model, batch).backward()
     model.zero_grad()
 
 
 def throughput(report: Report, images: int, size: tuple[int, int], quick: bool = False) -> None:
     """Compare steps of whole models with ResNet-50 in bfloat16, 10 objects in each image."""
-    ways: dict[str, Way] = {}
+    implementations: dict[str, Implementation] = {}
     for name in inference.MODELS:
         if name != inference.DDETR:
-            ways[name] = whole_step(name, inference.MODELS[name](quick).train().to(device()), images, size)
+            implementations[name] = whole_step(name, inference.MODELS[name](quick).train().to(device()), images, size)
     case = f"training step, {images} images of {size[0]} x {size[1]}, bfloat16"
-    report.compare(case, inference.M2F, in_turn(ways, 0 if quick else 60), peaks(ways))
-    for name in ways:
+    report.compare(case, inference.M2F, in_turn(implementations, 0 if quick else 60), peaks(implementations))
+    for name in implementations:
         found = report.figure(case, name)
         if found and found.milliseconds:
             report.note(f"{name}: {1000 * images / found.milliseconds:.1f} images/s in training.")
 
 
-def whole_step(name: str, model: nn.Module, images: int, size: tuple[int, int]) -> Way:
+def whole_step(name: str, model: nn.Module, images: int, size: tuple[int, int]) -> Implementation:
     """Return a forward and backward pass of a model."""
     some = build(recipes.get("solq-tiny").model)
     pixels, found = on_device(example(some, size, 10, images))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import Way, in_turn, peaks
+from benchmarks.measure import Implementation, in_turn, peaks
 from benchmarks.report import Report
 from maskset.layers.twin import Attention, ReleasedLayer, ReleasedTransformer
 
@@ -21,7 +21,7 @@ FULL, DOUBLED = "full, plain", "copies whole"
 
 
 def run(report: Report, quick: bool) -> None:
-    """Measure both attentions, and both ways of the released transformer."""
+    """Measure both attentions, and both implementations of the released transformer."""
     seconds, depth = (0, 2) if quick else (12, DEPTH)
     for side in (6, 8) if quick else (12, 24, 40, 60):
         compare(report, f"attention, {side} x {side} cells", FULL, attentions(side), seconds)
@@ -33,17 +33,19 @@ def run(report: Report, quick: bool) -> None:
     )
 
 
-def compare(report: Report, case: str, baseline: str, ways: Mapping[str, tuple[nn.Module, Tensor]], seconds: float) -> None:
-    """Compare ways that compute the same where their names begin alike."""
-    agree(report, case, ways)
-    steps = {name: step(module, x, name.endswith("plain")) for name, (module, x) in ways.items()}
+def compare(
+    report: Report, case: str, baseline: str, implementations: Mapping[str, tuple[nn.Module, Tensor]], seconds: float
+) -> None:
+    """Compare implementations; those whose names begin alike compute the same."""
+    agree(report, case, implementations)
+    steps = {name: step(module, x, name.endswith("plain")) for name, (module, x) in implementations.items()}
     report.compare(case, baseline, in_turn(steps, seconds), peaks(steps))
 
 
-def agree(report: Report, case: str, ways: Mapping[str, tuple[nn.Module, Tensor]]) -> None:
-    """Check each way against the one that computes the same with the whole matrix, or with all columns."""
+def agree(report: Report, case: str, implementations: Mapping[str, tuple[nn.Module, Tensor]]) -> None:
+    """Check each implementation against the one that uses the whole matrix, or all columns."""
     outputs = {}
-    for name, (module, x) in ways.items():
+    for name, (module, x) in implementations.items():
         with torch.no_grad(), sdpa_kernel(backends(name.endswith("plain"))):
             outputs[name] = module(x)
     for name, same in (("full", "full, plain"), ("twin", "twin, plain"), ("columns once", DOUBLED)):
@@ -63,20 +65,20 @@ def attentions(side: int) -> dict[str, tuple[nn.Module, Tensor]]:
 
 
 def transformers(side: int, depth: int) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Return both ways of the released transformer with a map [1 C N N]."""
+    """Return both implementations of the released transformer with a map [1 C N N]."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformer = ReleasedTransformer(WIDTH, HEADS, depth)
     for layer in transformer.layers:
         assert isinstance(layer, ReleasedLayer)
-        nn.init.constant_(layer.gates, 0.1)  # they start at zero, where every way does nothing
+        nn.init.constant_(layer.gates, 0.1)  # they are initialized with zero, where all implementations return the input
     transformer, x = transformer.to(device), torch.randn(1, WIDTH, side, side, device=device)
     doubled = deepcopy(transformer)
     doubled.fast = False
     return {DOUBLED: (doubled, x), "columns once": (transformer, x)}
 
 
-def step(module: nn.Module, x: Tensor, plain: bool) -> Way:
+def step(module: nn.Module, x: Tensor, plain: bool) -> Implementation:
     """Return a forward and backward pass."""
     parameters = list(module.parameters())
 
@@ -89,5 +91,5 @@ def step(module: nn.Module, x: Tensor, plain: bool) -> Way:
 
 
 def backends(plain: bool) -> list[SDPBackend]:
-    """Return how PyTorch may compute attention: with the whole matrix, or in any other way."""
+    """Return the backends that PyTorch may use: only the plain one, or all."""
     return [SDPBackend.MATH] if plain else [*SDPBackend.__members__.values()][1:]

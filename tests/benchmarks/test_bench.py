@@ -80,7 +80,7 @@ def test_what_cannot_be_measured_is_refused(flags, message, capsys):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("README.md", "# My project", "README.md would be written over, and is not a page of benchmarks: choose another folder"),
+        ("README.md", "# My project", "README.md would be overwritten, and is not a page of benchmarks: choose another folder"),
         ("results/half.json", '{"targets": [', "half.json is not JSON"),
     ],
 )
