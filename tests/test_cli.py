@@ -273,7 +273,7 @@ def test_out_of_memory_names_a_setting_to_lower(capsys, monkeypatch, error):
 def test_an_environment_variable_that_is_not_a_number_is_named(capsys, monkeypatch, tmp_path, name):
     monkeypatch.setenv(name, "abc")
     message = refusal(capsys, "train", "solq-tiny", "--data", "shapes:", "--out", str(tmp_path / "run"))
-    assert re.match(f"the environment variable {name} must be a .*, got 'abc'", message)
+    assert re.match(f"the environment variable {name} must be a whole number, got 'abc'", message)
 
 
 @pytest.mark.parametrize("flag", ["--limit", "--max-detections"])

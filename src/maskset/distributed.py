@@ -17,7 +17,7 @@ def launched(variable: str, default: int) -> int:
     """
     text = os.environ.get(variable, "")
     if text and not text.isdecimal():
-        raise ConfigError(f"the environment variable {variable} must be a number as torchrun sets it, got {text!r}: unset it.")
+        raise ConfigError(f"the environment variable {variable} must be a whole number, got {text!r}: unset or correct it.")
     return int(text or default)
 
 

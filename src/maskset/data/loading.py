@@ -3,7 +3,9 @@
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -220,4 +222,6 @@ def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iter
     try:
         yield from loader
     except (EOFError, ConnectionError) as error:
+        with suppress(RuntimeError):  # torch raises another error when SIGCHLD arrives, which may be a little later
+            time.sleep(1)
         raise ResourceError(READER_KILLED) from error
