@@ -144,7 +144,7 @@ def test_shared_memory_without_room_for_a_reader_is_an_error_that_names_it(monke
     ids=["numpy", "cuda", "cpu"],
 )
 def test_out_of_memory_names_the_settings_that_help(error):
-    with pytest.raises(ResourceError, match="--train.batch-size .*--train.checkpoint-activations"), explain_shortages():
+    with pytest.raises(ResourceError, match="--train.batch-size.*--train.checkpoint-activations"), explain_shortages():
         raise error
 
 

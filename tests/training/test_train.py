@@ -176,13 +176,13 @@ def test_a_run_killed_again_and_again_equals_the_one_that_was_not(whole, tmp_pat
     assert_same_run(folder, whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(whole, tmp_path, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(whole, tmp_path, number, code):
     process = start(tmp_path / "run", recipe())
     wait_for_lines(process, tmp_path / "run", 2)
     process.send_signal(number)
     _, message = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "stopped after step" in message
     assert "the same command with --resume continues the run" in message
     assert "Traceback" not in message
