@@ -326,7 +326,7 @@ def _check(model: Any, source: Any, threshold: Any, limit: Any) -> None:
     if isinstance(source, nn.Module):
         raise SourceError(f"the images are the second argument and the model the first, got a {type(source).__name__} second.")
     check_model(model)
-    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= float(threshold) <= 1:
         raise ConfigError(f"threshold must be a number between 0 and 1, got {threshold!r}.")
-    if isinstance(limit, bool) or not isinstance(limit, Integral) or not 1 <= limit < 2**31:
+    if isinstance(limit, bool) or not isinstance(limit, Integral) or not 1 <= int(limit) < 2**31:
         raise ConfigError(f"limit must be a whole number, at least 1 and below 2^31, got {limit!r}.")
