@@ -4,6 +4,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from maskset.errors import ConfigError
 from maskset.files import check_file, check_folder, check_new
@@ -23,32 +24,28 @@ FIRST_SETTINGS = {
 }
 
 
-def _writable(check: Callable[[Path], None]) -> Callable[[str], Path]:
-    """Return an argument type for paths that `check` accepts, so that a mistake is reported before the work."""
+def _checked(check: Callable[[Any], object], convert: Callable[[str], Any] = Path) -> Callable[[str], Any]:
+    """Return an argument type for values that `check` accepts, so that a mistake is reported before the work."""
 
-    def path(name: str) -> Path:
+    def value(text: str) -> Any:
         try:
-            check(Path(name))
+            check(convert(text))
         except ConfigError as error:
             raise ArgumentTypeError(str(error)) from None
-        return Path(name)
+        return convert(text)
 
-    return path
-
-
-new_file, new_folder = _writable(check_file), _writable(check_folder)
-new_json = _writable(partial(check_new, ending=".json"))
+    return value
 
 
-def usable_device(name: str) -> str:
-    """Return the name of a device if this machine can compute on it."""
-    from maskset.tensors import check_device
+def _check_device(name: str) -> None:
+    from maskset.tensors import check_device  # imports torch
 
-    try:
-        check_device(name)
-    except ConfigError as error:
-        raise ArgumentTypeError(str(error)) from None
-    return name
+    check_device(name)
+
+
+new_file, new_folder = _checked(check_file), _checked(check_folder)
+new_json = _checked(partial(check_new, ending=".json"))
+usable_device = _checked(_check_device, str)
 
 
 def count(text: str) -> int:

@@ -1,4 +1,4 @@
-"""From nothing to drawings of detected objects, on generated images: `make demo`. A plain script over public functions."""
+"""The demo (`make demo`): train a small model on generated images, evaluate it and draw its predictions."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from maskset.training.train import train
 _IMAGES = 12
 
 _NEXT = """
-The model is in {run}, drawings of its predictions are in {predictions}/drawings. What to type next:
+The model is in {run}, drawings of its predictions are in {predictions}/drawings. Next steps:
 
   detect objects in your images      maskset predict {run} IMAGE...
   show the model's settings          maskset show {run}

@@ -1,4 +1,4 @@
-"""Versions, devices and fast paths of this machine, as a bug report needs them."""
+"""Versions, devices and fast paths of this machine, for bug reports."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors", "accelerate
 
 
 def info() -> str:
-    """Return a text of one line per fact: versions, devices, and which fast paths work here or why they do not."""
+    """Return a text with versions, devices, and for each fast path whether it works, or why not."""
     facts = [*_versions(), *_devices(), *_fast_paths()]
     width = max(len(name) for name, _ in facts) + 2
     return "\n".join(f"{name:{width}}{value}" for name, value in facts)

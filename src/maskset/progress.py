@@ -15,7 +15,7 @@ def report(message: str, *details: str) -> None:
 
 
 def track(items: Iterable[Item], total: int, what: str, unit: str = "images", note: Callable[[], str] = str) -> Iterator[Item]:
-    """Yield the items and show progress on stderr: a bar on a terminal, elsewhere a line every half minute and at the end.
+    """Yield the items and show progress on stderr: a bar on a terminal, else a line every 30 seconds and at the end.
 
     Of several processes on a machine, only the first shows it.
 

@@ -7,7 +7,7 @@ import torch
 from fakes import Listed, Oracle, discs, found
 from PIL import Image
 
-from maskset.comparison.figure import draw_figure, hits, match_detections, select_images
+from maskset.comparison.figure import correct_detections, draw_figure, match_detections, select_images
 from maskset.instances import Category
 
 CLASSES = (Category("disc", 1), Category("ring", 2))
@@ -27,9 +27,9 @@ def test_an_object_is_right_once_with_its_class_and_half_of_its_mask():
     annotated = scene([0, 1])
     elsewhere = (12.0, 8.0, 6.0)  # an overlap below one half with the first
     answers = found([0, 0, 0, 0], discs([PLACES[0], PLACES[0], PLACES[1], elsewhere], (32, 32)), [0.5, 0.9, 0.8, 0.95], CLASSES)
-    assert hits(answers, annotated).tolist() == [False, True, False, False]
-    assert hits(answers[[]], annotated).tolist() == []
-    assert hits(answers, annotated[[]]).tolist() == [False] * 4
+    assert correct_detections(answers, annotated).tolist() == [False, True, False, False]
+    assert correct_detections(answers[[]], annotated).tolist() == []
+    assert correct_detections(answers, annotated[[]]).tolist() == [False] * 4
 
 
 def test_each_model_is_drawn_from_the_score_on_that_gives_it_the_best_f1():

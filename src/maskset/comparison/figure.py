@@ -20,16 +20,16 @@ _ROWS = 5  # images in the figure
 _CANDIDATES = 40  # images to choose them from, spread over the data
 _SIDE = 384  # longer side of a drawing, pixels
 _GAP = 12  # between drawings, pixels
-_LARGE, _SMALL = 18, 13  # height of names, and of other words, pixels
+_LARGE, _SMALL = 18, 13  # font sizes of names and of other text, pixels
 
 
 @dataclass(frozen=True)
-class Predicted:
+class ModelDetections:
     """The detections of a model in some images, compared with the annotations.
 
     Attributes:
-        detections: of each image by its index in the data, best first, whatever their scores.
-        correct: for each detection whether it matches an annotated object that no better detection matches.
+        detections: all detections by the index of the image, best first.
+        correct: whether each detection is correct, see `correct_detections`.
         threshold: minimum score of a detection that is drawn, see `draw_figure`.
     """
 
@@ -38,24 +38,23 @@ class Predicted:
     threshold: float
 
     def counts(self, index: int) -> tuple[int, int]:
-        """Return how many of the drawn detections of an image are correct, and how many are wrong."""
+        """Return the numbers of correct and of wrong detections that are drawn in an image."""
         drawn = _scores(self.detections[index]) >= self.threshold
         correct = int(self.correct[index][drawn].sum())
         return correct, int(drawn.sum()) - correct
 
 
 def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: Dataset, path: Path) -> None:
-    """Write a picture with a row for each of a few images: annotations, then each model's detections.
+    """Write a figure with a row for each of five images: the annotations, then each model's detections.
 
-    The images are those in which the models differ most in F1 (at IoU 0.5), the most first; where they do not differ, those with
-    the most objects. Models' scores are not on one scale, so each model's objects are drawn from the score on that gives it the
-    best F1 over the 40 images that are looked at, but in all of them together not more than twice as many as are annotated. The
-    same data and models give the same picture.
+    Out of 40 images, the figure shows those in which the models differ most in F1 at IoU 0.5, and then those with the most
+    objects. Scores of different models are not comparable, so each model has its own threshold: the one with the best F1 over
+    the 40 images, with at most twice as many detections as annotated objects. The same data and models give the same figure.
 
     Args:
-        models: a line about the model, and the system or what `maskset.load` takes, by its name.
-        dataset: where the images come from.
-        path: of the PNG file.
+        models: by name, a line about the model, and the model: a system, or anything that `maskset.load` takes.
+        dataset: the data set.
+        path: path of the PNG file.
     """
     counts = dataset.counts()
     filled = np.flatnonzero(counts) if counts.any() else np.arange(len(dataset))
@@ -72,21 +71,21 @@ def draw_figure(models: Mapping[str, tuple[str, System | str | Path]], dataset: 
         sheet.save(part, "PNG")
 
 
-def match_detections(detections: Mapping[int, Instances], dataset: Dataset) -> Predicted:
-    """Return the detections of a model with which of them are correct, and the threshold of the best F1."""
-    correct = {index: hits(image, dataset.targets(index)) for index, image in detections.items()}
+def match_detections(detections: Mapping[int, Instances], dataset: Dataset) -> ModelDetections:
+    """Return the detections of a model, whether each is correct, and the threshold with the best F1."""
+    correct = {index: correct_detections(image, dataset.targets(index)) for index, image in detections.items()}
     annotated = sum(len(dataset.targets(index)) for index in detections)
     scores = np.concatenate([np.zeros(0), *map(_scores, detections.values())])
     order = np.argsort(-scores, kind="stable")
-    hits_so_far = np.concatenate([np.zeros(0, bool), *correct.values()])[order].cumsum()
-    f1 = (2 * hits_so_far / (np.arange(1, len(scores) + 1) + annotated))[: 2 * annotated]
+    correct_so_far = np.concatenate([np.zeros(0, bool), *correct.values()])[order].cumsum()
+    f1 = (2 * correct_so_far / (np.arange(1, len(scores) + 1) + annotated))[: 2 * annotated]
     if not f1.any():
-        return Predicted(detections, correct, 0.5)
-    return Predicted(detections, correct, float(scores[order][f1.argmax()]))
+        return ModelDetections(detections, correct, 0.5)
+    return ModelDetections(detections, correct, float(scores[order][f1.argmax()]))
 
 
-def hits(detections: Instances, annotated: Instances) -> np.ndarray:
-    """Return for each detection whether it is correct: an annotated object has its class, and an IoU of 0.5 or more with it.
+def correct_detections(detections: Instances, annotated: Instances) -> np.ndarray:
+    """Return whether each detection is correct: an annotated object of its class has an IoU of at least 0.5 with its mask.
 
     Each annotated object counts once, for the best detection.
     """
@@ -105,10 +104,10 @@ def hits(detections: Instances, annotated: Instances) -> np.ndarray:
     return correct
 
 
-def select_images(models: Sequence[Predicted], images: Sequence[int], counts: np.ndarray) -> list[int]:
+def select_images(models: Sequence[ModelDetections], images: Sequence[int], counts: np.ndarray) -> list[int]:
     """Return the indices of the images to draw, see `draw_figure`."""
 
-    def f1(model: Predicted, index: int) -> float:
+    def f1(model: ModelDetections, index: int) -> float:
         correct, wrong = model.counts(index)
         return 2 * correct / max(1, correct + wrong + int(counts[index]))
 
@@ -119,22 +118,22 @@ def select_images(models: Sequence[Predicted], images: Sequence[int], counts: np
     return sorted(images, key=rank)[:_ROWS]
 
 
-def _row(dataset: Dataset, index: int, models: Sequence[Predicted]) -> list[tuple[Image.Image, str]]:
-    """Return the drawings of an image, each with the line below it."""
+def _row(dataset: Dataset, index: int, models: Sequence[ModelDetections]) -> list[tuple[Image.Image, str]]:
+    """Return the drawings of an image, each with the text below it."""
     pixels, annotated = dataset.read(index)
     file = dataset.images[index].file
     total = len(annotated)
-    row = [(_drawn(pixels, annotated), f"{file.name if file else f'image {index + 1}'}, {total} object{'s' * (total != 1)}")]
+    row = [(_drawing(pixels, annotated), f"{file.name if file else f'image {index + 1}'}, {total} object{'s' * (total != 1)}")]
     for model in models:
         detections = model.detections[index]
         correct, wrong = model.counts(index)
         above = detections[torch.from_numpy(_scores(detections) >= model.threshold)]
-        row.append((_drawn(pixels, above), f"{correct} of {total} found, {wrong} wrong"))
+        row.append((_drawing(pixels, above), f"{correct} of {total} detected, {wrong} wrong"))
     return row
 
 
-def _drawn(pixels: torch.Tensor, objects: Instances) -> Image.Image:
-    """Return the drawing at its final size, so that lines and labels keep theirs."""
+def _drawing(pixels: torch.Tensor, objects: Instances) -> Image.Image:
+    """Return the drawing of objects. Images are resized first, so that lines and labels have the same size in all drawings."""
     longer = max(pixels.shape[1:])
     if longer > _SIDE:
         pixels, objects = resize(pixels, objects, _SIDE, _SIDE)
@@ -142,7 +141,7 @@ def _drawn(pixels: torch.Tensor, objects: Instances) -> Image.Image:
 
 
 def _sheet(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> Image.Image:
-    """Return the drawings in rows and columns, with a head above each column and a line below each drawing."""
+    """Return the drawings in rows and columns, with a head above each column and a text below each drawing."""
     column = max([_SIDE // 2, *(drawing.width for row in rows for drawing, _ in row)]) + _GAP
     top, below = _GAP + _LARGE + _SMALL + 2 * _GAP, _SMALL + 2 * _GAP
     heights = [max(drawing.height for drawing, _ in row) + below for row in rows]
@@ -160,7 +159,7 @@ def _sheet(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[tuple[Image
 
 
 def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, width: int) -> None:
-    """Write a line, shortened to a width in pixels."""
+    """Write a line of text, shortened to a width in pixels."""
     font = ImageFont.load_default(size)
     if font.getlength(text) > width:
         text = next((text[:end] + "..." for end in range(len(text), 0, -1) if font.getlength(text[:end] + "...") <= width), "")

@@ -26,7 +26,7 @@ from maskset.progress import track
 from maskset.systems.base import System
 from maskset.tensors import Device
 
-_FIRST_ESTIMATE = 16  # images; fewer say too little
+_FIRST_ESTIMATE = 16  # number of images after which progress shows the first estimate of mask AP
 
 
 def evaluate(
@@ -43,9 +43,9 @@ def evaluate(
 ) -> Metrics:
     """Return COCO's metrics of a model on a split of annotated images.
 
-    Classes of model and data are matched by name. Classes that only the model has are ignored and take no place among the best
-    `max_detections`. Classes that only the data has count as missed. Several processes (torch.distributed) share the images and
-    return the same metrics.
+    Classes of model and data are matched by name. Classes that only the model has are ignored and do not count toward
+    `max_detections`. Objects of classes that only the data has count as missed. Several processes (torch.distributed) share the
+    images and return the same metrics.
 
     Args:
         model: a system, or anything that `maskset.load` takes. Its training mode is not changed.

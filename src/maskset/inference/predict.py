@@ -1,4 +1,4 @@
-"""Prediction: images in, `Instances` out, in the order of the images."""
+"""Prediction of the `Instances` in images, in the order of the images."""
 
 import threading
 from collections import deque
@@ -33,8 +33,8 @@ from maskset.tensors import Device, check_device
 Item = TypeVar("Item")
 Size = tuple[int, int]  # height, width
 
-_READERS = 4  # threads that read and resize images while a GPU computes; one is enough where the CPU computes
-_WINDOW = 32  # images held in memory, among which those of equal canvas share a batch
+_READERS = 4  # threads that read and resize images for a GPU; with a model on the CPU, one is enough
+_WINDOW = 32  # images in memory; those with equal padded size share a batch
 _LARGEST_BATCH = 16  # images
 _BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}  # pixels of a batch: four images of 800 x 1333 on a GPU, one on the CPU
 
@@ -80,25 +80,25 @@ def predict(
 ) -> Instances | Iterator[Instances]:
     """Return the objects in an image, best first; for several images an iterator over the objects of each, in order.
 
-    The result for an image does not depend on the others, up to rounding: images share a batch only where each has the padding
-    that it would have alone.
+    The result for an image does not depend on the others, except for rounding: images share a batch only if their padding is the
+    same as alone.
 
     Args:
         model: a system, or what `maskset.load` takes.
         source: an image: a file name, bytes, a file opened in binary mode, a Pillow image, a uint8 array [h w 3] or [h w], or a
             uint8 tensor [3 h w]; RGB. Or several: a list of these, a folder, or a pattern such as "photos/*.jpg". Not an
             iterator, since all are checked before the first is predicted.
-        threshold: least score of an object.
+        threshold: minimum score of an object.
         limit: maximum number of objects in an image.
-        device: where to compute; by default a system stays where it is, and one that is loaded goes to a GPU if there is one.
-            A system is moved there and stays there.
-        skip_broken: leave out files of several that cannot be read, and list them on stderr at the end. The iterator is then
-            shorter than the list; `predict_files` tells which file each result belongs to.
+        device: device to compute on, to which a system is moved. By default a system stays on its device, and a model that is
+            loaded is moved to a GPU if there is one.
+        skip_broken: leave out files that cannot be read, and list them on stderr at the end. The iterator is then shorter than
+            the list; `predict_files` returns the file of each result.
 
     Raises:
-        maskset.errors.SourceError: there is no such file, there is no image in the folder, or the source is not an image.
-        maskset.errors.DataError: a file cannot be read as an image; with `skip_broken`, none of several can.
-        maskset.errors.ConfigError: `threshold`, `limit` or `device` is not allowed.
+        maskset.errors.SourceError: a file does not exist, a folder contains no image, or the source is not an image.
+        maskset.errors.DataError: a file cannot be read as an image; with `skip_broken`, none of the files can.
+        maskset.errors.ConfigError: `model`, `threshold`, `limit` or `device` is not allowed.
     """
     _check(model, source, threshold, limit)
     images, single = pictures.expand(source), pictures.is_single(source)
@@ -182,31 +182,31 @@ def predict_items(
 
     Args:
         model: in training or evaluation mode; the mode does not change.
-        items: arguments of `read`, which is called in threads, a little ahead.
+        items: arguments of `read`, which threads call in advance.
         read: returns RGB pixels, or None to leave out the item.
         limit: maximum number of objects in an image.
-        threshold: least score of an object.
-        batch_size: maximum number of images in a batch; None depends on their size.
+        threshold: minimum score of an object.
+        batch_size: maximum number of images in a batch; by default it depends on their size.
         ignored_classes: class channels that are left out; they do not count toward `limit`.
     """
 
-    def fitted(item: Item) -> tuple[Item, Size, Tensor] | None:
+    def read_and_resize(item: Item) -> tuple[Item, Size, Tensor] | None:
         pixels = read(item)
         if pixels is None:
             return None
         return item, (pixels.shape[1], pixels.shape[2]), fit(pixels, model.input.short_side, model.input.long_side)
 
-    pending: dict[int, tuple[Item, Size, Tensor]] = {}  # read, not yet predicted
-    done: dict[int, tuple[Item, Instances]] = {}  # predicted, but an earlier one is not
+    pending: dict[int, tuple[Item, Size, Tensor]] = {}  # images that are read, but not predicted
+    done: dict[int, tuple[Item, Instances]] = {}  # results that wait for an earlier one
     readers = 1 if _device(model).type == "cpu" else _READERS
-    images = enumerate(image for image in _read_ahead(fitted, items, readers) if image is not None)
+    images = enumerate(image for image in _read_ahead(read_and_resize, items, readers) if image is not None)
     next_index = 0
     while True:
         pending.update(islice(images, _WINDOW - len(pending)))
         if not pending:
             return
         canvases = {index: _canvas(pixels, model.input.divisor) for index, (_, _, pixels) in pending.items()}
-        canvas = canvases[next_index]  # so that no image waits for those after it
+        canvas = canvases[next_index]  # the next result is never delayed by later images
         same = [index for index in canvases if canvases[index] == canvas]
         batch = same[: batch_size or _batch_size(canvas, model)]
         results = _predict_batch(model, [pending[index][1:] for index in batch], limit, threshold, ignored_classes)
@@ -217,7 +217,7 @@ def predict_items(
 
 
 def _read_or_skip(unreadable: list[str], picture: Picture) -> UInt8[Tensor, "3 h w"] | None:
-    """Return the pixels of an image; where it cannot be read, None, and add a message to `unreadable`."""
+    """Return the pixels of an image, or None with a message in `unreadable` if it cannot be read."""
     try:
         return pictures.read(picture)
     except DataError as error:
@@ -237,7 +237,7 @@ def _report_unreadable(results: Iterable[Item], unreadable: Sequence[str], total
     """Yield the results, then list on stderr the images that were left out of `total`.
 
     Raises:
-        DataError: all were left out.
+        DataError: all images were left out.
     """
     yield from results
     if unreadable and len(unreadable) == total:
@@ -250,7 +250,7 @@ def _report_unreadable(results: Iterable[Item], unreadable: Sequence[str], total
 def _predict_batch(
     model: System, batch: Sequence[tuple[Size, Tensor]], limit: int, threshold: float, ignored_classes: Sequence[int]
 ) -> list[Instances]:
-    """Return the objects of images that are given by their original size and their pixels at the model's size."""
+    """Return the objects of images, given as pairs of original size and resized pixels."""
     sizes, pixels = zip(*batch, strict=True)
     with _evaluation_mode(model):
         images = ImageBatch.from_images(pixels, model.input.divisor).to(_device(model)).normalized(model.input)
@@ -261,16 +261,16 @@ def _predict_batch(
         return [detections.to("cpu") for detections in model.postprocess(output, images, sizes, limit, threshold)]
 
 
-_predicting: WeakKeyDictionary[System, tuple[int, list[nn.Module]]] = WeakKeyDictionary()  # threads in it, modules to restore
+_predicting: WeakKeyDictionary[System, tuple[int, list[nn.Module]]] = WeakKeyDictionary()  # number of threads, modules to restore
 _predicting_lock = threading.Lock()
 
 
 @contextmanager
 def _evaluation_mode(model: System) -> Iterator[None]:
-    """Put a model into evaluation mode inside the context; the last of several threads in it restores training mode."""
+    """Put a model into evaluation mode inside the context; the last of several threads restores training mode."""
     with _predicting_lock:
         threads, training = _predicting.get(model, (0, []))
-        training = training or [module for module in model.modules() if module.training]  # frozen parts are not in training mode
+        training = training or [module for module in model.modules() if module.training]  # without frozen parts, which never are
         _predicting[model] = threads + 1, training
         model.eval()
     try:
@@ -301,13 +301,13 @@ def _dtype(model: System) -> torch.dtype:
 
 
 def _canvas(pixels: UInt8[Tensor, "3 h w"], divisor: int) -> Size:
-    """Return the height and width to which an image is padded when it is alone."""
+    """Return the height and width to which an image alone is padded."""
     return -(-pixels.shape[1] // divisor) * divisor, -(-pixels.shape[2] // divisor) * divisor
 
 
 def _batch_size(canvas: Size, model: System) -> int:
-    fitting = _BATCH_PIXELS.get(_device(model).type, 2**22) // (canvas[0] * canvas[1])
-    return min(max(fitting, 1), _LARGEST_BATCH)
+    images = _BATCH_PIXELS.get(_device(model).type, 2**22) // (canvas[0] * canvas[1])
+    return min(max(images, 1), _LARGEST_BATCH)
 
 
 def _read_ahead(read: Callable[[Item], Any], items: Iterable[Item], readers: int) -> Iterator[Any]:
