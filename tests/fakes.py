@@ -12,7 +12,7 @@ from maskset.instances import Category, Instances, Masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import InputConfig, System
 
-# Small, and normalised pixels are the pixels / 255.
+# Small, and normalized pixels are the pixels / 255.
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "short_side": 32, "long_side": 64}
 
 
@@ -30,10 +30,10 @@ def found(
     )
 
 
-def discs(centres: Iterable[tuple[float, float, float]], size: tuple[int, int]) -> np.ndarray:
+def discs(centers: Iterable[tuple[float, float, float]], size: tuple[int, int]) -> np.ndarray:
     """Return masks [T h w] of discs, given as x, y and radius."""
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
-    masks = [(x - cx) ** 2 + (y - cy) ** 2 < radius**2 for cx, cy, radius in centres]
+    masks = [(x - cx) ** 2 + (y - cy) ** 2 < radius**2 for cx, cy, radius in centers]
     return np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
 
 
