@@ -16,7 +16,7 @@ from torchvision.ops import generalized_box_iou
 from benchmarks.measure import in_turn, peaks
 from benchmarks.report import Report
 from maskset import boxes as box_ops
-from maskset.matching import focal_cost, giou_cost, l1_cost, match, pad
+from maskset.detection import focal_cost, giou_cost, l1_cost, match, pad
 
 CASE, BASELINE = "cost matrices of 6 layers", "all pairs, as DETR"
 FOR_CLASS, FOR_L1, FOR_GIOU = 2.0, 5.0, 2.0

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskset import matching
+from maskset import detection
+from maskset.detection import Matches
 from maskset.instances import Instances
 from maskset.systems import System
 from maskset.tensors import TensorRecord
@@ -65,13 +66,14 @@ def systems_on(device: str) -> Iterator[None]:
         yield
 
 
-def recording(matches: list[matching.Matches]) -> Callable[..., matching.Matches]:
-    """Return `maskset.matching.match`, which also appends what it returns to a list, on the CPU."""
+def recording(matches: list[Matches]) -> Callable[..., Matches]:
+    """Return `maskset.detection.match`, which also appends what it returns to a list, on the CPU."""
+    match = detection.match  # before a test replaces it
 
-    def match(*arguments: Any) -> matching.Matches:
-        result = matching.match(*arguments)
+    def record(*arguments: Any) -> Matches:
+        result = match(*arguments)
         pairs = (getattr(result, name).cpu() for name in ("layer", "image", "slot", "object"))
-        matches.append(matching.Matches(*pairs, result.counts))
+        matches.append(Matches(*pairs, counts=result.counts))
         return result
 
-    return match
+    return record

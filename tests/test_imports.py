@@ -24,7 +24,7 @@ GROUND = {
     "instances",
     "structures",
 }
-PARTS = GROUND | {"layers", "masks", "matching", "losses", "detection"}
+PARTS = GROUND | {"layers", "masks", "losses", "detection"}
 
 # The longest name that a module's name starts with decides; "systems.*" is any other module right below systems.
 # What may be imported: these, with all inside them.
@@ -42,9 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "instances": {"errors", "files", "kernels", "pictures", "rle", "tensors", "instances"},
     "structures": {"errors", "instances", "rle", "tensors"},
     "layers": GROUND | {"layers"},
-    "matching": GROUND,
     "losses": GROUND,
-    "detection": GROUND | {"losses", "matching"},
+    "detection": GROUND | {"losses"},
     "masks": GROUND | {"layers", "masks"},
     "masks.codecs": GROUND | {"losses", "masks"},
     "systems": {"systems", "config", "errors", "instances", "structures"},

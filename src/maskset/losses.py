@@ -37,10 +37,10 @@ def dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s
     return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
 
 
-def squared_dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s"], least: float) -> Float[Tensor, "n"]:
-    """Return 1 - 2 overlap / (sum of squares of both + least) of each pair of soft masks (V-Net, 3DV 2016, section 3)."""
+def squared_dice_loss(probabilities: Float[Tensor, "n *s"], targets: Float[Tensor, "n *s"], eps: float) -> Float[Tensor, "n"]:
+    """Return 1 - 2 overlap / (sum of squares of both + eps) of each pair of soft masks (V-Net, 3DV 2016, section 3)."""
     p, t = probabilities.flatten(1), targets.flatten(1)
-    return 1 - 2 * (p * t).sum(1) / (p.square().sum(1) + t.square().sum(1) + least)
+    return 1 - 2 * (p * t).sum(1) / (p.square().sum(1) + t.square().sum(1) + eps)
 
 
 def name_by_layer(terms: Mapping[str, Float[Tensor, "_"]], layers: int) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import TINY, batch, shapes, tiny_config
 
-from maskset import matching
+from maskset import detection
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
 from maskset.masks.paint import paint_probabilities
@@ -119,8 +119,8 @@ def test_the_loss_is_that_of_a_plain_loop_and_so_are_its_gradients():
             p, t = masks[:, None], targets[None]
             overlap = (p * t).sum((2, 3))
             iou = overlap / (p.sum((2, 3)) + t.sum((2, 3)) - overlap + 1e-6)
-            cost = 2 * matching.focal_cost(layer.class_logits[None, i : i + 1], own.labels[None], least=1e-12) + 3 * (1 - iou)
-            pairs = matching.match(cost.detach(), [len(own)])
+            cost = 2 * detection.focal_cost(layer.class_logits[None, i : i + 1], own.labels[None], eps=1e-12) + 3 * (1 - iou)
+            pairs = detection.match(cost.detach(), [len(own)])
             wanted = torch.zeros(7, 3)
             for slot, object in zip(pairs.slot, pairs.object, strict=True):
                 wanted[slot, own.labels[object]] = 1

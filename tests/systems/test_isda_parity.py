@@ -7,17 +7,17 @@ import torch
 from goldens import ellipses, golden, image, notes, unpacked, weights
 from on_device import recording
 
-from maskset import matching
+from maskset import detection
 from maskset.conversion import convert
 from maskset.conversion.coco import used_categories
 from maskset.conversion.isda import RULES
 from maskset.conversion.keys import rename
+from maskset.detection import Matches, focal_cost
 from maskset.instances import Instances, Masks
 from maskset.layers.blocks import sine_positions
 from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.paint import paint_probabilities
 from maskset.masks.targets import central_means
-from maskset.matching import Matches, focal_cost
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.isda import _candidates, _mask_cost
@@ -210,7 +210,7 @@ def test_targets_and_costs_are_the_official_ones(name):
     masks = [central_means(one.masks, 4, size) for one in found]
     last = output.layers[-1]
     mask_cost = 3 * _mask_cost(last.mask_params[None], output.mask_features, masks)[0]
-    class_cost = 2 * focal_cost(last.class_logits[None], matching.pad([one.labels for one in found]), least=1e-12)[0]
+    class_cost = 2 * focal_cost(last.class_logits[None], detection.pad([one.labels for one in found]), eps=1e-12)[0]
     for i, prefix in enumerate(IMAGES[name]):
         assert torch.equal(masks[i], golden("isda", f"{prefix}_target_masks_quarter").float())
         close(mask_cost[i, :, : len(found[i])], golden("isda", f"{prefix}_cost_mask"))

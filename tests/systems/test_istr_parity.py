@@ -14,10 +14,10 @@ from maskset.conversion import convert
 from maskset.conversion.coco import used_categories
 from maskset.conversion.istr import RULES
 from maskset.conversion.keys import rename
+from maskset.detection import Matches
 from maskset.instances import Instances, Masks
 from maskset.layers.roi import levels_of
 from maskset.masks.targets import crop
-from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 

@@ -8,9 +8,9 @@ from tiny import TINY, batch, shapes, tiny_config
 
 from maskset.boxes import fractions
 from maskset.codec_tools.fit import fit_codec
+from maskset.detection import Matches
 from maskset.errors import ConfigError, MatchingError
 from maskset.masks.targets import crop
-from maskset.matching import Matches
 from maskset.structures import ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.istr_smt import IstrSmt, IstrSmtConfig

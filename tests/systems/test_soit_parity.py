@@ -1,5 +1,6 @@
 """SOIT against what the official code computes, full size, through the converter; golden/soit.json explains the arrays."""
 
+import copy
 import functools
 import math
 import re
@@ -9,10 +10,10 @@ import torch
 from goldens import ellipses, golden, image, notes, unpacked, weights
 from on_device import recording
 
-from maskset import matching
 from maskset.conversion import convert
 from maskset.conversion.keys import proposal_class_head, rename
 from maskset.conversion.soit import RULES
+from maskset.detection import Matches
 from maskset.instances import Instances, Masks
 from maskset.masks.heads.instance_transformer import encode_positions, instance_transformer
 from maskset.masks.resize import aligned_bilinear, resample
@@ -54,7 +55,7 @@ def objects(name: str) -> list[Instances]:
 
 @functools.cache
 def run(name: str):
-    """Return output, loss terms, gradients, matches (decoder, then proposals) and what some parts saw, of one set."""
+    """Return output, loss terms, matches (decoder, then proposals) and what some parts saw, of one set."""
     network = model()
     head = network.proposal_class_head.weight
     if name == "bcn":
@@ -68,21 +69,17 @@ def run(name: str):
         **{f"hs{i}": layer for i, layer in enumerate(network.decoder)},
     }
     hooks = [part.register_forward_hook(lambda _m, _i, out, key=key: seen.__setitem__(key, out)) for key, part in watched.items()]
-    matches: list[matching.Matches] = []
+    matches: list[Matches] = []
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("maskset.detection.match", recording(matches))
         output = network(batch(name))
         terms = network.loss(output, batch(name), objects(name))
-    network.zero_grad()
-    torch.stack(list(terms.values())).sum().backward()
-    grads = {key: parameter.grad.clone() for key, parameter in network.named_parameters() if parameter.grad is not None}
-    network.zero_grad()
     for hook in hooks:
         hook.remove()
     if name == "bcn":
         head.data.neg_()
-    return output, {key: value.item() for key, value in terms.items()}, grads, matches, {k: v.detach() for k, v in seen.items()}
+    return output, {key: value.item() for key, value in terms.items()}, matches, {k: v.detach() for k, v in seen.items()}
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-4) -> None:
@@ -119,7 +116,7 @@ def test_the_model_has_the_official_parameters():
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_stage_is_the_official_one(name):
-    output, _, _, _, seen = run(name)
+    output, _, _, seen = run(name)
     valid = ~golden("soit", f"{name}.mask_padding").bool()
     for level in ("P3", "P4", "P5", "P6"):
         close_moments(seen[level], f"{name}.neck.{level}")
@@ -148,7 +145,7 @@ def test_the_same_cells_propose_queries(name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_predictions_are_the_official_ones(name):
-    output, _, _, _, seen = run(name)
+    output, _, _, seen = run(name)
     last = output.layers[-1]
     close(aligned(name, last.class_logits), golden("soit", f"{name}.cls_logits"))
     close(aligned(name, last.mask_params)[:, :100], golden("soit", f"{name}.dynamic_params"))
@@ -173,7 +170,7 @@ def test_loss_terms_are_the_official_ones(name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_matches_are_the_official_ones(name):
-    decoder, proposals = run(name)[3]
+    decoder, proposals = run(name)[2]
     for i, ours in enumerate(order(name)):
         for layer in range(LAYERS):
             slots, targets = golden("soit", f"{name}.match.d{layer}.image{i}")
@@ -188,7 +185,13 @@ def test_matches_are_the_official_ones(name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_gradients_are_the_official_ones(name):
-    grads = run(name)[2]
+    """In float64: in float32 one activation may be on the other side of ReLU's kink, which moves gradients by 7e-4."""
+    network = copy.deepcopy(model()).double()
+    if name == "bcn":
+        network.proposal_class_head.weight.data.neg_()
+    images = ImageBatch(batch(name).pixels.double(), batch(name).sizes)
+    torch.stack(list(network.loss(network(images), images, objects(name)).values())).sum().backward()
+    grads = {key: parameter.grad.float() for key, parameter in network.named_parameters() if parameter.grad is not None}
     official = [key.removeprefix("a.grad.") for key in notes("soit")["arrays"] if key.startswith(("a.grad.bbox", "a.grad.neck"))]
     assert len(official) == 7
     for theirs in official:

@@ -12,11 +12,10 @@ from maskset.conversion import convert
 from maskset.conversion.coco import raw_categories
 from maskset.conversion.keys import rename
 from maskset.conversion.solq import RULES
-from maskset.detection import top_k_detections
+from maskset.detection import Matches, top_k_detections
 from maskset.instances import Instances, Masks
 from maskset.masks.paint import binarize
 from maskset.masks.targets import crop
-from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 

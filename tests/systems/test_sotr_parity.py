@@ -232,7 +232,7 @@ def test_the_loss_of_every_pair_is_the_official_one(name):
             here = (own.cells >= before) & (own.cells < before + side**2)
             drawn = dynamic_conv(output.mask_features[i], output.layers[0].mask_params[i, own.cells[here]]).sigmoid()
             masks = quarter_masks(found[i].masks, size)[own.objects[here]].float()
-            terms.append(squared_dice_loss(drawn, masks, least=0.002))
+            terms.append(squared_dice_loss(drawn, masks, eps=0.002))
         before += side**2
     close(torch.cat(terms), golden("sotr", f"{name}.dice_terms"))
 

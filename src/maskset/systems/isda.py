@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskset import distributed
 from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, setting
-from maskset.detection import top_k_detections
+from maskset.detection import Matches, class_targets, focal_cost, match, pad, soft_iou_cost, top_k_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.blocks import Mlp
@@ -27,7 +27,6 @@ from maskset.masks.heads.dynamic_conv import dynamic_conv
 from maskset.masks.heads.features import MaskFeatureHead, with_coordinates
 from maskset.masks.paint import paint_probabilities
 from maskset.masks.targets import central_means
-from maskset.matching import Matches, class_targets, focal_cost, match, pad, soft_iou_cost
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
@@ -170,7 +169,7 @@ class Isda(System):
         masks = [central_means(instances.masks, settings.mask_stride, size).to(features.device) for instances in targets]
         labels = pad([instances.labels for instances in targets]).to(logits.device)
         with torch.no_grad():
-            cost = settings.class_weight * focal_cost(logits, labels, least=1e-12)
+            cost = settings.class_weight * focal_cost(logits, labels, eps=1e-12)
             cost = cost + settings.mask_weight * _mask_cost(kernels, features, masks)
         pairs = match(cost, [len(instances) for instances in targets], {"class_logits": logits, "kernels": kernels})
         count = distributed.divisor(len(pairs) / len(layers), like=logits)
@@ -241,7 +240,7 @@ def _mask_loss(
         parts = zip(features.unbind(), kernels.split(counts), masks, objects[layer].split(counts), strict=True)
         for image_features, image_kernels, image_masks, index in parts:
             drawn = dynamic_conv(image_features, image_kernels).sigmoid()
-            losses.append(squared_dice_loss(drawn, image_masks[index], least=0.002))
+            losses.append(squared_dice_loss(drawn, image_masks[index], eps=0.002))
         return torch.cat(losses).sum()[None]
 
     return chunked_loss(values, matched.unbind(), features)[:, 0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maskset import boxes as box_ops
 from maskset import distributed
 from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, setting
-from maskset.detection import match_and_corner_losses, top_k_detections_in_image
+from maskset.detection import cosine_cost, l1_cost, match_and_corner_losses, pad, squared_dice_cost, top_k_detections_in_image
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.blocks import copies
@@ -40,7 +40,6 @@ from maskset.masks.codecs.flatten import FlattenCodec
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.paint import paste_soft
 from maskset.masks.targets import crop
-from maskset.matching import cosine_cost, l1_cost, pad, squared_dice_cost
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
@@ -215,7 +214,7 @@ class Istr(System):
             errors = (matched - self._encode(expected)).square().mean(1)
             sums["mask_code"] = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers))
         if settings.mask_losses != "code":
-            errors = squared_dice_loss(self.codec.decode(matched), expected, least=1e-5)
+            errors = squared_dice_loss(self.codec.decode(matched), expected, eps=1e-5)
             sums["mask_dice"] = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers))
         return name_by_layer({name: value / count for name, value in sums.items()}, len(layers))
 
@@ -232,7 +231,7 @@ class Istr(System):
             return codes.new_zeros(*codes.shape[:3], masks.shape[1])
         if self.config.mask_cost == "dice":
             drawn = self.codec.decode(codes.flatten(0, 2)).unflatten(0, codes.shape[:3])
-            return squared_dice_cost(drawn, masks, least=1e-5)
+            return squared_dice_cost(drawn, masks, eps=1e-5)
         targets = self._encode(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
         return cosine_cost(codes, targets) if self.config.mask_cost == "cosine" else l1_cost(codes, targets) / codes.shape[3]
 

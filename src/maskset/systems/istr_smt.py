@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maskset import boxes as box_ops
 from maskset import distributed
 from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config, setting
-from maskset.detection import match_and_corner_losses, top_k_detections_in_image
+from maskset.detection import Matches, cosine_cost, match_and_corner_losses, pad, top_k_detections_in_image
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
 from maskset.layers.blocks import copies
@@ -34,7 +34,6 @@ from maskset.masks.codecs.fittable import MAX_SIZE
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.paint import paste_soft
 from maskset.masks.targets import crop
-from maskset.matching import Matches, cosine_cost, pad
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 from maskset.tensors import register
@@ -277,7 +276,7 @@ class IstrSmt(System):
         codes, context = layer.mask_params[pairs.image, pairs.slot].float(), _context(layer)
         context = None if context is None else context[pairs.image, pairs.slot].float()
         code_error = F.smooth_l1_loss(codes, self._encode(masks), reduction="sum") / self.codec.length
-        mask_error = squared_dice_loss(self._decode(codes, context), masks.float(), least=1e-5).sum()
+        mask_error = squared_dice_loss(self._decode(codes, context), masks.float(), eps=1e-5).sum()
         return torch.stack([code_error, mask_error])
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ from maskset.config import (
     config,
     setting,
 )
-from maskset.detection import match_and_box_losses, top_k_detections
+from maskset.detection import Matches, match_and_box_losses, top_k_detections
 from maskset.instances import Category, Instances, Masks
 from maskset.layers.blocks import Mlp, copies
 from maskset.layers.pyramid import LevelProjection
@@ -37,7 +37,6 @@ from maskset.masks.heads.instance_transformer import instance_transformer, param
 from maskset.masks.paint import paint
 from maskset.masks.resize import align_corners, aligned_bilinear, resample
 from maskset.masks.targets import resize_by_corners
-from maskset.matching import Matches
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_heads
 
@@ -178,7 +177,7 @@ class Soit(System):
         self, layers: Sequence[SlotPredictions], labels: Sequence[Int[Tensor, "_"]], boxes: Sequence[Float[Tensor, "_ 4"]]
     ) -> tuple[Matches, dict[str, Float[Tensor, "L"]]]:
         weights = (self.config.class_weight, self.config.l1_weight, self.config.giou_weight)
-        pairs, sums = match_and_box_losses(layers, labels, boxes, weights, least=1e-12)
+        pairs, sums = match_and_box_losses(layers, labels, boxes, weights, eps=1e-12)
         count = distributed.divisor(len(pairs) / len(layers), like=sums["class"])
         return pairs, {name: value / count for name, value in sums.items()}
 

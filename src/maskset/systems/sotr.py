@@ -355,6 +355,6 @@ def _mask_loss(
     def values(chunk: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
         image, masks, index = expected[chunk]
         drawn = dynamic_conv(features[image], kernels).sigmoid()
-        return squared_dice_loss(drawn, masks[index].float(), least=0.002).sum()[None]
+        return squared_dice_loss(drawn, masks[index].float(), eps=0.002).sum()[None]
 
     return chunked_loss(values, chunks, features).sum()

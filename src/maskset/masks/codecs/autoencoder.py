@@ -98,7 +98,7 @@ class AutoencoderCodec(FittableCodec):
             batch = rows[torch.randint(len(rows), (BATCH,))].view(-1, self.size, self.size)
             batch = batch.to(self.fitted.device).float()
             optimizer.zero_grad()
-            squared_dice_loss(self._decode(self._encode(batch)), batch, least=1e-5).mean().backward()
+            squared_dice_loss(self._decode(self._encode(batch)), batch, eps=1e-5).mean().backward()
             optimizer.step()
             schedule.step()
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from maskset.boxes import generalized_iou, to_corners
+from maskset.detection import focal_cost, giou_cost, l1_cost, match, pad, soft_iou_cost
 from maskset.errors import MatchingError
 from maskset.losses import focal_loss
-from maskset.matching import focal_cost, giou_cost, l1_cost, match, pad, soft_iou_cost
 
 
 def problem(seed=0, layers=2, slots=5, counts=(3, 0, 2), classes=4):
