@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,6 +16,9 @@ from maskset.errors import DataError
 from maskset.instances import Category
 from maskset.pictures import check_size
 
+_NO_BOX = "have an empty or invalid bbox, so the box of their mask is used"
+_NO_MASK = "have neither a box nor a mask inside the image, so they are left out"
+_OTHER_BOX = "have a bbox (used as it is) that contradicts their mask; it should be x, y, width, height"
 _LEAST_IOU = 0.5  # of an annotated box and the box of its mask; fewer than 1 in 1,000 boxes of COCO are below
 
 
@@ -72,24 +75,6 @@ class _Row:
     area: float
     crowd: bool
     shape: rle.Counts | rle.Polygons
-
-
-@dataclass
-class _Warnings:
-    """Names of the annotations whose content was replaced, contradicts itself, or was left out."""
-
-    no_box: list[str] = field(default_factory=list)
-    no_mask: list[str] = field(default_factory=list)
-    different_box: list[str] = field(default_factory=list)
-
-    def sentences(self, count: int) -> list[str]:
-        """Return one sentence for each kind; `count` is the number of annotations."""
-        kinds = {
-            "have an empty or invalid bbox, so the box of their mask is used": self.no_box,
-            "have neither a box nor a mask inside the image, so they are left out": self.no_mask,
-            "have a bbox (used as it is) that contradicts their mask; it should be x, y, width, height": self.different_box,
-        }
-        return [f"{len(names)} of {count} annotations {text}. The first: {names[0]}." for text, names in kinds.items() if names]
 
 
 def read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -169,7 +154,7 @@ def read_annotations(
         categories: the classes, in the order of the labels.
         problems: a message on each broken annotation is added here; these are left out.
     """
-    warnings = _Warnings()
+    warnings: dict[str, list[str]] = {_NO_BOX: [], _NO_MASK: [], _OTHER_BOX: []}
     position_of = {record.id: position for position, record in enumerate(records)}
     label_of = {category.coco_id: label for label, category in enumerate(categories)}
     ids, checked = set(), []
@@ -193,7 +178,10 @@ def read_annotations(
             continue
         if annotation is not None:
             checked.append(annotation)
-    return _pack(checked, len(records)), warnings.sentences(len(rows))
+    notes = [
+        f"{len(names)} of {len(rows)} annotations {kind}. The first: {names[0]}." for kind, names in warnings.items() if names
+    ]
+    return _pack(checked, len(records)), notes
 
 
 def _image_record(row: dict[str, Any], folder: Path) -> ImageRecord:
@@ -214,7 +202,7 @@ def _image_record(row: dict[str, Any], folder: Path) -> ImageRecord:
 
 
 def _row(
-    row: dict[str, Any], name: str, image: int, size: tuple[int, int], label_of: dict[int, int], warnings: _Warnings
+    row: dict[str, Any], name: str, image: int, size: tuple[int, int], label_of: dict[int, int], warnings: dict[str, list[str]]
 ) -> _Row | None:
     """Return a checked annotation; None where it has neither a box nor a mask inside the image."""
     category, crowd, area = whole_number(row.get("category_id")), row.get("iscrowd", 0), row.get("area")
@@ -229,12 +217,12 @@ def _row(
     if box is None:
         box = rle.box(_runs(shape, size), size[0])
         if box == (0, 0, 0, 0):
-            warnings.no_mask.append(name)
+            warnings[_NO_MASK].append(name)
             return None
         if row.get("bbox") is not None:
-            warnings.no_box.append(f"{name}, {row['bbox']!r:.100}")
+            warnings[_NO_BOX].append(f"{name}, {row['bbox']!r:.100}")
     elif _contradicts(box, shape, size):
-        warnings.different_box.append(f"{name}, {row['bbox']!r:.100}")
+        warnings[_OTHER_BOX].append(f"{name}, {row['bbox']!r:.100}")
     area = _number(area) or 0
     if area <= 0:  # it is missing, or the signed area of a polygon in the opposite direction
         area = rle.area(_runs(shape, size))
