@@ -5,7 +5,8 @@ import json
 import pytest
 
 from maskset.evaluation.metrics import Metrics
-from maskset.training.log import Log, counted
+from maskset.messages import pluralize
+from maskset.training.log import Log
 from maskset.training.state import Progress
 
 METRICS = Metrics(mask_ap=0.25, mask_ap50=0.5, box_ap=0.375, max_detections=100, images=2, objects=5)
@@ -108,5 +109,5 @@ def test_on_a_terminal_there_is_a_bar_with_the_losses(tmp_path, sent, capsys, mo
 
 
 def test_one_is_not_a_plural():
-    assert [counted(1, "step"), counted(2, "step"), counted(0, "step")] == ["1 step", "2 steps", "0 steps"]
-    assert [counted(1, "class"), counted(3, "class")] == ["1 class", "3 classes"]
+    assert [pluralize(1, "step"), pluralize(2, "step"), pluralize(0, "step")] == ["1 step", "2 steps", "0 steps"]
+    assert [pluralize(1, "class"), pluralize(3, "class")] == ["1 class", "3 classes"]

@@ -6,8 +6,8 @@ from typing import Literal
 from maskset.config import config
 from maskset.config import write as write_settings
 from maskset.files import atomic_write
+from maskset.messages import pluralize
 from maskset.recipe import Recipe
-from maskset.training.log import counted
 
 JSON, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison.png"  # files of a comparison's folder
 
@@ -154,7 +154,7 @@ class Comparison:
 def _notes(settings: ComparisonSettings, any_recipe: bool) -> str:
     budget = "Each recipe had its own schedule" if any_recipe else "No model was trained here"
     if settings.epochs:
-        budget = f"Each recipe was trained for {counted(settings.epochs, 'epoch')}"
+        budget = f"Each recipe was trained for {pluralize(settings.epochs, 'epoch')}"
     if settings.minutes:
         budget = f"Each recipe was trained for as many steps as fit into {settings.minutes:g} minutes at the measured speed"
     name = Path(settings.data).name or settings.data

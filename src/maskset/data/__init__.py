@@ -8,6 +8,7 @@ from maskset.data.coco import CocoDataset
 from maskset.data.dataset import Dataset, ImageRecord
 from maskset.data.shapes import ShapesDataset
 from maskset.errors import DataError
+from maskset.messages import first_names
 
 __all__ = ["CocoDataset", "DataError", "Dataset", "ImageRecord", "ShapesDataset", "open_data"]
 
@@ -71,12 +72,11 @@ def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
         if (folder / name / "_annotations.coco.json").is_file():
             return folder / name / "_annotations.coco.json", folder / name
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     also = " or valid/_annotations.coco.json" if split == "val" else ""
     raise DataError(
         f"{folder} does not contain annotations of {split!r}. Looked for annotations/instances_{split}*.json with an image "
         f"folder {split}*/, for instances_{split}.json with {split}/, and for {split}/_annotations.coco.json{also}. "
-        f"The folder contains: {listed or 'nothing'}."
+        f"The folder contains: {first_names(names, 12)}."
     )
 
 

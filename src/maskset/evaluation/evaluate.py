@@ -22,6 +22,7 @@ from maskset.evaluation.metrics import Metrics
 from maskset.evaluation.overlaps import Overlaps, overlaps
 from maskset.inference.predict import load_model, predict_items
 from maskset.instances import Category, Instances
+from maskset.messages import first_names
 from maskset.progress import track
 from maskset.systems.base import System
 from maskset.tensors import Device
@@ -133,14 +134,9 @@ def class_labels(model: Sequence[Category], data: Sequence[Category]) -> list[in
     label_of = {category.name: label for label, category in enumerate(data)}
     labels = [label_of.get(category.name, -1) for category in model]
     if max(labels, default=-1) < 0:
-        raise DataError(
-            f"the model detects {_first_names(model)}, the data has {_first_names(data)}: no class has the same name in both."
-        )
+        detected, annotated = (first_names([category.name for category in categories], 5) for categories in (model, data))
+        raise DataError(f"the model detects {detected}, the data has {annotated}: no class has the same name in both.")
     return labels
-
-
-def _first_names(categories: Sequence[Category]) -> str:
-    return ", ".join(category.name for category in categories[:5]) + (", ..." if len(categories) > 5 else "")
 
 
 def _share(dataset: Dataset, model: System) -> list[int]:

@@ -3,12 +3,14 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import nan
 from pathlib import Path
 from typing import Any
 
 from maskset.files import atomic_write
+from maskset.messages import first_names, pluralize
 
 # Rows of the printed table: metric, IoU, area, and the name of the attribute without mask_ or box_.
 _ROWS = (
@@ -130,9 +132,9 @@ class Metrics:
                 "not all of which can be detected: raise --max-detections (in training --train.max-detections)."
             )
         if self.missing_in_model:
-            notes.append(f"The model does not have {_listed(self.missing_in_model)} of the data: their objects count as missed.")
+            notes.append(f"The model does not have {_classes(self.missing_in_model)} of the data: their objects count as missed.")
         if self.missing_in_data:
-            notes.append(f"The data does not have {_listed(self.missing_in_data)} of the model: their detections are ignored.")
+            notes.append(f"The data does not have {_classes(self.missing_in_data)} of the model: their detections are ignored.")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,10 +158,8 @@ def _short(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def _listed(names: tuple[str, ...], most: int = 8) -> str:
-    """Return the number of classes and the first names."""
-    text = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({text})"
+def _classes(names: Sequence[str]) -> str:
+    return f"{pluralize(len(names), 'class')} ({first_names(names)})"
 
 
 def _without_nan(value: Any) -> Any:

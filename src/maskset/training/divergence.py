@@ -7,6 +7,7 @@ from pathlib import Path
 from maskset.checkpoint import write_tensors
 from maskset.errors import TrainingDiverged
 from maskset.files import write_json
+from maskset.messages import first_names
 from maskset.training.state import LAST
 from maskset.training.step import NotFinite
 
@@ -45,10 +46,9 @@ def save_diverged_batch(
     write_tensors(tensors, out / "batch.safetensors", {})
     write_json(facts, out / "batch.json")
     learning_rates = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
-    listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     start = f", which can start from the last checkpoint: --init {folder}" if (folder / LAST).is_file() else ""
     return TrainingDiverged(
-        f"training diverged in step {step}: {problem.why} Learning rates: {learning_rates}. Images: {listed}. "
+        f"training diverged in step {step}: {problem.why} Learning rates: {learning_rates}. Images: {first_names(names, 4)}. "
         f"The batch is in {out}. Try a lower --train.learning-rate, a longer --train.warmup-steps, a smaller "
         f"--train.clip-norm, or another --train.precision than fp16, in a new run{start}."
     )

@@ -13,9 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from maskset.errors import MasksetError
+from maskset.messages import pluralize
 from maskset.recipe import Recipe
 from maskset.training.guards import explain_shortages, restore_process_settings
-from maskset.training.log import counted
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_run
 from maskset.training.state import seed_everything
@@ -76,7 +76,7 @@ def measure_cost(
         _run_step(run, next(batches))
         steps += 1
     mean = (time.perf_counter() - start) / steps
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {pluralize(torch.get_num_threads(), 'thread')}"
     return Cost(mean, run.steps, _peak_memory(run, [next(batches) for _ in range(_PROFILED)]) / 1e9, device)
 
 

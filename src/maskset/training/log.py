@@ -148,11 +148,6 @@ def check_trackers(names: tuple[str, ...]) -> None:
         raise ConfigError(f"train.trackers needs {', '.join(missing)}, which is not installed: pip install 'maskset[track]'.")
 
 
-def counted(number: int, noun: str) -> str:
-    """Return number and noun, such as "1 step", "2 steps" or "2 classes"."""
-    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
-
-
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -24,11 +24,12 @@ from maskset.distributed import launched
 from maskset.errors import CheckpointError, ConfigError, DataError
 from maskset.files import atomic_write
 from maskset.layers.blocks import recompute
+from maskset.messages import pluralize
 from maskset.progress import track
 from maskset.recipe import Recipe, TrainConfig
 from maskset.systems import System, build
 from maskset.systems.base import belongs
-from maskset.training.log import Log, check_trackers, counted
+from maskset.training.log import Log, check_trackers
 from maskset.training.optimizer import build_optimizer, learning_rate_advice, step_count
 from maskset.training.state import (
     LAST,
@@ -184,7 +185,7 @@ def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
             yield log
             unread = [problem for problem in dict.fromkeys(gather_object(run.skipped)) if problem not in known]
             if unread:
-                log.print(f"warning: unreadable, and left out: {counted(len(unread), 'image')}. The first: {unread[0]}")
+                log.print(f"warning: unreadable, and left out: {pluralize(len(unread), 'image')}. The first: {unread[0]}")
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -295,10 +296,10 @@ def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
     device = str(run.accelerator.device) + (f" x {processes} processes" if processes > 1 else "") + f", {config.precision}"
     lines = [
         f"model: {run.recipe.model.system}, {total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trainable), on {device}",
-        f"data: {counted(len(run.train_data), 'image')} to train on, {len(run.val_data)} to evaluate on, "
-        f"{counted(len(model.categories), 'class')}",
+        f"data: {pluralize(len(run.train_data), 'image')} to train on, {len(run.val_data)} to evaluate on, "
+        f"{pluralize(len(model.categories), 'class')}",
         f"{_length(run)}; {learning_rate_advice(config)}",
-        f"run: {run.folder}" + (f", resumed after {counted(run.progress.step, 'step')}" if resume else ""),
+        f"run: {run.folder}" + (f", resumed after {pluralize(run.progress.step, 'step')}" if resume else ""),
     ]
     if run.skipped:
         lines.append(
@@ -315,8 +316,8 @@ def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
 def _length(run: Run) -> str:
     """Return a text about the length of the run."""
     if run.last_step % run.steps:
-        return f"{counted(run.last_step, 'step')}, {run.steps} in an epoch"
-    return f"{counted(run.epochs, 'epoch')} of {counted(run.steps, 'step')}"
+        return f"{pluralize(run.last_step, 'step')}, {run.steps} in an epoch"
+    return f"{pluralize(run.epochs, 'epoch')} of {pluralize(run.steps, 'step')}"
 
 
 def _facts(train_data: Dataset) -> dict[str, object]:

@@ -17,11 +17,12 @@ from maskset.errors import TrainingDiverged
 from maskset.evaluation.evaluate import evaluate
 from maskset.evaluation.metrics import Metrics
 from maskset.files import lock_folder
+from maskset.messages import pluralize
 from maskset.recipe import Recipe
 from maskset.training.divergence import save_diverged_batch
 from maskset.training.guards import explain_shortages, restore_process_settings
 from maskset.training.interruption import Interruption
-from maskset.training.log import Log, counted
+from maskset.training.log import Log
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_log, open_run
 from maskset.training.sample_images import draw_samples
@@ -86,7 +87,7 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
     metrics = None
     for epoch in range(progress.epoch, run.epochs):
         if config.patience and progress.stale >= config.patience:
-            log.print(f"stopped early: {counted(progress.stale, 'evaluation')} without a better mask AP")
+            log.print(f"stopped early: {pluralize(progress.stale, 'evaluation')} without a better mask AP")
             break
         state.model.train()
         remaining = run.last_step - progress.step  # the last epoch may be incomplete

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskset.instances import Category
+from maskset.messages import first_names
 from maskset.systems import System
 from maskset.systems.base import belongs
 
@@ -39,17 +40,17 @@ class Transfer:
     def __str__(self) -> str:
         lines = [f"copied completely: {len(self.copied)} tensors"]
         if self.by_class:
-            lines.append(f"copied class by class: {_listed(self.by_class)}")
-            lines.append(f"  classes in both: {_listed(self.classes)}")
-            lines.append(f"  new classes: {_listed(self.new_classes)}")
+            lines.append(f"copied class by class: {first_names(self.by_class)}")
+            lines.append(f"  classes in both: {first_names(self.classes)}")
+            lines.append(f"  new classes: {first_names(self.new_classes)}")
         lines += [
             f"{'extended' if now > before else 'shortened'}: {name}, {before} -> {now} rows"
             for name, (before, now) in self.by_row.items()
         ]
         if self.initial:
-            lines.append(f"not copied: {_listed([f'{name} ({why})' for name, why in self.initial.items()])}")
+            lines.append(f"not copied: {first_names([f'{name} ({why})' for name, why in self.initial.items()])}")
         if self.unused:
-            lines.append(f"not in the model: {_listed(self.unused)}")
+            lines.append(f"not in the model: {first_names(self.unused)}")
         return "\n".join(lines)
 
 
@@ -92,8 +93,3 @@ def transfer(
             report.initial[name] = f"{list(source.shape)} in the file, {list(tensor.shape)} in the model"
     report.unused = [name for name in state if name not in own]
     return report
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    text = ", ".join(names[:most])
-    return (text or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
