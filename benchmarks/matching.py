@@ -24,7 +24,7 @@ FOR_CLASS, FOR_L1, FOR_GIOU = 2.0, 5.0, 2.0
 
 @dataclass(frozen=True)
 class Problem:
-    """What is matched: predictions of all layers, and the objects of each image."""
+    """Predictions of all layers, and the objects of each image."""
 
     logits: Float[Tensor, "L B N K"]
     boxes: Float[Tensor, "L B N 4"]
@@ -33,12 +33,12 @@ class Problem:
 
     @property
     def counts(self) -> list[int]:
-        """How many objects each image has."""
+        """Number of objects in each image."""
         return [len(label) for label in self.labels]
 
 
 def run(report: Report, quick: bool) -> None:
-    """Measure both ways."""
+    """Measure both implementations."""
     problem = made(counts=(3, 5), slots=20, layers=2) if quick else made(spread(16, 7, 50, 459), slots=300, layers=6)
     ours, theirs = padded(problem), all_pairs(problem)
     apart = max(
@@ -47,8 +47,8 @@ def run(report: Report, quick: bool) -> None:
         for image, count in enumerate(problem.counts)
     )
     report.agree("costs of all slots and objects, absolute", apart, 1e-4)
-    ways = {BASELINE: partial(all_pairs, problem), "maskset, padded": partial(padded, problem)}
-    report.compare(CASE, BASELINE, in_turn(ways, 0 if quick else 10), peaks(ways))
+    implementations = {BASELINE: partial(all_pairs, problem), "maskset, padded": partial(padded, problem)}
+    report.compare(CASE, BASELINE, in_turn(implementations, 0 if quick else 10), peaks(implementations))
     solved = in_turn({"SciPy, one problem after the other": partial(match, ours, problem.counts)}, 0 if quick else 3)
     report.compare("assignment of 6 layers", None, solved)
     report.target(
@@ -59,7 +59,7 @@ def run(report: Report, quick: bool) -> None:
 
 
 def spread(images: int, least: int, most: int, total: int) -> tuple[int, ...]:
-    """Return how many objects each image has: from least to most, this many in all."""
+    """Return the number of objects in each image, from minimum to maximum, with this sum."""
     counts = [round(least + (most - least) * i / (images - 1)) for i in range(images)]
     for i in range(abs(total - sum(counts))):
         counts[1 + i % (images - 2)] += 1 if total > sum(counts) else -1
@@ -83,7 +83,7 @@ def made(counts: Sequence[int], slots: int, layers: int, classes: int = 91) -> P
 
 
 def padded(problem: Problem) -> Float[Tensor, "L B N T"]:
-    """Return maskset's costs: of the slots and objects of one image only, all layers at once."""
+    """Return maskset's costs: only of slots and objects of the same image, for all layers at once."""
     labels, targets = pad(problem.labels), pad(problem.targets)
     cost = FOR_CLASS * focal_cost(problem.logits, labels)
     cost = cost + FOR_L1 * l1_cost(problem.boxes, targets)
@@ -91,7 +91,7 @@ def padded(problem: Problem) -> Float[Tensor, "L B N T"]:
 
 
 def all_pairs(problem: Problem) -> list[list[Float[Tensor, "N _"]]]:
-    """Return for each layer and image the costs, cut out of those of the whole batch."""
+    """Return the costs of each layer and image, taken from those of the whole batch."""
     labels, targets = torch.cat(list(problem.labels)), torch.cat(list(problem.targets))
     found = []
     for logits, boxes in zip(problem.logits, problem.boxes, strict=True):
