@@ -19,10 +19,10 @@ demo: .venv/installed  ## train a small model on generated images, print its AP,
 	@echo 'Before the first of these in a shell:  source .venv/bin/activate'
 
 test: lint types docs  ## everything that a change must pass
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 test-all: lint types docs  ## the same with the tests marked slow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed  ## style and format
 	$(BIN)/ruff check

@@ -1,11 +1,21 @@
 """What several test files need."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_cached_results(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Free the full-size models and outputs that a module's `functools.cache` functions hold, after its last test."""
+    yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 @pytest.fixture(scope="session")

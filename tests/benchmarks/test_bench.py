@@ -11,7 +11,9 @@ from benchmarks.report import Disagreement, Report
 from benchmarks.run import run
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("inference", "training"))) for name in BENCHMARKS]
+)
 @pytest.mark.filterwarnings("ignore")  # other packages warn as they like
 def test_a_quick_benchmark_finds_that_results_agree_and_writes_nothing(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
