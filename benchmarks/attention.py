@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.measure import Implementation, in_turn, peaks, require
 from benchmarks.report import Report
-from maskset.layers.deformable import FUSED, deformable_attention, implementations, using
+from maskset.kernels.attention import FUSED, deformable_attention, implementations, using
 
 HEADS, WIDTH, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
 BASELINE = "transformers"

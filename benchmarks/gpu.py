@@ -29,8 +29,8 @@ from benchmarks.training import example, total
 from maskset import recipes
 from maskset.data import shapes
 from maskset.files import atomic_write
+from maskset.kernels.attention import FUSED, PLAIN, implementations
 from maskset.kernels.attention_plain import by_grid_sample
-from maskset.layers.deformable import FUSED, PLAIN, implementations
 from maskset.systems import build
 
 ROOT = Path(__file__).parents[1]

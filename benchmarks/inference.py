@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Implementation, in_new_process, in_turn, peaks, require, resident
 from benchmarks.report import Report
 from maskset import recipes
-from maskset.layers.deformable import FUSED, implementations, using
+from maskset.kernels.attention import FUSED, implementations, using
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.structures import ImageBatch
 from maskset.systems import System, build

@@ -11,8 +11,8 @@ import torch
 from benchmarks import page
 from benchmarks.report import Report, save
 from maskset.errors import ConfigError
+from maskset.kernels.attention import ATTENTION_ENV
 from maskset.kernels.library import NATIVE_ENV
-from maskset.layers.deformable import ATTENTION_ENV
 
 
 def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = None, images: int | None = None) -> Report:

@@ -26,8 +26,9 @@ from maskset import recipes
 from maskset.data.shapes import CATEGORIES, ShapesDataset
 from maskset.instances import Instances, Masks
 from maskset.kernels import library
+from maskset.kernels.attention import ATTENTION_ENV
 from maskset.layers.blocks import recompute
-from maskset.layers.deformable import ATTENTION_ENV, DeformableAttention
+from maskset.layers.transformer import DeformableAttention
 from maskset.structures import ImageBatch
 from maskset.systems import System, build, isda, soit
 

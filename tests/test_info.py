@@ -4,7 +4,7 @@ import pytest
 
 from maskset import __version__, cli
 from maskset.kernels import library
-from maskset.layers.deformable import implementations
+from maskset.kernels.attention import implementations
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def test_a_hidden_c_library_is_reported_with_the_variable_that_hides_it(monkeypa
 
 @pytest.mark.parametrize(("failure", "expected"), [(None, "works"), ("the output is wrong in torch.float16",) * 2])
 def test_on_a_gpu_the_triton_kernels_are_checked(failure, expected, monkeypatch, capsys):
-    monkeypatch.setattr("maskset.layers.deformable.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("maskset.layers.deformable._TRITON", True)
-    monkeypatch.setattr("maskset.layers.deformable.triton_failure", lambda device: failure)
+    monkeypatch.setattr("maskset.kernels.attention.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("maskset.kernels.attention._TRITON", True)
+    monkeypatch.setattr("maskset.kernels.attention.triton_failure", lambda device: failure)
     assert cli.main(["info"]) == 0
     assert f"attention, triton     {expected}\n" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from maskset import rle
+from maskset.instances.masks import nearest_index
 
 
 def random_masks(seed: int):
@@ -97,7 +98,7 @@ def test_the_nearest_index_is_torchs():
     source = torch.arange(37, dtype=torch.float32)
     for new in (1, 5, 36, 37, 38, 100):
         expected = torch.nn.functional.interpolate(source[None, None], size=new, mode="nearest")[0, 0]
-        assert torch.equal(source[rle.nearest_index(37, new)], expected)
+        assert torch.equal(source[nearest_index(37, new)], expected)
 
 
 @pytest.mark.parametrize(("first", "end"), [(0, 9), (3, 4), (2, 7), (0, 0), (9, 9)])

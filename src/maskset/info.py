@@ -9,7 +9,7 @@ import torch
 
 from maskset import __version__
 from maskset.kernels import library
-from maskset.layers.deformable import ATTENTION_ENV, implementations
+from maskset.kernels.attention import ATTENTION_ENV, implementations
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors", "accelerate", "triton")
 

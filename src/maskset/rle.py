@@ -338,12 +338,6 @@ def from_coco(segmentation: Any, size: tuple[int, int]) -> Counts | Polygons:
     return check_polygons(tuple(parts), size)
 
 
-def nearest_index(length: int, new: int) -> Int64[Tensor, "new"]:
-    """Return the source index of each of `new` cells when `length` cells are resized by nearest neighbor (torch's rule)."""
-    cells: Float[Tensor, "1 1 length"] = torch.arange(length, dtype=torch.float32)[None, None]
-    return torch.nn.functional.interpolate(cells, size=new, mode="nearest")[0, 0].long()
-
-
 def _as_counts(numbers: np.ndarray) -> Counts:
     if len(numbers) and (numbers.max() > 2**31 - 1 or numbers.min() < -(2**31)):
         raise MaskError("a run length does not fit 32 bits.")

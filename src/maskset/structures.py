@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from maskset import rle
 from maskset.errors import MasksetError
 from maskset.instances import Category, Instances, Masks
+from maskset.instances.masks import nearest_index
 from maskset.tensors import TensorRecord, register
 
 __all__ = ["Category", "ImageBatch", "Instances", "Masks", "ModelOutput", "Normalization", "SlotPredictions"]
@@ -92,7 +92,7 @@ class ImageBatch(TensorRecord):
         """Return the padding mask, resized to `size` (height, width) by nearest neighbor (as F.interpolate does)."""
         inside = []
         for axis, cells in enumerate(size):
-            index = rle.nearest_index(self.pixels.shape[2 + axis], cells).to(self.sizes.device)
+            index = nearest_index(self.pixels.shape[2 + axis], cells).to(self.sizes.device)
             inside.append(index[None] < self.sizes[:, axis, None])
         return ~(inside[0][:, :, None] & inside[1][:, None, :])
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from maskset.kernels import attention, library, self_check
-from maskset.layers import deformable
 
 CPU = torch.device("cpu")
 
@@ -87,16 +86,16 @@ def test_the_check_leaves_the_random_state_alone(kernels):
 def test_deformable_attention_falls_back_to_the_plain_path(kernels, monkeypatch):
     kernels.forward = None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(deformable, "_TRITON", True)
-    monkeypatch.setattr(deformable, "_GPU", CPU)
-    monkeypatch.setattr(deformable, "FUSED", {"triton": "cpu"})
-    monkeypatch.delenv(deformable.ATTENTION_ENV, raising=False)
+    monkeypatch.setattr(attention, "_TRITON", True)
+    monkeypatch.setattr(attention, "_GPU", CPU)
+    monkeypatch.setattr(attention, "FUSED", {"triton": "cpu"})
+    monkeypatch.delenv(attention.ATTENTION_ENV, raising=False)
     with pytest.warns(RuntimeWarning, match="The slower plain path is used"):
-        out = deformable.deformable_attention(
+        out = attention.deformable_attention(
             torch.ones(1, 1, 1, 1), [(1, 1)], torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
         )
     assert out.item() == 1
-    assert "TypeError in torch.float32" in str(deformable.implementations()["triton"])
+    assert "TypeError in torch.float32" in str(attention.implementations()["triton"])
 
 
 def test_compiled_code_contains_the_result_of_the_check(kernels):

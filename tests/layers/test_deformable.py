@@ -7,7 +7,8 @@ from goldens import golden, notes, weights
 
 from maskset.errors import AttentionError
 from maskset.kernels import library
-from maskset.layers.deformable import ATTENTION_ENV, DeformableAttention, deformable_attention, implementations, using
+from maskset.kernels.attention import ATTENTION_ENV, deformable_attention, implementations, using
+from maskset.layers.transformer import DeformableAttention
 
 CPU = ["reference", "bag", "gather", "c"]
 SHAPES = [tuple(shape) for shape in golden("solq", "msda.shapes").tolist()]

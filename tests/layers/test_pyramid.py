@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from maskset.layers.pyramid import FeaturePyramid
+from maskset.layers.backbone import FeaturePyramid
 
 
 def test_a_level_is_its_map_and_all_coarser_ones():

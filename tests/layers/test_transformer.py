@@ -2,8 +2,8 @@ import pytest
 import torch
 from goldens import golden, notes
 
+from maskset.layers.backbone import LevelProjection
 from maskset.layers.blocks import Mlp, sine_positions
-from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import Proposals, cell_centers, flatten_levels, inverse_sigmoid, refine
 from maskset.structures import ImageBatch
 

@@ -106,15 +106,15 @@ def test_columns_that_are_alike_are_computed_once():
     assert widths == [20, 28, 24, 32, 28, 36, 32, 40]  # attention, convolutions and so on; the doubled map has 40
 
 
-@pytest.mark.parametrize("apart", [0, 2, 4, 6])
-def test_both_copies_can_be_had_whole(apart):
+@pytest.mark.parametrize("border", [0, 2, 4, 6])
+def test_a_compact_map_gives_both_complete_copies(border):
     left, right = torch.randn(1, 2, 11, 3), torch.randn(1, 2, 11, 3)
-    right[:, :, apart : 11 - apart] = left[:, :, apart : 11 - apart]
+    right[:, :, border : 11 - border] = left[:, :, border : 11 - border]
     whole = torch.cat([left, right], 2)
-    copies = Copies(11, apart)
-    kept = whole if copies.whole else torch.cat([whole[:, :, : 11 + apart], whole[:, :, 22 - apart :]], 2)
+    copies = Copies(11, border)
+    kept = whole if copies.complete else torch.cat([whole[:, :, : 11 + border], whole[:, :, 22 - border :]], 2)
     assert torch.equal(copies.right(kept), right)
-    assert torch.equal(copies.both(kept), whole if apart else left)
+    assert torch.equal(copies.both(kept), whole if border else left)
 
 
 def test_with_closed_gates_nothing_happens():

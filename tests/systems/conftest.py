@@ -10,7 +10,7 @@ import pytest
 from on_device import systems_on
 
 from maskset.kernels import library
-from maskset.layers.deformable import implementations, using
+from maskset.kernels.attention import implementations, using
 
 ATTENTIVE = ("solq", "soit", "isda")  # which have deformable attention
 DEVICE = os.environ.get("MASKSET_TEST_DEVICE")

@@ -18,8 +18,8 @@ from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import evaluate
 from maskset.instances import Category, Instances, Masks
 from maskset.kernels import library
+from maskset.kernels.attention import implementations, using
 from maskset.layers import blocks
-from maskset.layers.deformable import implementations, using
 from maskset.masks.paint import paint, paint_probabilities
 from maskset.masks.resize import align_corners, aligned_bilinear, resample
 from maskset.masks.targets import central_means, quarter_masks, resize_by_corners

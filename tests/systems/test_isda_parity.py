@@ -15,7 +15,7 @@ from maskset.conversion.keys import rename
 from maskset.detection import Matches, focal_cost
 from maskset.instances import Instances, Masks
 from maskset.layers.blocks import sine_positions
-from maskset.masks.heads.dynamic_conv import dynamic_conv
+from maskset.masks.heads.features import dynamic_conv
 from maskset.masks.paint import paint_probabilities
 from maskset.masks.targets import central_means
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions

@@ -15,7 +15,7 @@ from maskset.conversion.keys import rename
 from maskset.conversion.sotr import rules
 from maskset.instances import Instances, Masks
 from maskset.losses import squared_dice_loss
-from maskset.masks.heads.dynamic_conv import dynamic_conv
+from maskset.masks.heads.features import dynamic_conv
 from maskset.masks.nms import mask_iou, matrix_nms
 from maskset.masks.targets import quarter_masks
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from maskset import rle
@@ -138,8 +138,8 @@ class Masks(TensorRecord):
     def scaled(self, size: tuple[int, int]) -> "Masks":
         """Return the masks resized to `size` (height, width) by nearest neighbor."""
         rows, columns = self._all_rows(), self._all_columns()
-        rows = rows[rle.nearest_index(len(rows), size[0]).to(rows.device)]
-        columns = columns[rle.nearest_index(len(columns), size[1]).to(columns.device)]
+        rows = rows[nearest_index(len(rows), size[0]).to(rows.device)]
+        columns = columns[nearest_index(len(columns), size[1]).to(columns.device)]
         return self._view(self._shapes, rows, columns)
 
     def dense(self) -> Bool[Tensor, "T h w"]:
@@ -210,6 +210,12 @@ class Masks(TensorRecord):
     def _view(self, shapes, *maps) -> "Masks":
         rows, columns = maps if maps else (self._rows, self._columns)
         return Masks(shapes, self._source_size, rows, columns)
+
+
+def nearest_index(length: int, new: int) -> Int64[Tensor, "new"]:
+    """Return the source index of each of `new` cells when `length` cells are resized by nearest neighbor (torch's rule)."""
+    cells: Float[Tensor, "1 1 length"] = torch.arange(length, dtype=torch.float32)[None, None]
+    return torch.nn.functional.interpolate(cells, size=new, mode="nearest")[0, 0].long()
 
 
 def positions(index: int | Index | Sequence[int], length: int) -> list[int]:

@@ -1,12 +1,16 @@
-"""Deformable attention as a PyTorch operator, computed by C (csrc/attention.c) on a CPU and by Triton on a GPU.
+"""Deformable attention: selection of the fastest implementation, and the PyTorch operator of the C and Triton ones.
 
-For the backward pass it saves only its inputs: value, locations and weights. The C functions take one pass over the samples, in
-float32 or float64, without copies.
+The operator is computed by C (csrc/attention.c) on a CPU and by Triton on a GPU. For the backward pass it saves only its inputs:
+value, locations and weights. The C functions take one pass over the samples, in float32 or float64, without copies. The plain
+versions are in `attention_plain`.
 """
 
 import ctypes
 import importlib
-from collections.abc import Callable, Sequence
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +19,90 @@ from torch import Tensor
 
 from maskset.errors import AttentionError
 from maskset.kernels import library
-from maskset.kernels.attention_plain import Locations, Output, Shapes, Value, Weights
+from maskset.kernels.attention_plain import Locations, Output, Shapes, Value, Weights, by_embedding_bag, by_gather, by_grid_sample
+from maskset.kernels.self_check import triton_failure
 
+ATTENTION_ENV = "MASKSET_ATTENTION"  # environment variable that names the implementation; the default is the fastest available
+PLAIN = {"reference": by_grid_sample, "bag": by_embedding_bag, "gather": by_gather}
+FUSED = {"c": "cpu", "triton": "cuda"}  # name and supported device type
+_GPU = torch.device("cuda")
+_TRITON = importlib.util.find_spec("triton") is not None
 _TYPES = {torch.float32: "f32", torch.float64: "f64"}
 _MIN_SAMPLES_PER_THREAD = 2**14
+
+
+def deformable_attention(value: Value, shapes: Shapes, locations: Locations, weights: Weights) -> Output:
+    """Return the weighted sum of P bilinear samples of each of L levels, for every query and head, in the type of `value`.
+
+    All implementations agree up to rounding. A location that is NaN gives NaN.
+
+    Args:
+        value: the levels' cells, level after level, row-major, for each of M heads; S is the sum of all h * w.
+        shapes: height and width of each level.
+        locations: where to sample, x and y as fractions of the level; zero outside of [0, 1]. Float32, or as `value`.
+        weights: of the samples.
+
+    Raises:
+        AttentionError: MASKSET_ATTENTION names an implementation that is not available here.
+    """
+    name = os.environ.get(ATTENTION_ENV) or _fastest(value)
+    if name in PLAIN:
+        return PLAIN[name](value.to(locations.dtype), shapes, locations, weights).to(value.dtype)
+    _check_available(name, value)
+    return fused(value, [side for shape in shapes for side in shape], locations, weights)
+
+
+def implementations() -> dict[str, str | None]:
+    """Return every implementation by name, with the reason why it is unavailable on this machine, or None."""
+    return {name: _unavailable_reason(name) for name in (*FUSED, *PLAIN)}
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Use one implementation of deformable attention inside a `with` block, in all threads."""
+    before = os.environ.get(ATTENTION_ENV)
+    os.environ[ATTENTION_ENV] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ATTENTION_ENV]
+        else:
+            os.environ[ATTENTION_ENV] = before
+
+
+def _fastest(value: Tensor) -> str:
+    if torch.compiler.is_exporting():
+        return "gather"
+    for name, device in FUSED.items():
+        if value.device.type == device and _unavailable_reason(name, value.device) is None:
+            return name
+    return "bag" if value.shape[3] >= 8 else "reference"  # for narrow rows, the indices cost more than is saved
+
+
+def _unavailable_reason(name: str, device: torch.device | None = None) -> str | None:
+    if name == "c":
+        return library.unavailable_reason()
+    return _no_triton_reason(device) if name == "triton" else None
+
+
+def _no_triton_reason(device: torch.device | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if not _TRITON:
+        return "Triton is not installed: `pip install triton`"
+    return triton_failure(device or _GPU)
+
+
+def _check_available(name: str, value: Tensor) -> None:
+    """Raise an AttentionError if a fused implementation does not exist or is unavailable for this machine or tensor."""
+    if name not in FUSED:
+        raise AttentionError(f"there is no implementation {name!r} ({ATTENTION_ENV}); there are {', '.join([*FUSED, *PLAIN])}.")
+    why = _unavailable_reason(name)
+    if why is None and value.device.type != FUSED[name]:
+        why = f"it is for tensors on {FUSED[name]}, these are on {value.device.type}"
+    if why is not None:
+        raise AttentionError(f"{ATTENTION_ENV}={name} cannot be used: {why}. Unset it to use the fastest available one.")
 
 
 @torch.library.custom_op("maskset::deformable_attention", mutates_args=())

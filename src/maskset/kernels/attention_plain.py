@@ -1,4 +1,4 @@
-"""Deformable attention in plain PyTorch: a readable version, a faster one and one for export. See `layers.deformable`.
+"""Deformable attention in plain PyTorch: a readable version, a faster one and one for export. See `kernels.attention`.
 
 Fast paths: attention.py (kernels/csrc/attention.c) on the CPU and attention_triton.py on a GPU.
 """

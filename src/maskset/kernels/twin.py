@@ -1,9 +1,9 @@
-"""The fast path of SOTR's released transformer: columns in which the two copies of the map agree are computed once.
+"""The fast path of SOTR's released transformer (twin attention): columns that are equal in both copies are computed once.
 
-The plain twin is `maskset.layers.twin`: the map and its copy, joined to a map of double width, go through all layers. Attention
-does not make the copies differ: a column attends to itself, and in a row both copies have the same queries and the same keys. A
-3x3 convolution does, because it sees the seam between the copies and the borders. So after n pairs of 3x3 convolutions the copies
-differ in at most 2n columns at either side, and in exact arithmetic in no other.
+The plain version is `ReleasedTransformer` in `maskset.layers.twin`: the map and a copy of it, side by side, pass all layers.
+Attention keeps the copies equal: a column attends to itself, and in a row both copies have the same queries and the same keys. A
+3x3 convolution does not, because it reads across the seam between the copies and the outer borders. So after n pairs of 3x3
+convolutions the copies differ in at most 2n columns at each side and, in exact arithmetic, in no other.
 """
 
 from collections.abc import Iterable
@@ -17,54 +17,54 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Copies:
-    """Which columns a map holds of two copies side by side that agree except near their borders.
+    """The layout of a compact map of two copies that are equal except near their borders.
 
-    Such a map holds the columns of the left copy, then the first and the last `apart` columns of the right copy. If that would be
-    all of them, it holds both copies whole.
+    The compact map has the columns of the left copy, then the first and last `border` columns of the right copy. If these are all
+    columns of the right copy, it is the complete map of both copies.
 
     Attributes:
         width: w, of one copy, cells.
-        apart: number of columns at each side of the right copy that may differ from the left copy.
+        border: number of columns at each side of the right copy that may differ from the left copy.
     """
 
     width: int
-    apart: int = 0
+    border: int = 0
 
     @property
-    def whole(self) -> bool:
-        """Whether all columns of both copies are held."""
-        return 2 * self.apart >= self.width
+    def complete(self) -> bool:
+        """Whether the map has all columns of both copies."""
+        return 2 * self.border >= self.width
 
     def right(self, x: Float[Tensor, "B h n C"]) -> Float[Tensor, "B h w C"]:
         """Return the right copy."""
-        width, apart = self.width, self.apart
-        if self.whole or not apart:
+        width, border = self.width, self.border
+        if self.complete or not border:
             return x[:, :, -width:]
-        return torch.cat([x[:, :, width : width + apart], x[:, :, apart : width - apart], x[:, :, width + apart :]], 2)
+        return torch.cat([x[:, :, width : width + border], x[:, :, border : width - border], x[:, :, width + border :]], 2)
 
     def both(self, x: Float[Tensor, "B h n C"]) -> Float[Tensor, "B h m C"]:
         """Return keys or values of both copies.
 
         If no column differs, one copy suffices: duplicating every key does not change a softmax average.
         """
-        return x if self.whole or not self.apart else torch.cat([x[:, :, : self.width], self.right(x)], 2)
+        return x if self.complete or not self.border else torch.cat([x[:, :, : self.width], self.right(x)], 2)
 
     def for_convolutions(self, x: Float[Tensor, "B h n C"]) -> Float[Tensor, "B h m C"]:
-        """Return the columns that `after_convolutions` needs: two more at each cut than those that it keeps."""
-        if self.whole:
+        """Return the columns that two 3x3 convolutions need: two more at each cut than `after_convolutions` returns."""
+        if self.complete:
             return x
-        width, apart, cut = self.width, self.apart, self.apart + 4
+        width, border, cut = self.width, self.border, self.border + 4
         if 2 * cut >= width:
             return torch.cat([x[:, :, :width], self.right(x)], 2)
-        begin, end = x[:, :, apart:cut], x[:, :, width - cut : width - apart]
-        return torch.cat([x[:, :, : width + apart], begin, end, x[:, :, width + apart :]], 2)
+        begin, end = x[:, :, border:cut], x[:, :, width - cut : width - border]
+        return torch.cat([x[:, :, : width + border], begin, end, x[:, :, width + border :]], 2)
 
     def after_convolutions(self, x: Float[Tensor, "B h m C"]) -> tuple[Float[Tensor, "B h n C"], "Copies"]:
-        """Return the output of two 3x3 convolutions of `for_convolutions` without the columns next to a cut."""
-        copies = Copies(self.width, self.apart + 2)
-        if copies.whole:
+        """Return the output of two 3x3 convolutions without the columns next to a cut, which are wrong, and its layout."""
+        copies = Copies(self.width, self.border + 2)
+        if copies.complete:
             return x, copies
-        return torch.cat([x[:, :, : self.width + copies.apart], x[:, :, -copies.apart :]], 2), copies
+        return torch.cat([x[:, :, : self.width + copies.border], x[:, :, -copies.border :]], 2), copies
 
 
 def mean_of_copies(layers: Iterable[Any], x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
@@ -81,11 +81,11 @@ def mean_of_copies(layers: Iterable[Any], x: Float[Tensor, "B h w C"]) -> Float[
 
 
 def _layer(layer: Any, x: Float[Tensor, "B h n C"], copies: Copies) -> tuple[Float[Tensor, "B h m C"], Copies]:
-    """Return the map after one layer, and which columns it holds: the steps of `ReleasedLayer.forward`."""
-    of_columns, of_rows, of_first, of_second = layer.gates
+    """Return the map after one layer and its layout: the steps of `ReleasedLayer.forward`."""
+    column_gate, row_gate, first_gate, second_gate = layer.gates
     rows = layer.rows
     along_rows = rows.attend(rows.query(x), copies.both(rows.key(x)), copies.both(rows.value(x)))
-    x = x + of_columns * layer.columns(x) + of_rows * along_rows
+    x = x + column_gate * layer.columns(x) + row_gate * along_rows
     x = copies.for_convolutions(x)
     first, second = layer.convolutions
-    return copies.after_convolutions(x + of_first * first(x) + of_second * second(x))
+    return copies.after_convolutions(x + first_gate * first(x) + second_gate * second(x))

@@ -1,8 +1,11 @@
-"""Backbones: an image in, maps at strides (4,) 8, 16, 32 out. ResNets and others come from timm, Swin from `layers/swin.py`."""
+"""Backbones, which compute maps at strides (4,) 8, 16 and 32 of an image, and necks, which turn them into levels of one width.
+
+Swin is in `layers/swin.py`; all other backbones come from timm.
+"""
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,11 +20,11 @@ STRIDES = [4, 8, 16, 32]
 
 
 class Backbone(nn.Module):
-    """A network whose features a system reads.
+    """A feature extractor with maps at several strides.
 
     Args:
-        name: what `build_backbone` was asked for.
-        body: the network; it returns a list of maps.
+        name: see `build_backbone`.
+        body: the network, which returns a list of maps.
         channels: of each map, the last of which has a stride of 32.
         channels_last: the body's maps are [B h w C] instead of [B C h w].
 
@@ -48,10 +51,10 @@ class Backbone(nn.Module):
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm as one fixed scale and shift per channel: nothing is learned, and training and evaluation do not differ.
+    """Batch norm as a fixed scale and shift per channel, without learned parameters and the same in training and evaluation.
 
     Args:
-        norm: the batch norm that this stands for.
+        norm: the batch norm that it replaces.
     """
 
     weight: Float[Tensor, "C"]
@@ -80,7 +83,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class _FixedAffine(torch.autograd.Function):
-    """A frozen batch norm of half precision: one pass that computes in float32, where arithmetic would make maps of that."""
+    """A frozen batch norm of a map in half precision, computed in float32 in one pass, without float32 maps in memory."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
@@ -96,12 +99,12 @@ class _FixedAffine(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the place of a batch norm: groups of 16 channels, or of more where 16 does not divide them.
+    """Group norm instead of batch norm, with 16 channels per group, or more if 16 does not divide them.
 
-    The usual 32 groups would leave the narrow first layers of small networks one channel each (Wu & He, ECCV 2018, try both).
+    With the usual 32 groups, groups in narrow layers would have a single channel (Wu & He, ECCV 2018, compare both).
 
     Args:
-        norm: the batch norm that this stands for; its initial scale is kept.
+        norm: the batch norm that it replaces; its initial scale is kept.
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
@@ -121,13 +124,13 @@ def build_backbone(
 
     Args:
         name: swin_tiny, swin_small, swin_base, swin_large, or any timm model that gives maps at these strides.
-        norm: what takes the place of batch norm; without meaning for a Swin.
-        frozen_stages: how many of stem, stage 1, stage 2, ... are not trained; without meaning for a Swin, which is whole.
-        drop_path: Swin's greatest probability of skipping a block's branch; without meaning for others.
+        norm: replacement of batch norm; ignored for Swin, which has none.
+        frozen_stages: how many of stem, stage 1, stage 2, ... are not trained; ignored for Swin, which is always trained.
+        drop_path: maximum probability of skipping a residual branch in Swin; ignored for others.
         finest: stride of the first map; the others are 8, 16 and 32.
 
     Raises:
-        ConfigError: there is no such model, or it has no such maps or stages; or `drop_path` is no probability.
+        ConfigError: there is no such model, it has other maps or stages, or `drop_path` is not a probability.
     """
     if not 0 <= drop_path < 1:
         raise ConfigError(f"drop_path must be in [0, 1), got {drop_path} (--model.backbone.drop-path).")
@@ -149,10 +152,10 @@ def build_backbone(
 
 
 def check_start(name: str, norm: Literal["frozen", "group"], frozen_stages: int, pretrained: bool) -> None:
-    """Refuse to train a backbone of which a part would stay random for ever.
+    """Check that no layers with random weights are frozen.
 
     Raises:
-        ConfigError: layers are frozen that no weights are read for.
+        ConfigError: there are such layers.
     """
     if name in SWIN_SIZES:
         return
@@ -169,12 +172,12 @@ def check_start(name: str, norm: Literal["frozen", "group"], frozen_stages: int,
 
 
 def _activation(norm: nn.BatchNorm2d) -> nn.Module:
-    """Return what some of timm's batch norms apply after normalizing."""
+    """Return the activation that some batch norms of timm include."""
     return getattr(norm, "act", nn.Identity())
 
 
 def _timm_body(name: str, maps: int) -> Any:
-    """Return timm's network, which gives its last maps, with random weights."""
+    """Return a network of timm with random weights, which returns its last `maps` maps."""
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
@@ -195,12 +198,90 @@ def _replace_batch_norms(module: nn.Module, substitute: Callable[[nn.BatchNorm2d
 
 
 def _freeze(name: str, body: nn.Module, count: int) -> None:
-    """Take the first `count` of stem, layer1, ..., layer4 out of training."""
+    """Freeze the first `count` of stem, layer1, ..., layer4."""
     stages = 5 if hasattr(body, "layer4") else 0
     if not 0 <= count <= stages:
         allowed = f"0 to {stages}" if stages else "0, since it is not laid out as a ResNet"
         raise ConfigError(f"frozen_stages of the backbone {name!r} can be {allowed}; got {count}.")
-    trained = tuple(f"layer{stage}." for stage in range(max(1, count), 5))  # the stem is all before layer1
+    trained = tuple(f"layer{stage}." for stage in range(max(1, count), 5))  # the stem is everything before layer1
     for path, parameter in body.named_parameters():
         if count and not path.startswith(trained):
             parameter.requires_grad_(False)
+
+
+def group_count(width: int) -> int:
+    """Return the number of groups of a group norm: 32, or fewer that divide the channels into groups of at least two.
+
+    A group of one channel on a 1 x 1 map would be a single number, whose normalized value is always 0.
+    """
+    groups = math.gcd(32, width)
+    return groups // 2 if 1 < groups == width else groups
+
+
+class LevelProjection(nn.Module):
+    """Projects each map to the same width with a 1x1 convolution and group norm (Deformable DETR, appendix A.2).
+
+    Extra levels come from 3x3 convolutions of stride 2: the first is computed from the last map of the backbone (not from its
+    projection), each further one from the level before.
+
+    Args:
+        channels: widths of the backbone's maps.
+        width: C, of every level.
+        levels: number of levels, at least one. If there are fewer levels than maps, the last maps are used.
+        bias: whether the convolutions have a bias (SOLQ has one, systems from mmdetection have none).
+    """
+
+    def __init__(self, channels: Sequence[int], width: int, levels: int, bias: bool = True) -> None:
+        super().__init__()
+        used = list(channels)[-levels:]
+        self.skipped = len(channels) - len(used)
+        convolutions = [nn.Conv2d(c, width, 1, bias=bias) for c in used]
+        for extra in range(levels - len(used)):
+            convolutions.append(nn.Conv2d(used[-1] if extra == 0 else width, width, 3, stride=2, padding=1, bias=bias))
+        for convolution in convolutions:
+            nn.init.xavier_uniform_(convolution.weight)
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
+        self.convolutions = nn.ModuleList(convolutions)
+        self.norms = nn.ModuleList(nn.GroupNorm(group_count(width), width) for _ in convolutions)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Float[Tensor, "B C h w"]]:
+        """Return the levels, finest first."""
+        sources = list(maps)[self.skipped :]
+        levels: list[Tensor] = []
+        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            if i < len(sources):
+                source = sources[i]
+            else:
+                source = sources[-1] if i == len(sources) else levels[-1]
+            levels.append(norm(convolution(source)))
+        return levels
+
+
+class FeaturePyramid(nn.Module):
+    """The feature pyramid network (FPN; Lin et al., CVPR 2017, figure 3), which adds coarse maps to finer ones.
+
+    As in Detectron2, convolutions have a bias and no norm, and the coarser map is upsampled by nearest neighbor.
+
+    Args:
+        channels: widths of the backbone's maps, each of which has half the height and width of the one before.
+        width: C, of every level.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.output = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
+        for convolution in (*self.lateral, *self.output):
+            assert isinstance(convolution, nn.Conv2d)
+            assert convolution.bias is not None
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Float[Tensor, "B C h w"]]:
+        """Return one level for each map, finest first. The canvas must be a multiple of the last map's stride."""
+        sums: list[Tensor] = []
+        for source, lateral in zip(reversed(maps), reversed(self.lateral), strict=True):
+            level = lateral(source)
+            sums.append(level + F.interpolate(sums[-1], scale_factor=2, mode="nearest") if sums else level)
+        return [output(level) for level, output in zip(reversed(sums), self.output, strict=True)]

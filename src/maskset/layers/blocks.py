@@ -1,4 +1,4 @@
-"""The small blocks of every system: multi-layer perceptrons, copies, sine positions and activation checkpointing."""
+"""Small parts that all systems share: perceptrons, copies, sine position encoding and activation checkpointing."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ class Mlp(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The output layer, for the initialization that a paper asks for."""
+        """The output layer, which some papers initialize in their own way."""
         return self.layers[-1]  # type: ignore[return-value]
 
 
@@ -41,17 +41,17 @@ def copies(module: nn.Module, count: int) -> nn.ModuleList:
 
 
 def frequencies(position: Float[Tensor, "*n"], channels: int, temperature: float = 10000.0) -> Float[Tensor, "*n channels"]:
-    """Return sine (even channels) and cosine (odd ones) of a position in radians at `channels` / 2 wavelengths."""
+    """Return sine (even channels) and cosine (odd channels) of a position in radians at `channels` / 2 wavelengths."""
     pair = torch.arange(channels, device=position.device).div(2, rounding_mode="floor")
     angle = position[..., None] / temperature ** (2 * pair / channels)
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
 
 
 def sine_positions(padding: Bool[Tensor, "B h w"], channels: int) -> Float[Tensor, "B h*w channels"]:
-    """Return the encoding of each cell's place in the valid part of its map, y in the first half of the channels, then x.
+    """Return the encoding of each cell's position in the valid part of its map, y in the first half of the channels, then x.
 
-    A cell's place is its center (the -0.5 is Deformable DETR's; DETR has none), as a fraction of the valid height and width
-    times 2 pi (DETR, appendix A.4).
+    The position is the center of the cell (Deformable DETR subtracts 0.5, DETR does not) as a fraction of the valid height and
+    width, times 2 pi (DETR, appendix A.4).
     """
     valid = ~padding
     encoded = []
@@ -65,7 +65,7 @@ def sine_positions(padding: Bool[Tensor, "B h w"], channels: int) -> Float[Tenso
 class Layer(nn.Module):
     """A layer with optional activation checkpointing (Chen et al., 2016): it recomputes its activations in the backward pass.
 
-    It must not contain batch norm, which would see a batch twice.
+    It must not contain batch norm, whose statistics would count a batch twice.
 
     Attributes:
         recomputes: whether training saves only the inputs for the backward pass. Gradients are equal bit for bit: dropout
@@ -86,7 +86,7 @@ class Layer(nn.Module):
 
 
 def recompute(model: nn.Module) -> None:
-    """Let every `Layer` of the model recompute its activations in training: less memory for more time."""
+    """Make every `Layer` of the model recompute its activations in training, which takes less memory and more time."""
     for module in model.modules():
         if isinstance(module, Layer):
             module.recomputes = True

@@ -1,4 +1,4 @@
-"""Recurrent refinement of boxes: how an object's feature looks at its region, and how a box is corrected (ISTR, section 3.3)."""
+"""Recurrent refinement (ISTR, section 3.3): object features attend to their regions of interest, and boxes are corrected."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from maskset import boxes as box_ops
 from maskset.layers.blocks import Layer
 
-_WEIGHTS = (2.0, 2.0, 1.0, 1.0)  # that a predicted correction of x, y, width, height is divided by
-_GREATEST_GROWTH = math.log(100_000 / 16)  # of the logarithm of a side in one step
+_DELTA_SCALE = (2.0, 2.0, 1.0, 1.0)  # predicted deltas of x, y, width, height are divided by these
+_MAX_GROWTH = math.log(100_000 / 16)  # of the logarithm of a side in one step
 
 
 class DynamicAttention(nn.Module):
-    """An object's feature makes the weights of two layers that its region's features pass (equation 11; Sparse R-CNN).
+    """Two layers on the features of a region, with weights predicted from the object's feature (equation 11; Sparse R-CNN).
 
     Args:
         width: C, of the features.
@@ -43,7 +43,7 @@ class DynamicAttention(nn.Module):
 
 
 class RegionAttention(nn.Module):
-    """An object's feature looks at the cells of its region by multi-head attention: what table 1d compares with.
+    """Multi-head attention from an object's feature to the cells of its region, the alternative in table 1d.
 
     Args:
         width: C, of the features.
@@ -61,14 +61,14 @@ class RegionAttention(nn.Module):
 
 
 class RegionEncoder(Layer):
-    """The Transformer encoder of one stage (figure 2): objects look at each other, then at their regions, then pass an MLP.
+    """The Transformer encoder of one stage (figure 2): self-attention among objects, attention to their regions, and an MLP.
 
     Args:
         width: C, of the objects' features.
         heads: of the self-attention.
         hidden: of the MLP.
-        dropout: of self-attention, MLP and what is added.
-        attention: how an object looks at its region.
+        dropout: in self-attention and the MLP, and before each residual sum.
+        attention: from an object to its region.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RegionEncoder(Layer):
 
 
 class Tower(nn.Module):
-    """Three linear layers without bias, each with layer norm and ELU: what comes before the last layer of a prediction head.
+    """Three linear layers without bias, each followed by layer norm and ELU: the hidden layers of a prediction head.
 
     Args:
         width: C, of the objects' features.
@@ -113,9 +113,9 @@ class Tower(nn.Module):
 
 
 def reset_stage(stage: nn.Module, class_head: nn.Linear) -> None:
-    """Set the official start of a stage: Xavier for every matrix and kernel, each class at a probability of 0.01.
+    """Initialize a stage as the official code does: Xavier for all matrices and kernels, a probability of 0.01 for each class.
 
-    The official code means the class bias, but sets every tensor whose last side is the number of classes.
+    The official code is meant to set the class bias, but sets every tensor whose last dimension is the number of classes.
     """
     for parameter in (*stage.parameters(), class_head.weight):
         if parameter.dim() > 1:
@@ -126,12 +126,12 @@ def reset_stage(stage: nn.Module, class_head: nn.Linear) -> None:
 def image_feature(
     levels: Sequence[Float[Tensor, "B C _ _"]], how: str, paddings: Sequence[Bool[Tensor, "B _ _"]] | None = None
 ) -> Float[Tensor, "B C"]:
-    """Return the sum over levels of the mean (or greatest value) over their cells: the image feature P of section 3.3.
+    """Return the sum over levels of the mean or maximum over their cells: the image feature P of section 3.3.
 
     Args:
         levels: of the feature pyramid.
         how: mean or max.
-        paddings: which cells are padding, and left out; None: padding counts as image, as officially.
+        paddings: which cells are padding, which is ignored; None: padding counts as image, as in the official code.
     """
     pooled = []
     for i, level in enumerate(levels):
@@ -151,6 +151,6 @@ def apply_deltas(boxes: Float[Tensor, "B N 4"], deltas: Float[Tensor, "B N 4"]) 
     The center moves by half of delta times the box's side; the side is multiplied by exp(delta), at most 6250 times.
     """
     center, side = box_ops.to_centers(boxes).split(2, -1)
-    shift, growth = (deltas / deltas.new_tensor(_WEIGHTS)).split(2, -1)
-    side_after = side * growth.clamp(max=_GREATEST_GROWTH).exp()
+    shift, growth = (deltas / deltas.new_tensor(_DELTA_SCALE)).split(2, -1)
+    side_after = side * growth.clamp(max=_MAX_GROWTH).exp()
     return box_ops.to_corners(torch.cat([center + shift * side, side_after], -1))

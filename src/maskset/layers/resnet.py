@@ -1,4 +1,4 @@
-"""What some papers change in a ResNet: where a bottleneck has its stride, and deformable convolutions."""
+"""Variants of ResNet bottlenecks: the stride in the first convolution, and deformable convolutions."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from maskset.layers.backbone import Backbone
 
 
 def stride_in_first(backbone: Backbone) -> None:
-    """Move the stride of every bottleneck from its 3x3 to its first 1x1 convolution, as the first ResNets (Caffe's) have it.
+    """Move the stride of every bottleneck from its 3x3 to its first 1x1 convolution, as in the original (Caffe) ResNets.
 
-    Weights that were trained with the other place do not fit, though their shapes do; timm's hub has none for this one.
+    Weights of one variant load into the other without an error, but do not work there. timm has no weights of this variant.
 
     Raises:
-        ConfigError: the backbone is no ResNet of bottlenecks.
+        ConfigError: the backbone is not a ResNet with bottlenecks.
     """
     for path, block in _bottlenecks(backbone, "stride_in_first false"):
         if getattr(block, "aa", None) is not None and not isinstance(block.aa, nn.Identity):
@@ -29,10 +29,10 @@ def stride_in_first(backbone: Backbone) -> None:
 
 
 def deform(backbone: Backbone, stages: int = 3) -> None:
-    """Make the 3x3 convolutions of the bottlenecks in the last `stages` stages deformable (DCN v2, Zhu et al., CVPR 2019).
+    """Replace the 3x3 convolutions in the bottlenecks of the last `stages` stages by deformable ones.
 
     Raises:
-        ConfigError: the backbone is no ResNet of bottlenecks.
+        ConfigError: the backbone is not a ResNet with bottlenecks.
     """
     for path, block in _bottlenecks(backbone, "deformable_stages 0"):
         if int(path[len("layer")]) > 4 - stages:
@@ -51,10 +51,12 @@ def _bottlenecks(backbone: Backbone, without: str) -> list[tuple[str, Any]]:
 
 
 class DeformableConvolution(nn.Module):
-    """A 3x3 convolution each of whose samples is moved and weighed by what a second convolution of the input says.
+    """A modulated deformable 3x3 convolution (DCN v2, Zhu et al., CVPR 2019).
+
+    A second convolution of the input predicts an offset and a weight for each of the nine samples.
 
     Args:
-        plain: what it stands for; at the start, samples are not moved and weigh one half each.
+        plain: the convolution that it replaces. Initially, offsets are zero and the weights of the samples are 0.5.
     """
 
     def __init__(self, plain: nn.Conv2d) -> None:
@@ -65,13 +67,14 @@ class DeformableConvolution(nn.Module):
         nn.init.zeros_(self.offset.weight)
         assert self.offset.bias is not None
         nn.init.zeros_(self.offset.bias)
-        self.offset.requires_grad_(plain.weight.requires_grad)  # a frozen stage is frozen whole
+        self.offset.requires_grad_(plain.weight.requires_grad)  # offsets of a frozen stage are frozen, too
 
     def forward(self, x: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        """Return a map of the same size, or half of it; computed in float32, since torchvision's operator takes one type only."""
-        moved = self.offset(x).float()  # y and x of the nine samples in turn, cells, then their weights before the sigmoid
+        """Return a map of the same or half the size, computed in float32, since torchvision's operator takes only one type."""
+        predicted = self.offset(
+            x
+        ).float()  # [B 27 h w]: y and x of each sample in turn, cells; then the weights before the sigmoid
         with torch.autocast(x.device.type, enabled=False):
             stride = (self.stride, self.stride)
-            return deform_conv2d(
-                x.float(), moved[:, :18], self.weight.float(), None, stride, (1, 1), mask=moved[:, 18:].sigmoid()
-            )
+            offsets, weights = predicted[:, :18], predicted[:, 18:].sigmoid()
+            return deform_conv2d(x.float(), offsets, self.weight.float(), None, stride, (1, 1), mask=weights)

@@ -1,4 +1,4 @@
-"""Regions of interest: which level of a feature pyramid a box is read from, and its features on a grid (RoIAlign)."""
+"""Regions of interest: the level of a feature pyramid for each box, and its features on a grid (RoIAlign)."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from maskset import boxes as box_ops
 from maskset.layers.backbone import STRIDES
 
 _SAMPLES = 2  # bilinear samples along each side of a cell
-_CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 2  # a box as large as ImageNet's crops is read at stride 16
+_CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 2  # a box as large as a training crop of ImageNet is sampled at stride 16
 
 
 def levels_of(boxes: Float[Tensor, "n 4"], count: int = len(STRIDES)) -> Int[Tensor, "n"]:
-    """Return which of the `count` levels, the first of stride 4, each box is read from (FPN; Lin et al., CVPR 2017, eq. 1).
+    """Return the level that each box is sampled from; level 0 has stride 4 (FPN; Lin et al., CVPR 2017, eq. 1).
 
-    A box of 224 x 224 pixels belongs to the level of stride 16; twice the side is one level up. The area counts as it is, also
-    where a box leaves the image.
+    A box of 224 x 224 pixels belongs to the level of stride 16, one of twice the side to the next level. The area includes the
+    part of a box that is outside of the image.
     """
     side = box_ops.area(boxes).sqrt()
     level = torch.floor(_CANONICAL_LEVEL + torch.log2(side / _CANONICAL_SIDE + 1e-8))
@@ -26,7 +26,7 @@ def levels_of(boxes: Float[Tensor, "n 4"], count: int = len(STRIDES)) -> Int[Ten
 
 
 def to_roi_dtype(levels: Sequence[Float[Tensor, "B C _ _"]], dtype: torch.dtype) -> list[Float[Tensor, "B C _ _"]]:
-    """Return the levels in the type and the order in which torchvision's kernels read them, for many calls one copy."""
+    """Return the levels in the type and memory format that torchvision's kernels read, so that many calls need one copy."""
     return [level.to(dtype, memory_format=torch.contiguous_format) for level in levels]
 
 
@@ -35,9 +35,9 @@ def pyramid_roi_align(
 ) -> Float[Tensor, "B*N C s s"]:
     """Return the features of every box on a grid of size x size cells, box after box, image after image.
 
-    A cell is the mean of 2 x 2 bilinear samples (RoIAlign; He et al., ICCV 2017; half-pixel convention) on the box's own level.
-    Samples more than a cell outside of the padded map are zero; a box that is not finite shows the first cell. No gradient goes
-    to the boxes. Computed in the type of the boxes, float32 as a rule: its kernels take one type, and on CPUs not bfloat16.
+    A cell is the mean of 2 x 2 bilinear samples (RoIAlign; He et al., ICCV 2017; half-pixel convention) on the level of the box.
+    Samples more than a cell outside of the padded map are zero; a box that is not finite gives the first cell. Boxes get no
+    gradient. Computed in the type of the boxes, usually float32: the kernels take one type, and bfloat16 not on CPUs.
 
     Args:
         levels: strides 4, 8, ..., finest first.
@@ -60,7 +60,7 @@ def pyramid_roi_align(
 def _of_every_level(
     levels: Sequence[Float[Tensor, "B C _ _"]], regions: Float[Tensor, "n 5"], of: Int[Tensor, "n"], size: int
 ) -> Float[Tensor, "n C s s"]:
-    """Return the same, reading every box from every level: no shape depends on a value, as tracing a network needs it."""
+    """Return the same, sampling every box from every level: no shape depends on a value, which tracing requires."""
     every = [_aligned(level, regions, i, size) * (of == i)[:, None, None, None] for i, level in enumerate(levels)]
     return torch.stack(every).sum(0)
 

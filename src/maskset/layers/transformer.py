@@ -1,5 +1,6 @@
-"""The deformable transformer: encoder, decoder layer, boxes refined layer by layer, proposals (Deformable DETR, section 4)."""
+"""The deformable transformer: encoder, decoder layer, iterative box refinement and proposals (Deformable DETR, section 4)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from maskset.kernels.attention import Shapes, deformable_attention
 from maskset.layers.blocks import Layer, frequencies, sine_positions
-from maskset.layers.deformable import DeformableAttention, Shapes
 from maskset.structures import SlotPredictions
 
 
@@ -45,7 +46,7 @@ def flatten_levels(
     cells = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
     return Memory(
         cells=cells,
-        positions=torch.cat(positions, 1).to(cells.dtype),  # else all layers would add in float32 under autocast
+        positions=torch.cat(positions, 1).to(cells.dtype),  # otherwise all layers would add in float32 under autocast
         padding=torch.cat([padding.flatten(1) for padding in paddings], 1),
         shapes=[(level.shape[2], level.shape[3]) for level in levels],
         valid=torch.stack(valid, 1),
@@ -64,8 +65,77 @@ def cell_centers(memory: Memory) -> Float[Tensor, "B S 2"]:
     return torch.cat(centers, 1)
 
 
+class DeformableAttention(nn.Module):
+    """Attention in which each head of a query samples `points` locations of each level, predicted from the query.
+
+    Args:
+        width: C, of queries and values.
+        heads: attention heads.
+        levels: feature levels.
+        points: sampling points of a head in a level.
+    """
+
+    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.value_projection = nn.Linear(width, width)
+        self.output_projection = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize as Deformable DETR does: point p of a head is p + 1 cells from the reference in the direction of the head."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, self.points + 1, dtype=torch.float32)
+        offsets = direction[:, None, None, :] * distance[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_projection, self.output_projection):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B Q C"],
+        reference: Float[Tensor, "B Q L _"],
+        memory: Float[Tensor, "B S C"],
+        shapes: Shapes,
+        padding: Bool[Tensor, "B S"],
+    ) -> Float[Tensor, "B Q C"]:
+        """Return the projected weighted samples of each query.
+
+        Args:
+            query: content and position of each query.
+            reference: for each level, a point (x, y) or a box (cx, cy, w, h), in fractions of the padded level.
+            memory: cells of all levels.
+            shapes: height and width of each level.
+            padding: which cells are padding; their value is zero, including the bias of the projection.
+        """
+        batch, queries, _ = query.shape
+        per_head = (batch, queries, self.heads, self.levels, self.points)
+        value = self.value_projection(memory).masked_fill_(padding[..., None], 0.0)
+        offsets = self.sampling_offsets(query).view(*per_head, 2).float()
+        weights = self.attention_weights(query).view(*per_head[:3], -1).float().softmax(-1).view(per_head)
+        if reference.shape[-1] == 2:
+            # In rows of L * P * 2 numbers, since pairs are too short for vector instructions.
+            cells = torch.tensor([(w, h) * self.points for h, w in shapes], device=query.device, dtype=offsets.dtype).flatten()
+            centers = reference.repeat(1, 1, 1, self.points).flatten(2)[:, :, None]
+            locations = torch.addcdiv(centers, offsets.flatten(3), cells).view(*per_head, 2)
+        else:
+            center, side = reference[:, :, None, :, None].split(2, -1)
+            locations = center + offsets / self.points * side * 0.5
+        value = value.view(batch, -1, self.heads, value.shape[-1] // self.heads)
+        return self.output_projection(deformable_attention(value, shapes, locations, weights))
+
+
 class FeedForward(nn.Module):
-    """Two linear layers with ReLU between, dropout after each, the residual and a layer norm."""
+    """Two linear layers with ReLU between, dropout after each, a residual connection and a layer norm."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -75,12 +145,12 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Float[Tensor, "B n C"]) -> Float[Tensor, "B n C"]:
-        """Return x and what the layers make of it, normalized."""
+        """Return the normalized sum of x and the output of the layers."""
         return self.norm(x + self.dropout(self.down(self.dropout(self.up(x).relu_()))))
 
 
 class EncoderLayer(Layer):
-    """Every cell looks at a few places of every level, then passes a feed-forward network."""
+    """Every cell attends to a few sampled points of every level, then passes a feed-forward network."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -112,7 +182,7 @@ class Encoder(nn.Module):
 
 
 class DecoderLayer(Layer):
-    """Queries look at each other, then at a few places of the memory around their reference, then pass a feed-forward network."""
+    """Self-attention of the queries, deformable attention to the memory around their references, and a feed-forward network."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -134,7 +204,7 @@ class DecoderLayer(Layer):
 
         Args:
             content: of the queries.
-            position: of the queries, added to the content wherever it asks (not where it answers).
+            position: of the queries, added to the content in queries and keys, not in values.
             reference: a point (x, y) or box (cx, cy, w, h) of each query, in fractions of the unpadded image.
             memory: what the encoder returned.
         """
@@ -148,7 +218,7 @@ class DecoderLayer(Layer):
 
 
 def reset_transformer(*parts: nn.Module) -> None:
-    """Set the start of Deformable DETR: Xavier for every matrix, attention biases zero, sampling points around the reference."""
+    """Initialize as Deformable DETR does: Xavier for matrices, zero attention biases, sampling points around the reference."""
     for module in (module for part in parts for module in part.modules()):
         for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1:
@@ -168,15 +238,15 @@ def inverse_sigmoid(x: Tensor) -> Tensor:
 
 
 def refine(delta: Float[Tensor, "B N 4"], reference: Float[Tensor, "B N _"]) -> Float[Tensor, "B N 4"]:
-    """Return boxes cx cy w h: the reference (a point or a box) moved by `delta` before the sigmoid (eq. in appendix A.4)."""
+    """Return boxes cx cy w h: the reference (a point or a box) plus `delta`, both before the sigmoid (appendix A.4)."""
     start = inverse_sigmoid(reference)
-    if start.shape[-1] == 2:  # a point has no size yet: the delta alone gives it
+    if start.shape[-1] == 2:  # a point has no size: the delta alone determines it
         start = torch.cat([start, torch.zeros_like(start)], -1)
     return (delta + start).sigmoid()
 
 
 class Proposals(nn.Module):
-    """The first stage of two: every cell of the memory proposes a box, and the best become queries (appendix A.4).
+    """The first of two stages: every cell of the memory proposes a box, and the best become queries (appendix A.4).
 
     Args:
         width: C.
@@ -193,10 +263,10 @@ class Proposals(nn.Module):
     def forward(
         self, memory: Memory, class_head: nn.Module, box_head: nn.Module, count: int
     ) -> tuple[SlotPredictions, Float[Tensor, "B N 4"]]:
-        """Return what the heads say of every cell, and the boxes (before the sigmoid, without gradient) of the best cells.
+        """Return the predictions of the heads for every cell, and the boxes (before the sigmoid, detached) of the best cells.
 
-        The best are the `count` cells that score most in class channel 0, which here stands for any object. A head's box is
-        relative to the cell's anchor.
+        The best are the `count` cells with the highest score in class channel 0, which means any object here. The box of a head
+        is relative to the cell's anchor.
         """
         features, anchors, _ = self.anchored(memory)
         logits = class_head(features)
@@ -206,26 +276,25 @@ class Proposals(nn.Module):
         return SlotPredictions(logits, None, boxes.sigmoid()), proposals
 
     def anchored(self, memory: Memory) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S 4"], Bool[Tensor, "B S"]]:
-        """Return features for the heads, the anchor of each cell (cx cy w h, before the sigmoid), and which cells may propose.
+        """Return features for the heads, the anchor of each cell (cx cy w h, before the sigmoid), and which cells are valid.
 
-        An anchor is the cell's center with a side of 0.05 * 2^level; it may propose if it is not padding and none of its
-        four numbers is within 0.01 of 0 or 1. The others have zero features and an anchor of infinity: sigmoid 1.
+        An anchor is the cell's center with a side of 0.05 * 2^level. A cell is valid if it is not padding and none of the four
+        numbers is within 0.01 of 0 or 1. The others have zero features and an infinite anchor, whose sigmoid is 1.
         """
         centers = cell_centers(memory)
         sides = [0.05 * 2.0**level for level, (h, w) in enumerate(memory.shapes) for _ in range(h * w)]
         side = centers.new_tensor(sides)[None, :, None].expand(len(centers), -1, 2)
         anchors = torch.cat([centers, side], -1)
-        allowed = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
-        logits = (anchors / (1 - anchors)).log().masked_fill(~allowed[..., None], torch.inf)
-        features = self.output_norm(self.output(memory.cells.masked_fill(~allowed[..., None], 0.0)))
-        return features, logits, allowed
+        valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
+        logits = (anchors / (1 - anchors)).log().masked_fill(~valid[..., None], torch.inf)
+        features = self.output_norm(self.output(memory.cells.masked_fill(~valid[..., None], 0.0)))
+        return features, logits, valid
 
     def queries(self, boxes: Float[Tensor, "B N 4"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
         """Return position and content of the queries that start from boxes (cx cy w h before the sigmoid).
 
-        Each coordinate gets C / 2 channels of sine encoding. The official code has 128 of them whatever the width, and so
-        works at C = 256 only.
+        Each coordinate gets C / 2 channels of sine encoding. The official code always uses 128, which works only for C = 256.
         """
-        encoded = frequencies(boxes.sigmoid() * (2 * torch.pi), self.width // 2).flatten(-2)
+        encoded = frequencies(boxes.sigmoid() * (2 * math.pi), self.width // 2).flatten(-2)
         position, content = self.query_norm(self.query(encoded.to(self.query.weight.dtype))).chunk(2, -1)
         return position, content

@@ -47,7 +47,7 @@ class Attention(nn.Module):
         return self.output(attended.reshape(query.shape))
 
     def _tokens(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "groups split tokens c"]:
-        """Return a view in which tokens that attend to each other share an axis. Rows join the batch, columns the heads."""
+        """Return a view with one axis of tokens that attend to each other. Rows join the batch axis, columns the axis of heads."""
         x = x.unflatten(3, (self.heads, -1))
         if self.along == "columns":
             return x.flatten(2, 3).transpose(1, 2)
@@ -73,30 +73,31 @@ class Convolutions(nn.Module):
 
 
 class ReleasedLayer(Layer):
-    """The layer of the released code: two parallel attentions, then two parallel pairs of convolutions.
+    """The layer of the released code: column and row attention in parallel, then two pairs of convolutions in parallel.
 
-    Each of the four has a gate that starts at 0 (ReZero). There is no norm and no MLP.
+    Each of these four branches is multiplied by a learned gate, initially 0, and added to its input (ReZero; Bachlechner et al.,
+    UAI 2021). There is no norm and no MLP.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.gates = nn.Parameter(torch.zeros(4))  # columns, rows, first and second pair of convolutions
+        self.gates = nn.Parameter(torch.zeros(4))  # factors of column attention, row attention, and both pairs of convolutions
         self.columns = Attention(width, heads, "columns")
         self.rows = Attention(width, heads, "rows")
         self.convolutions = nn.ModuleList(Convolutions(width) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
         """Return a map of the same size."""
-        of_columns, of_rows, of_first, of_second = self.gates
-        x = x + of_columns * self.columns(x) + of_rows * self.rows(x)
+        column_gate, row_gate, first_gate, second_gate = self.gates
+        x = x + column_gate * self.columns(x) + row_gate * self.rows(x)
         first, second = self.convolutions
-        return x + of_first * first(x) + of_second * second(x)
+        return x + first_gate * first(x) + second_gate * second(x)
 
 
 class ReleasedTransformer(nn.Module):
     """The transformer of the published weights. It has no position embedding.
 
-    It joins the map and a copy of it to a map of double width, applies all layers, and averages both copies.
+    It concatenates the map and a copy of it to a map of double width, applies all layers, and averages both copies.
 
     Args:
         width: C, channels.
@@ -104,7 +105,7 @@ class ReleasedTransformer(nn.Module):
         depth: number of layers.
 
     Attributes:
-        fast: whether to compute columns in which the copies agree only once, with the same result.
+        fast: whether to compute columns that are equal in both copies only once, which gives the same result.
     """
 
     fast = True
@@ -130,7 +131,7 @@ class ReleasedTransformer(nn.Module):
 
 
 class PaperLayer(Layer):
-    """A transformer layer of figure 3: (a) full, (b) pure twin, (c) hybrid twin; each of its two parts follows a norm."""
+    """A transformer layer of figure 3: (a) full, (b) pure twin, (c) hybrid twin, with a layer norm before both of its parts."""
 
     def __init__(self, kind: Literal["full", "pure-twin", "hybrid-twin"], width: int, heads: int) -> None:
         super().__init__()
@@ -139,6 +140,7 @@ class PaperLayer(Layer):
             self.attention = Attention(width, heads, "map")
         else:
             self.attention = nn.Sequential(Attention(width, heads, "columns"), Attention(width, heads, "rows"))
+        # The second part of the layer. Checkpoints name it "rest".
         self.rest = Convolutions(width) if kind == "hybrid-twin" else Mlp(width, 4 * width, width)
 
     def forward(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:

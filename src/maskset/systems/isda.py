@@ -19,12 +19,11 @@ from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, sett
 from maskset.detection import Matches, class_targets, focal_cost, match, pad, soft_iou_cost, top_k_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
+from maskset.layers.backbone import LevelProjection
 from maskset.layers.blocks import Mlp
-from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, inverse_sigmoid, reset_transformer
 from maskset.losses import chunked_loss, focal_loss, name_by_layer, squared_dice_loss
-from maskset.masks.heads.dynamic_conv import dynamic_conv
-from maskset.masks.heads.features import MaskFeatureHead, with_coordinates
+from maskset.masks.heads.features import MaskFeatureHead, dynamic_conv, with_coordinates
 from maskset.masks.paint import paint_probabilities
 from maskset.masks.targets import central_means
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions

@@ -21,8 +21,8 @@ from maskset.config import Fraction, NonNegativeFloat, PositiveInt, config, sett
 from maskset.detection import cosine_cost, l1_cost, match_and_corner_losses, pad, squared_dice_cost, top_k_detections_in_image
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
+from maskset.layers.backbone import FeaturePyramid
 from maskset.layers.blocks import copies
-from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import (
     DynamicAttention,
     RegionAttention,

@@ -22,8 +22,8 @@ from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_betwee
 from maskset.detection import Matches, cosine_cost, match_and_corner_losses, pad, top_k_detections_in_image
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
+from maskset.layers.backbone import FeaturePyramid
 from maskset.layers.blocks import copies
-from maskset.layers.pyramid import FeaturePyramid
 from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, apply_deltas, image_feature, reset_stage
 from maskset.layers.roi import pyramid_roi_align, to_roi_dtype
 from maskset.losses import name_by_layer, squared_dice_loss

@@ -29,8 +29,8 @@ from maskset.config import (
 )
 from maskset.detection import Matches, match_and_box_losses, top_k_detections
 from maskset.instances import Category, Instances, Masks
+from maskset.layers.backbone import LevelProjection
 from maskset.layers.blocks import Mlp, copies
-from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import chunked_loss, name_by_layer, squared_dice_loss
 from maskset.masks.heads.instance_transformer import instance_transformer, parameter_count

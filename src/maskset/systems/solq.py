@@ -20,8 +20,8 @@ from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_betwee
 from maskset.detection import match_and_box_losses, top_k_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
+from maskset.layers.backbone import LevelProjection
 from maskset.layers.blocks import Mlp, copies
-from maskset.layers.pyramid import LevelProjection
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import dice_loss, name_by_layer, sum_by_layer
 from maskset.masks.codecs import files as codec_files

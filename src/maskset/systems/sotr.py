@@ -23,11 +23,10 @@ from maskset import distributed
 from maskset.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, config, setting
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
-from maskset.layers.pyramid import FeaturePyramid
+from maskset.layers.backbone import FeaturePyramid
 from maskset.layers.twin import PaperTransformer, ReleasedTransformer
 from maskset.losses import chunked_loss, focal_loss, squared_dice_loss
-from maskset.masks.heads.dynamic_conv import dynamic_conv
-from maskset.masks.heads.features import MaskFeatureHead
+from maskset.masks.heads.features import MaskFeatureHead, dynamic_conv
 from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
 from maskset.masks.paint import paint_probabilities
 from maskset.masks.targets import centers_of_mass, quarter_masks

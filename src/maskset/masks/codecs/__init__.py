@@ -1,9 +1,10 @@
 """Mask codecs: D numbers per box-local mask. `dct` and `flatten` are fixed, the others are fitted to masks (`fittable`)."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @runtime_checkable
@@ -25,3 +26,17 @@ class MaskCodec(Protocol):
     def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]:
         """Return real-valued masks; the caller chooses the threshold."""
         ...
+
+
+class Float32Module(nn.Module):
+    """A module that `half()`, `bfloat16()`, `double()` and `to(dtype)` leave in float32; it still moves to other devices.
+
+    Systems decode codes in float32 whatever their own type, because rounding would move the edges of masks.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskset.errors import ConfigError
-from maskset.masks.codecs.float32 import Float32Module
+from maskset.masks.codecs import Float32Module
 
 
 def zigzag(size: int) -> list[int]:

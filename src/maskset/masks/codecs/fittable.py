@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskset.errors import ConfigError, MaskError
-from maskset.masks.codecs.float32 import Float32Module
+from maskset.masks.codecs import Float32Module
 
 MAX_MASKS = 20_000  # that a codec is fitted to by default: reading all of COCO's would take an hour
 MAX_SIZE = 1024  # largest side of a box-local mask, pixels

@@ -1,1 +1,1 @@
-"""Mask heads: dynamic convolution, mask features, the instance-aware transformer."""
+"""Mask heads: mask features with dynamic convolution, and the instance-aware transformer."""

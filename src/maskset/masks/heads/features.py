@@ -1,4 +1,4 @@
-"""Mask features: one map per image, made of several feature levels (SOLOv2, section 3.2 and figure 3)."""
+"""Mask features, one map per image from several levels, and their dynamic convolution (SOLOv2, section 3.2 and figure 3)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from maskset.layers.pyramid import group_count
+from maskset.layers.backbone import group_count
 
 
 class MaskFeatureHead(nn.Module):
@@ -70,3 +70,8 @@ def with_coordinates(level: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C+2 h 
     x = torch.linspace(-1, 1, width, dtype=level.dtype, device=level.device).expand(batch, 1, height, width)
     y = torch.linspace(-1, 1, height, dtype=level.dtype, device=level.device)[:, None].expand(batch, 1, height, width)
     return torch.cat([level, x, y], 1)
+
+
+def dynamic_conv(features: Float[Tensor, "D h w"], kernels: Float[Tensor, "n D"]) -> Float[Tensor, "n h w"]:
+    """Return the mask logits of each 1x1 kernel, without bias, applied to the mask features of an image (CondInst, ECCV 2020)."""
+    return (kernels @ features.flatten(1)).unflatten(1, features.shape[1:])

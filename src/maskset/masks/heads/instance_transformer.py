@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from maskset.kernels.attention import deformable_attention
 from maskset.kernels.instance_transformer import fused, usable
 from maskset.layers.blocks import frequencies
-from maskset.layers.deformable import deformable_attention
 
 Positions = Literal["relative", "absolute", "none"]
 
