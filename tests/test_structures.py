@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from maskset.errors import MaskError, MasksetError
+from maskset.errors import ConfigError, MaskError, MasksetError
 from maskset.instances import Category, Instances, Masks
 from maskset.instances.masks import positions
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
@@ -78,6 +78,28 @@ def test_masks_are_indexed_like_arrays():
 def test_an_index_that_is_not_a_list_of_whole_numbers_or_booleans_is_refused(index):
     with pytest.raises(IndexError, match="index"):
         inspect.unwrap(positions)(index, 4)  # without the type checker of the tests
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("0", "an index must be whole numbers, booleans or a slice, got '0'"),
+        ([None], r"got \[None\]"),
+        ([10**30], r"got \[1000"),
+        ([5], "index 5 is out of range: there are 4 objects, numbered from 0"),
+        (-5, "index -5 is out of range"),
+    ],
+)
+def test_an_index_that_selects_nothing_is_named(index, message):
+    with pytest.raises(IndexError, match=message):
+        inspect.unwrap(Instances.__getitem__)(some_instances(), index)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_does_not_exist_is_named_with_those_that_do(device):
+    for thing in (some_instances(), some_instances().masks, ImageBatch(torch.zeros(1, 3, 4, 5), torch.tensor([[4, 5]]))):
+        with pytest.raises(ConfigError, match=f"device '{device}' cannot be used .*Available here: cpu"):
+            thing.to(device)
 
 
 @pytest.mark.parametrize("box", [(-2, 0, 4, 4), (0, 0, 18, 4), (5, 0, 4, 4), (0, 0, 4, 12)])

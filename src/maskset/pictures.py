@@ -64,14 +64,14 @@ def read(picture: Picture) -> UInt8[Tensor, "3 h w"]:
         rgb = picture[:, :, None].repeat(3, 2) if picture.ndim == 2 else picture[:, :, :3]
         pixels = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)
     elif isinstance(picture, Image.Image):
-        check_size((picture.height, picture.width))
+        check_image_size((picture.height, picture.width))
         try:
             pixels = torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB"))).permute(2, 0, 1)
         except (OSError, SyntaxError, ValueError) as error:  # Pillow reads the file only now
             raise DataError(f"the Pillow image cannot be read: {error}") from error
     else:
         return _decode(io.BytesIO(picture) if isinstance(picture, bytes) else picture, "the file in memory", None)
-    check_size((pixels.shape[1], pixels.shape[2]))
+    check_image_size((pixels.shape[1], pixels.shape[2]))
     return pixels
 
 
@@ -186,7 +186,7 @@ def _decode(file: str | Path | io.IOBase, name: str, size: tuple[int, int] | Non
         with Image.open(file) as picture:  # type: ignore[arg-type]  # Pillow's stubs do not know io.IOBase
             if picture.format == "EPS":
                 raise DataError("EPS is a program, which is not run.")
-            check_size((picture.height, picture.width))
+            check_image_size((picture.height, picture.width))
             pixels = np.array(_rgb(_upright(picture, size)))
     except MemoryError:
         raise
@@ -200,7 +200,7 @@ def _decode(file: str | Path | io.IOBase, name: str, size: tuple[int, int] | Non
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def check_size(size: tuple[int, int]) -> None:
+def check_image_size(size: tuple[int, int]) -> None:
     """Check that an image of `size` (height, width) is not too large.
 
     Raises:

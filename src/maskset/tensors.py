@@ -37,7 +37,18 @@ class TensorRecord:
     """Base of dataclasses whose fields are tensors, other TensorRecords, or lists of them."""
 
     def to(self: Same, device: Device, non_blocking: bool = False) -> Same:
-        """Return a copy on the device."""
+        """Return a copy on the device.
+
+        Raises:
+            ConfigError: this machine cannot compute on it.
+        """
+        try:
+            return self._to(torch.device(device), non_blocking)
+        except (RuntimeError, AssertionError, TypeError):
+            check_device(device)  # raises an error that says which devices there are
+            raise
+
+    def _to(self: Same, device: torch.device, non_blocking: bool) -> Same:
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: Same) -> Same:

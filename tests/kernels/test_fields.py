@@ -37,6 +37,14 @@ def test_what_is_pasted_is_what_the_twin_pastes(both, side, seed):
     assert found == expected
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_field_with_a_value_that_is_not_finite_pastes_nothing_on_both_paths(both, value):
+    fields = torch.ones(2, 5, 5)
+    fields[0, 2, 2] = value
+    for masks in both(lambda: paste_soft(fields, torch.tensor([[2.0, 2, 12, 12]]).repeat(2, 1), (20, 20), 0.5)):
+        assert masks.areas().tolist() == [0, 100]
+
+
 def test_pasting_differs_from_float64_only_where_a_sample_is_the_threshold():
     boxes = boxes_around(40, (60, 80), 0)[:40]
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 4)  # in narrower ones places themselves are rounded more

@@ -14,7 +14,7 @@ from maskset import rle
 from maskset.data.dataset import ImageRecord
 from maskset.errors import DataError
 from maskset.instances import Category
-from maskset.pictures import check_size
+from maskset.pictures import check_image_size
 
 _NO_BOX = "have an empty or invalid bbox, so the box of their mask is used"
 _NO_MASK = "have neither a box nor a mask inside the image, so they are left out"
@@ -197,7 +197,7 @@ def _image_record(row: dict[str, Any], folder: Path) -> ImageRecord:
     if min(height, width) < 1:
         got = f"{row.get('height')!r:.50} and {row.get('width')!r:.50}"
         raise DataError(f"'height' and 'width' must be whole numbers from 1, got {got}.")
-    check_size((height, width))
+    check_image_size((height, width))
     return ImageRecord(id, folder / name, height, width)
 
 
@@ -207,7 +207,7 @@ def _row(
     """Return a checked annotation; None where it has neither a box nor a mask inside the image."""
     category, crowd, area = whole_number(row.get("category_id")), row.get("iscrowd", 0), row.get("area")
     if category is None or category not in label_of:
-        raise DataError(f"there is no category {row.get('category_id')!r:.50}, the file has {_listed(sorted(label_of))}.")
+        raise DataError(f"there is no category {row.get('category_id')!r:.50}, the file has {_id_range(sorted(label_of))}.")
     if crowd not in (0, 1, "0", "1"):
         raise DataError(f"'iscrowd' must be 0 or 1, got {crowd!r:.50}.")
     if area is not None and _number(area) is None:
@@ -288,7 +288,7 @@ def _number(value: Any) -> int | float | None:
     return value if -1e300 < value < 1e300 else None  # also None for NaN
 
 
-def _listed(ids: list[int]) -> str:
+def _id_range(ids: list[int]) -> str:
     return ", ".join(map(str, ids)) if len(ids) <= 10 else f"{len(ids)} from {ids[0]} to {ids[-1]}"
 
 

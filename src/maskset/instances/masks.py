@@ -1,6 +1,7 @@
 """The masks of one image, stored as run lengths or polygons."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from maskset import rle
 from maskset.errors import MaskError
 from maskset.kernels.runs import View, view
 from maskset.rle import Counts, Index, Polygons
-from maskset.tensors import Device, TensorRecord, register
+from maskset.tensors import TensorRecord, register
 
 
 class Masks(TensorRecord):
@@ -173,9 +174,8 @@ class Masks(TensorRecord):
             return [list(shape) for shape in self._shapes]  # type: ignore[arg-type]
         return [rle.outlines(counts, self.size) for counts in self.rle()]
 
-    def to(self, device: Device, non_blocking: bool = False) -> "Masks":
+    def _to(self, device: torch.device, non_blocking: bool) -> "Masks":
         """Return the masks on a device. Polygons are rasterized first, since they exist on the CPU only."""
-        device = torch.device(device)
         if device == self.device and (device.type == "cpu" or all(isinstance(shape, Tensor) for shape in self._shapes)):
             return self
         return self._with_runs(lambda flat: flat.to(device, non_blocking=non_blocking))
@@ -218,7 +218,7 @@ def nearest_index(length: int, new: int) -> Int64[Tensor, "new"]:
     return torch.nn.functional.interpolate(cells, size=new, mode="nearest")[0, 0].long()
 
 
-def positions(index: int | Index | Sequence[int], length: int) -> list[int]:
+def positions(index: Any, length: int) -> list[int]:
     """Return the positions that an index selects of `length` objects.
 
     Raises:
@@ -226,7 +226,10 @@ def positions(index: int | Index | Sequence[int], length: int) -> list[int]:
     """
     if isinstance(index, slice):
         return list(range(length))[index]
-    selected = torch.as_tensor(index).cpu()
+    try:
+        selected = torch.as_tensor(index).cpu()
+    except (TypeError, ValueError, RuntimeError):  # not numbers, or too large ones
+        raise IndexError(f"an index must be whole numbers, booleans or a slice, got {index!r:.50}.") from None
     if selected.dtype == torch.bool:
         if selected.shape != (length,):
             raise IndexError(f"a boolean index needs one element for each of the {length} objects, got {tuple(selected.shape)}.")
@@ -235,8 +238,11 @@ def positions(index: int | Index | Sequence[int], length: int) -> list[int]:
         raise IndexError(
             f"an index must be whole numbers or booleans of one dimension, got {selected.dtype} {list(selected.shape)}."
         )
-    everything = list(range(length))
-    return [everything[int(i)] for i in selected.reshape(-1).tolist()]
+    indices = selected.reshape(-1).tolist()
+    for i in indices:
+        if not -length <= i < length:
+            raise IndexError(f"index {i} is out of range: there are {length} objects, numbered from 0.")
+    return [i % length for i in indices]
 
 
 register(Masks, ["_shapes", "_rows", "_columns"])

@@ -85,7 +85,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize as Deformable DETR does: point p of a head is p + 1 cells from the reference in the direction of the head."""
+        """Initialize as Deformable DETR does: point p of a head is p + 1 cells from the reference, in a direction per head."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)

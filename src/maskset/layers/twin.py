@@ -47,7 +47,7 @@ class Attention(nn.Module):
         return self.output(attended.reshape(query.shape))
 
     def _tokens(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "groups split tokens c"]:
-        """Return a view with one axis of tokens that attend to each other. Rows join the batch axis, columns the axis of heads."""
+        """Return a view with one axis of tokens that attend to each other. Rows join the batch axis, columns the heads."""
         x = x.unflatten(3, (self.heads, -1))
         if self.along == "columns":
             return x.flatten(2, 3).transpose(1, 2)

@@ -9,7 +9,7 @@
 | `paint_probabilities` | ISDA, SOTR     | resize by the stride, cut off padding, resize, > 0.5   | by `paint`              |
 
 Where the C library is available it does the work, on the CPU (kernels/fields.py, kernels/csrc/fields.c). The Python code here is
-the reference that the C code is tested against (tests/kernels/test_fields.py). A field of NaN gives an empty mask.
+the reference that the C code is tested against (tests/kernels/test_fields.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -49,8 +49,8 @@ def paste(masks: Bool[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple
 def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple[int, int], threshold: float) -> Masks:
     """Return box-local fields as masks of an image of `size` (height, width): samples that are at least the threshold.
 
-    Fields are sampled first and thresholded afterwards; `paste` samples fields that are already binary. Only the pixels that
-    a box can reach are computed.
+    Fields are sampled first and thresholded afterwards; `paste` samples fields that are already binary. Only the pixels near a
+    box are computed. A field with a value that is not finite gives an empty mask.
 
     Raises:
         MasksetError: the fields are not squares of at least one cell, or there is not one box of four numbers for each field.
@@ -61,6 +61,7 @@ def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size
             "pasting needs square fields [n S S] of at least one cell and a box x0 y0 x1 y1 for each [n 4], "
             f"got shapes {list(fields.shape)} and {list(boxes.shape)}."
         )
+    boxes = boxes.masked_fill(~fields.flatten(1).isfinite().all(1, keepdim=True), 0.0)  # an empty box gives an empty mask
     if library.handle() is not None:  # Fast path: kernels/csrc/fields.c, fields_paste; results of a GPU go to the CPU anyway
         return Masks(c_fields.paste(fields.float().cpu(), boxes.cpu(), size, threshold), size)
     counts = []
