@@ -86,7 +86,7 @@ def test_painting_windows_equals_painting_everything(size):
     whole = logits
     for step in steps:
         whole = resample(whole, *step) if isinstance(step, tuple) else step(whole)
-    masks = paint(logits, steps, least=0.0)
+    masks = paint(logits, steps, cutoff=0.0)
     assert masks == Masks.from_dense(whole > 0.5)
     assert masks.areas().tolist()[3:5] == [0, size[0] * size[1]]
 
@@ -94,10 +94,10 @@ def test_painting_windows_equals_painting_everything(size):
 def test_a_resize_may_read_only_the_valid_part():
     logits = blobs(3)
     steps = [(align_corners(10, 30), align_corners(11, 33)), torch.sigmoid]
-    masks = paint(logits, steps, least=0.0)
+    masks = paint(logits, steps, cutoff=0.0)
     expected = F.interpolate(logits[None, :, :10, :11], (30, 33), mode="bilinear", align_corners=True)[0] > 0
     assert (masks.dense() != expected).sum() <= 2
 
 
 def test_no_map_gives_no_mask():
-    assert len(paint(torch.zeros(0, 4, 4), [(half_pixel(4, 8), half_pixel(4, 8))], least=0.5)) == 0
+    assert len(paint(torch.zeros(0, 4, 4), [(half_pixel(4, 8), half_pixel(4, 8))], cutoff=0.5)) == 0

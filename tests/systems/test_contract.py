@@ -462,7 +462,7 @@ def drawn_at_stride_8(model: Soit, found: Instances) -> Masks:
         F.binary_cross_entropy_with_logits(resample(logits, *upsampled), wanted).backward()
         optimizer.step()
     to_size = (align_corners(cells[0] * 4, height), align_corners(cells[1] * 4, width))
-    return paint(logits.detach(), [upsampled, torch.sigmoid, to_size], least=0.0)
+    return paint(logits.detach(), [upsampled, torch.sigmoid, to_size], cutoff=0.0)
 
 
 LEFT: dict[str, Callable] = {

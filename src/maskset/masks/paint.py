@@ -31,7 +31,7 @@ Step = tuple[Positions, Positions] | Callable[[Tensor], Tensor]  # a resize (row
 
 
 def binarize(fields: Float[Tensor, "n S S"]) -> Bool[Tensor, "n S S"]:
-    """Return where each decoded mask exceeds the middle between its minimum and its maximum; a constant one is empty."""
+    """Return where each decoded mask exceeds the middle between its minimum and its maximum; a constant mask becomes empty."""
     flat = fields.flatten(1)
     middle = (flat.amax(1) + flat.amin(1)) / 2
     return fields > middle[:, None, None]
@@ -67,8 +67,8 @@ def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size
     counts = []
     for field, (x0, y0, x1, y1) in zip(fields, boxes.tolist(), strict=True):
         # A sample half a cell outside of the box still reads half of the outermost cell, hence the margin.
-        left, right = _reach(x0, x1, fields.shape[1], width)
-        top, bottom = _reach(y0, y1, fields.shape[1], height)
+        left, right = _pixel_range(x0, x1, fields.shape[1], width)
+        top, bottom = _pixel_range(y0, y1, fields.shape[1], height)
         if right <= left or bottom <= top:
             counts.append(torch.tensor([height * width], dtype=torch.int32))
             continue
@@ -79,12 +79,12 @@ def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size
     return Masks(counts, size)
 
 
-def _reach(low: float, high: float, cells: int, length: int) -> tuple[int, int]:
-    """Return the first pixel and the end of the pixels, out of `length`, whose centers a mask from low to high can touch."""
-    margin = abs(high - low) / cells
-    if not (high > low):
+def _pixel_range(low: float, high: float, cells: int, length: int) -> tuple[int, int]:
+    """Return first and end of the pixels, out of `length`, whose centers a mask from low to high can reach, or more."""
+    if not high > low:
         return 0, 0
-    return int(min(max(low - margin - 1, 0), length)), int(min(max(high + margin + 1, 0), length))
+    margin = (high - low) / cells + 1
+    return int(min(max(low - margin, 0), length)), int(min(max(high + margin, 0), length))
 
 
 def _box_weights(first: int, end: int, low: float, high: float, cells: int) -> Float[Tensor, "pixels cells"]:
@@ -95,7 +95,7 @@ def _box_weights(first: int, end: int, low: float, high: float, cells: int) -> F
 
 
 def paint_probabilities(maps: Float[Tensor, "n h w"], stride: int, valid_size: Sequence[int], size: tuple[int, int]) -> Masks:
-    """Return where maps of probabilities, predicted for a padded canvas, exceed 0.5 at the size of the image.
+    """Return the masks of where maps of probabilities, predicted for a padded canvas, exceed 0.5 at the size of the image.
 
     Args:
         maps: one for each object.
@@ -105,19 +105,19 @@ def paint_probabilities(maps: Float[Tensor, "n h w"], stride: int, valid_size: S
     """
     rows, columns = (half_pixel(cells, cells * stride)[:pixels] for cells, pixels in zip(maps.shape[1:], valid_size, strict=True))
     steps = [(rows, columns), (half_pixel(len(rows), size[0]), half_pixel(len(columns), size[1]))]
-    return paint(maps, steps, least=0.5, threshold=0.5)
+    return paint(maps, steps, cutoff=0.5, threshold=0.5)
 
 
-def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], least: float, threshold: float = 0.5) -> Masks:
-    """Return where each map, after all steps, exceeds a threshold.
+def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], cutoff: float, threshold: float = 0.5) -> Masks:
+    """Return the masks of where each map, after all steps, exceeds a threshold.
 
-    A pixel between cells that are all too low stays too low, so each map is first cut to its cells above `least`. Work and
-    memory then depend on the objects, not on the image.
+    A pixel between cells that are all too low is too low, too, so only the part of each map with cells above `cutoff` is
+    resized. Work and memory then depend on the objects, not on the image.
 
     Args:
         maps: one for each object.
         steps: resizes and functions of single values (such as the sigmoid), in order; the last resize gives the image's size.
-        least: a value of `maps` from which the threshold cannot be reached.
+        cutoff: pixels between cells of at most this value do not exceed the threshold.
         threshold: what a pixel must exceed.
     """
     steps = _without_identities(steps, (maps.shape[1], maps.shape[2]))
@@ -126,11 +126,11 @@ def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], least: float, thr
     use_c = library.handle() is not None and isinstance(steps[-1], tuple)
     if use_c:
         maps = maps.float().cpu()  # results of a GPU go to the CPU anyway
-    above = (maps > least).view(torch.uint8)  # the maximum of bytes is ten times as fast as any()
-    rows = _windows([step[0] for step in resizes], maps.shape[1], *_spans(above.amax(2)))
-    columns = _windows([step[1] for step in resizes], maps.shape[2], *_spans(above.amax(1)))
+    above = (maps > cutoff).view(torch.uint8)  # the maximum of bytes is ten times as fast as any()
+    rows = _resize_windows([step[0] for step in resizes], maps.shape[1], *_nonzero_ranges(above.amax(2)))
+    columns = _resize_windows([step[1] for step in resizes], maps.shape[2], *_nonzero_ranges(above.amax(1)))
     if use_c:  # Fast path: kernels/csrc/fields.c, fields_resize and fields_cut
-        return Masks(_paint_in_chunks(maps.contiguous(), rows, columns, steps, threshold), size)
+        return Masks(_paint_in_c(maps.contiguous(), rows, columns, steps, threshold), size)
     windows = zip(maps, rows.tolist(), columns.tolist(), strict=True)
     return Masks([_paint_one(*window, steps, threshold, size) for window in windows], size)
 
@@ -169,7 +169,7 @@ def _paint_one(
     return rle.encode_window(window > threshold, left, top, size).cpu()
 
 
-def _paint_in_chunks(
+def _paint_in_c(
     maps: Float[Tensor, "n h w"],
     rows: Int[Tensor, "n resizes 4"],
     columns: Int[Tensor, "n resizes 4"],
@@ -179,41 +179,40 @@ def _paint_in_chunks(
     """Return the run lengths of all masks, painted by the C library, as many at a time as memory allows."""
     sizes = ((rows[..., 3] - rows[..., 2]) * (columns[..., 3] - columns[..., 2]))[:, :-1].sum(1)  # between two resizes
     chunks = (sizes.cumsum(0) // _MAX_CELLS).unique_consecutive(return_counts=True)[1].tolist()
-    parts = zip(maps.split(chunks), rows.split(chunks), columns.split(chunks), strict=True)
-    return [counts for part in parts for counts in _paint_chunk(*part, steps, threshold)]
-
-
-def _paint_chunk(
-    maps: Float[Tensor, "n h w"],
-    rows: Int[Tensor, "n resizes 4"],
-    columns: Int[Tensor, "n resizes 4"],
-    steps: Sequence[Step],
-    threshold: float,
-) -> list[Counts]:
-    height, width = maps.shape[1:]
-    cells, row_stride = maps.flatten(), torch.full((len(maps),), width)
-    begins = torch.arange(len(maps)) * height * width + rows[:, 0, 0] * width + columns[:, 0, 0]
-    windows = zip(rows.unbind(1), columns.unbind(1), strict=True)
-    for step in steps[:-1]:
-        if isinstance(step, tuple):
+    counts: list[Counts] = []
+    for part, part_rows, part_columns in zip(maps.split(chunks), rows.split(chunks), columns.split(chunks), strict=True):
+        height, width = maps.shape[1:]
+        cells, row_stride = part.flatten(), torch.full((len(part),), width)
+        begins = torch.arange(len(part)) * height * width + part_rows[:, 0, 0] * width + part_columns[:, 0, 0]
+        windows = zip(part_rows.unbind(1), part_columns.unbind(1), strict=True)
+        for number, step in enumerate(steps, 1):
+            if not isinstance(step, tuple):
+                cells = step(cells)
+                continue
             row, column = next(windows)
-            step_taps = taps(step[0], height), taps(step[1], width)
-            cells, begins = c_fields.resize(cells, c_fields.parts(begins, row_stride, row, column), *step_taps)
-            height, width, row_stride = len(step[0]), len(step[1]), column[:, 3] - column[:, 2]
-        else:
-            cells = step(cells)
-    assert isinstance(steps[-1], tuple)
-    step_taps = taps(steps[-1][0], height), taps(steps[-1][1], width)
-    return c_fields.cut(cells, c_fields.parts(begins, row_stride, *next(windows)), *step_taps, threshold)
+            parts, step_taps = c_fields.parts(begins, row_stride, row, column), (taps(step[0], height), taps(step[1], width))
+            if number == len(steps):
+                counts += c_fields.cut(cells, parts, *step_taps, threshold)
+            else:
+                cells, begins = c_fields.resize(cells, parts, *step_taps)
+                height, width, row_stride = len(step[0]), len(step[1]), column[:, 3] - column[:, 2]
+    return counts
 
 
-def _windows(
+def _resize_windows(
     steps: Sequence[Positions], cells: int, first: Int[Tensor, "n"], end: Int[Tensor, "n"]
 ) -> Int[Tensor, "n resizes 4"]:
-    """Return what each resize reads and computes along an axis, so that all pixels that read cells `first` to `end` are made.
+    """Return the cells that each resize must read, and the pixels that it must compute, along an axis.
 
-    For each resize: the first cell that it reads and the end of those, the first pixel that it computes and the end of those;
-    four zeros where no cell is above the minimum.
+    Args:
+        steps: the positions of each resize.
+        cells: number of cells of the map.
+        first: the first cell of each map that matters.
+        end: the end of these cells.
+
+    Returns:
+        For each resize the first cell that it reads and their end, the first pixel that it computes and their end; zeros if no
+        cell matters.
     """
     for positions in steps:  # forward: a pixel reads the cells on both sides of its position
         first, end = torch.searchsorted(positions, (first - 1).float(), right=True), torch.searchsorted(positions, end.float())
@@ -228,8 +227,8 @@ def _windows(
     return torch.stack(windows[::-1], 1)
 
 
-def _spans(flags: UInt8[Tensor, "n cells"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
-    """Return the first cell of each row that is 1 and the end of those, 0 and 0 where there is none; on the CPU."""
+def _nonzero_ranges(flags: UInt8[Tensor, "n cells"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """Return the first cell of each row that is 1 and the end of the last one, 0 and 0 where there is none; on the CPU."""
     flags = flags.cpu()
     first, after_last = flags.argmax(1), flags.flip(1).argmax(1)
     return first, (flags.shape[1] - after_last) * flags.amax(1)

@@ -1,4 +1,4 @@
-"""Training targets made from the masks of one image, one function for each rule that a system learns from.
+"""Training targets from the masks of one image, one function for each rule that a system uses.
 
 | function            | used by              | rule                                                        | C function        |
 |---------------------|----------------------|-------------------------------------------------------------|-------------------|
@@ -8,12 +8,11 @@
 | `resize_by_corners` | SOIT                 | bilinear, `align_corners=True`, of the padded mask          | `targets_mean`    |
 | `centers_of_mass`   | SOTR                 | mean y and x of the pixels (scipy, `center_of_mass`)        | none              |
 
-Masks on the CPU take the C path (kernels/runs.py, kernels/csrc/targets.c) where the library is available. The Python code here
-is the reference that the C code is tested against (tests/kernels/test_targets.py), and what runs on other devices.
+Masks on the CPU are processed by C (kernels/runs.py, kernels/csrc/targets.c) where the library is available. The Python code here
+is the reference that the C code is tested against (tests/kernels/test_targets.py); it also runs on other devices.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +55,7 @@ def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         if not (-math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf):
             continue
-        # A window of whole pixels with a margin of one gives the same samples as the whole image, at less cost.
+        # A window of whole pixels with a margin of one gives the same samples as the whole image, in less time.
         left, top = max(int(x0) - 2, 0), max(int(y0) - 2, 0)
         right, bottom = min(int(x1) + 3, width), min(int(y1) + 3, height)
         if right <= left or bottom <= top:
@@ -120,14 +119,14 @@ def centers_of_mass(masks: Masks) -> tuple[Int[Tensor, "T"], Float[Tensor, "T 2"
 
     Computed from run lengths. The sums are exact, the quotient is float32. The center of an empty mask is 0, 0.
     """
-    height, runs = masks.size[0], masks.rle()
-    moments = torch.zeros(len(runs), 3, dtype=torch.int64)
-    if not runs:
+    height, counts = masks.size[0], masks.rle()
+    moments = torch.zeros(len(counts), 3, dtype=torch.int64)
+    if not counts:
         return moments[:, 0], moments[:, 1:].float()
-    lengths = torch.cat(runs).cpu().long()  # one copy for all masks
-    owner = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(counts) for counts in runs]))
-    ends = torch.cat([counts.cumsum(0) for counts in lengths.split([len(counts) for counts in runs])])
-    is_set = torch.cat([torch.arange(len(counts)) % 2 == 1 for counts in runs])
+    lengths, numbers = torch.cat(counts).cpu().long(), [len(mask) for mask in counts]  # one copy for all masks
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(numbers))
+    ends = torch.cat([mask.cumsum(0) for mask in lengths.split(numbers)])
+    is_set = torch.cat([torch.arange(number) % 2 == 1 for number in numbers])
     ends, lengths = ends[is_set], lengths[is_set]
     moments.index_add_(0, owner[is_set], _sums_before(ends, height) - _sums_before(ends - lengths, height))
     return moments[:, 0], moments[:, 1:].float() / moments[:, :1].clamp(min=1).float()
@@ -135,71 +134,52 @@ def centers_of_mass(masks: Masks) -> tuple[Int[Tensor, "T"], Float[Tensor, "T 2"
 
 def _sums_before(end: Int[Tensor, "n"], height: int) -> Int[Tensor, "n 3"]:
     """Return the count, the sum of y and the sum of x of the first `end` pixels, column by column."""
-    columns, rest = end // height, end % height
-    sum_y = columns * (height * (height - 1) // 2) + rest * (rest - 1) // 2
-    sum_x = height * (columns * (columns - 1) // 2) + rest * columns
+    columns, remainder = end // height, end % height
+    sum_y = columns * (height * (height - 1) // 2) + remainder * (remainder - 1) // 2
+    sum_x = height * (columns * (columns - 1) // 2) + remainder * columns
     return torch.stack([end, sum_y, sum_x], 1)
 
 
 def quarter_masks(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
-    """Return masks as cv2.resize(mask, (int(w / 4 + 0.5), int(h / 4 + 0.5))) gives them, on the device of the masks.
+    """Return masks as `cv2.resize(mask, (int(w / 4 + 0.5), int(h / 4 + 0.5)))` computes them, on the device of the masks.
 
-    OpenCV resizes bytes bilinearly in whole numbers. Where both sides of the image are multiples of 4, a cell is set if two or
-    more of its four central pixels are. Only the columns that an object covers are decoded.
+    OpenCV resizes bytes bilinearly in integers. Where both sides of the image are multiples of 4, a cell is set if two or
+    more of its four central pixels are.
 
     Args:
         masks: of one image.
         size: height and width h, w of the result, which covers the padded canvas; cells outside of the image are not set.
     """
-    height, width = masks.size
-    rows, columns = (_opencv_taps(pixels, int(pixels / 4 + 0.5), masks.device) for pixels in (height, width))
+    rows, columns = (_opencv_taps(pixels, cells) for pixels, cells in zip(masks.size, size, strict=True))
     if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_quarter
-        return runs.resize_as_opencv(masks.view(), rows.padded(size[0], height), columns.padded(size[1], width))
+        return runs.resize_as_opencv(masks.view(), rows, columns)
     resized = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
-    for i, (left, _, right, _) in enumerate(masks.boxes().tolist()):
-        cells = ((columns.high >= left) & (columns.low < right)).nonzero()[:, 0].tolist()
-        if right > left and cells:
-            first, end = cells[0], cells[-1] + 1
-            window = masks[i].cropped((int(columns.low[first]), 0, int(columns.high[end - 1]) + 1, height)).dense()[0]
-            resized[i, : len(rows.low), first:end] = _opencv_resize(window, rows, columns.part(first, end))
+    for i in range(len(masks)):  # one mask at full size at a time
+        resized[i] = _opencv_resize(F.pad(masks[i].dense()[0], (0, 1, 0, 1)), rows, columns)
     return resized
 
 
-@dataclass(frozen=True)
-class _OpencvTaps:
-    """For each cell along an axis: the two neighboring pixels that it reads and their weights, in units of 1 / 2048."""
+def _opencv_taps(pixels: int, cells: int) -> runs.Taps:
+    """Return the two pixels that each cell reads along an axis, and their weights in units of 1 / 2048.
 
-    low: Int[Tensor, "n"]
-    high: Int[Tensor, "n"]
-    low_weight: Int[Tensor, "n"]
-    high_weight: Int[Tensor, "n"]
-
-    def part(self, first: int, end: int) -> "_OpencvTaps":
-        """Return the taps of cells `first` up to `end`, with pixels counted from the first one that they read."""
-        low, high = self.low[first:end], self.high[first:end]
-        return _OpencvTaps(low - low[0], high - low[0], self.low_weight[first:end], self.high_weight[first:end])
-
-    def padded(self, cells: int, pixels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return low, high and their weights for `cells` cells; those outside of the image read a pixel outside of it."""
-        missing = (0, cells - len(self.low))
-        low, high = F.pad(self.low, missing, value=pixels), F.pad(self.high, missing, value=pixels)
-        return low, high, F.pad(self.low_weight, missing), F.pad(self.high_weight, missing)
-
-
-def _opencv_taps(pixels: int, cells: int, device: torch.device) -> _OpencvTaps:
-    # Computed on the CPU, so that all devices have the same rounding.
-    position = ((torch.arange(cells, dtype=torch.float64) + 0.5) * pixels / max(1, cells) - 0.5).float()
+    Cells beyond the image read pixel number `pixels`, which is background.
+    """
+    inside = int(pixels / 4 + 0.5)
+    position = ((torch.arange(inside, dtype=torch.float64) + 0.5) * pixels / max(1, inside) - 0.5).float()
     low = position.floor()
     share = (position - low).masked_fill((low < 0) | (low >= pixels - 1), 0)
     low = low.long().clamp(0, max(0, pixels - 1))
+    high = (low + 1).clamp(max=max(0, pixels - 1))
     weights = (((1 - share) * _OPENCV_UNIT).round().int(), (share * _OPENCV_UNIT).round().int())
-    parts = (low, (low + 1).clamp(max=max(0, pixels - 1)), *weights)
-    return _OpencvTaps(*(part.to(device) for part in parts))
+    beyond = (0, cells - inside)
+    return F.pad(low, beyond, value=pixels), F.pad(high, beyond, value=pixels), *(F.pad(weight, beyond) for weight in weights)
 
 
-def _opencv_resize(pixels: Bool[Tensor, "H W"], rows: _OpencvTaps, columns: _OpencvTaps) -> Bool[Tensor, "h w"]:
+def _opencv_resize(pixels: Bool[Tensor, "H W"], rows: runs.Taps, columns: runs.Taps) -> Bool[Tensor, "h w"]:
     """Return a mask resized along x, then along y, with each product shifted to fewer bits as OpenCV does."""
-    sums = pixels[:, columns.low] * columns.low_weight + pixels[:, columns.high] * columns.high_weight
-    upper = rows.low_weight[:, None] * (sums[rows.low] >> 4)
-    lower = rows.high_weight[:, None] * (sums[rows.high] >> 4)
+    top, bottom, top_weight, bottom_weight = (part.to(pixels.device) for part in rows)
+    left, right, left_weight, right_weight = (part.to(pixels.device) for part in columns)
+    sums = pixels[:, left] * left_weight + pixels[:, right] * right_weight
+    upper = top_weight[:, None] * (sums[top] >> 4)
+    lower = bottom_weight[:, None] * (sums[bottom] >> 4)
     return (((upper >> 16) + (lower >> 16) + 2) >> 2) > 0

@@ -285,7 +285,7 @@ class Soit(System):
             for cells, length, pixels in zip((height, width), images.sizes[image].tolist(), size, strict=True)
         )
         upsampled, to_input, to_size = zip(rows, columns, strict=True)
-        return paint(torch.cat(parts), [upsampled, torch.sigmoid, to_input, to_size], least=0.0)
+        return paint(torch.cat(parts), [upsampled, torch.sigmoid, to_input, to_size], cutoff=0.0)
 
 
 class _Chunk(NamedTuple):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from maskset.errors import ConfigError, MaskError
+from maskset.masks.codecs import MaskCodec
 from maskset.masks.codecs.autoencoder import AutoencoderCodec
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.codecs.pca import PcaCodec
@@ -54,3 +55,41 @@ def test_weights_of_a_codec_that_is_not_fitted_are_refused_after_those_of_a_fitt
     torch.nn.ModuleDict({"codec": codec}).load_state_dict({f"codec.{name}": value for name, value in fresh.items()})
     with pytest.raises(ConfigError, match="has not been fitted"):
         codec.decode(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
+def test_all_are_mask_codecs(codec):
+    assert isinstance(codec, MaskCodec)
+
+
+@pytest.mark.parametrize("kind", [PcaCodec, LogitPcaCodec])
+def test_a_codec_that_was_not_fitted_says_so(kind):
+    with pytest.raises(ConfigError, match=rf"{kind.__name__}\(12, 20\) has not been fitted: call fit"):
+        kind(12, 20).encode(torch.zeros(1, 12, 12))
+    with pytest.raises(ConfigError, match="has not been fitted"):
+        kind(12, 20).decode(torch.zeros(1, 20))
+
+
+@pytest.mark.parametrize("kind", [PcaCodec, LogitPcaCodec])
+@pytest.mark.parametrize("size", [12, 64])  # exact, sketched
+@pytest.mark.parametrize("count", [0, 19])
+def test_fewer_masks_than_components_are_refused_and_leave_the_codec_unfitted(kind, size, count):
+    codec = kind(size, 20)
+    with pytest.raises(ConfigError, match=f"20 numbers cannot be fitted to {count} masks"):
+        codec.fit(torch.rand(count, size, size) > 0.5)
+    assert not codec.fitted
+
+
+@pytest.mark.parametrize("kind", [PcaCodec, LogitPcaCodec])
+@pytest.mark.parametrize(
+    ("size", "length", "message"),
+    [
+        (12, 0, "1 to 144, got 0"),
+        (12, 145, "1 to 144, got 145"),
+        (0, 1, "1 to 1024, got 0"),
+        (10**6, 9, "1 to 1024, got 1000000"),
+    ],
+)
+def test_sizes_and_lengths_that_no_components_have_are_refused(kind, size, length, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(size, length)

@@ -5,8 +5,8 @@ from goldens import ellipses
 
 from maskset.codec_tools.fit import fit_codec
 from maskset.errors import ConfigError
-from maskset.masks.codecs import MaskCodec, logit_pca
 from maskset.masks.codecs import files as codec_files
+from maskset.masks.codecs import logit_pca, pca
 from maskset.masks.codecs.logit_pca import LogitPcaCodec
 
 
@@ -83,8 +83,8 @@ def test_how_masks_are_batched_and_how_often_does_not_matter(masks, fitted):
 
 
 def test_masks_too_large_for_the_whole_matrix_are_coded_nearly_as_well(masks, fitted, monkeypatch):
-    monkeypatch.setattr(logit_pca, "EXACT_UP_TO", 0)
-    monkeypatch.setattr(logit_pca, "BATCH", 32)
+    monkeypatch.setattr(pca, "EXACT_UP_TO", 0)
+    monkeypatch.setattr(pca, "BATCH", 32)
     sketched = LogitPcaCodec(12, 20)
     sketched.fit(masks)
     torch.testing.assert_close(sketched.means, fitted.means, atol=0.05, rtol=0)  # other batches draw other noise
@@ -113,26 +113,6 @@ def test_gradients_pass_through_the_decoder_and_stay_out_of_the_code(fitted):
     assert not list(fitted.parameters())
 
 
-def test_a_code_that_was_not_fitted_says_so():
-    with pytest.raises(ConfigError, match=r"LogitPcaCodec\(12, 20\) has not been fitted: call fit"):
-        LogitPcaCodec(12, 20).encode(torch.zeros(1, 12, 12))
-
-
-@pytest.mark.parametrize("size", [12, 64])  # exact, sketched
-@pytest.mark.parametrize("count", [0, 19])
-def test_fewer_masks_than_components_are_refused_and_leave_the_codec_unfitted(size, count):
-    codec = LogitPcaCodec(size, 20)
-    with pytest.raises(ConfigError, match=f"20 numbers cannot be fitted to {count} masks"):
-        codec.fit(torch.rand(count, size, size) > 0.5)
-    assert not codec.fitted
-
-
-@pytest.mark.parametrize("length", [0, 145])
-def test_lengths_beyond_the_number_of_pixels_are_refused(length):
-    with pytest.raises(ConfigError, match=f"1 to 144, got {length}"):
-        LogitPcaCodec(12, length)
-
-
 def test_a_file_is_read_back_and_refused_for_another_length(tmp_path):
     written = fit_codec("logit-pca", "shapes", tmp_path / "code.safetensors", size=14, max_masks=80, length=12, progress=False)
     codec = LogitPcaCodec(14, 12)
@@ -140,7 +120,3 @@ def test_a_file_is_read_back_and_refused_for_another_length(tmp_path):
     assert torch.equal(codec.components, written.components)
     with pytest.raises(ConfigError, match="holds another mask codec: length 12 instead of 11"):
         codec_files.load(LogitPcaCodec(14, 11), tmp_path / "code.safetensors")
-
-
-def test_logit_pca_is_a_mask_codec():
-    assert isinstance(LogitPcaCodec(), MaskCodec)

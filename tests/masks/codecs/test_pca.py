@@ -3,8 +3,7 @@ import pytest
 import torch
 from goldens import ellipses
 
-from maskset.errors import ConfigError
-from maskset.masks.codecs import MaskCodec, pca
+from maskset.masks.codecs import pca
 from maskset.masks.codecs.pca import PcaCodec
 from maskset.masks.paint import binarize
 
@@ -64,34 +63,7 @@ def test_masks_too_large_for_the_whole_matrix_are_coded_nearly_as_well(masks, fi
     assert errors[1] < 1.03 * errors[0]
 
 
-def test_a_code_that_was_not_fitted_says_so():
-    codec = PcaCodec(12, 20)
-    with pytest.raises(ConfigError, match=r"PcaCodec\(12, 20\) has not been fitted: call fit"):
-        codec.encode(torch.zeros(1, 12, 12))
-    with pytest.raises(ConfigError, match="has not been fitted"):
-        codec.decode(torch.zeros(1, 20))
-
-
 def test_saved_weights_hold_the_fit(masks, fitted):
     loaded = PcaCodec(12, 20)
     loaded.load_state_dict(fitted.state_dict())
     assert torch.equal(loaded.encode(masks.float()), fitted.encode(masks.float()))
-
-
-@pytest.mark.parametrize("size", [12, 64])  # exact, sketched
-@pytest.mark.parametrize("count", [0, 19])
-def test_fewer_masks_than_components_are_refused_and_leave_the_codec_unfitted(size, count):
-    codec = PcaCodec(size, 20)
-    with pytest.raises(ConfigError, match=f"20 numbers cannot be fitted to {count} masks"):
-        codec.fit(torch.rand(count, size, size) > 0.5)
-    assert not codec.fitted
-
-
-@pytest.mark.parametrize("length", [0, 145])
-def test_lengths_beyond_the_number_of_pixels_are_refused(length):
-    with pytest.raises(ConfigError, match=f"1 to 144, got {length}"):
-        PcaCodec(12, length)
-
-
-def test_pca_is_a_mask_codec():
-    assert isinstance(PcaCodec(), MaskCodec)

@@ -29,7 +29,7 @@ class MaskCodec(Protocol):
 
 
 class Float32Module(nn.Module):
-    """A module that `half()`, `bfloat16()`, `double()` and `to(dtype)` leave in float32; it still moves to other devices.
+    """A module that stays in float32 after `half()`, `bfloat16()`, `double()` and `to(dtype)`; it moves to other devices.
 
     Systems decode codes in float32 whatever their own type, because rounding would move the edges of masks.
     """

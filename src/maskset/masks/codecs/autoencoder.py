@@ -12,16 +12,16 @@ from maskset.losses import squared_dice_loss
 from maskset.masks.codecs.fittable import MAX_MASKS, MAX_SIZE, FittableCodec
 from maskset.progress import track
 
-CONTEXT_CHANNELS = 32  # of the features that may be added while a mask is decoded
+CONTEXT_CHANNELS = 32  # channels of the optional features that are added during decoding
 BATCH, LEARNING_RATE = 64, 1e-3
 STEPS = 3000
 
 
 class AutoencoderCodec(FittableCodec):
-    """Turns box-local masks into numbers by five convolutions, and back by doubling a small map four times.
+    """Turns box-local masks into numbers with five convolutions, and back by upsampling a small map four times.
 
-    The encoder is frozen after `fit`; the decoder may be trained further. Both have batch norm, so in training mode one call
-    must hold exactly the masks whose statistics belong together.
+    The encoder is frozen after `fit`; the decoder may be trained further. Both have batch norm: in training mode, all masks of
+    one call are normalized together.
 
     Args:
         size: side S of the mask, a multiple of 16 from 32 on, pixels.
@@ -59,7 +59,7 @@ class AutoencoderCodec(FittableCodec):
 
         Adam on the dice loss, on an accelerator if there is one; the learning rate is divided by 10 after one and after two
         thirds of the steps. All masks are held in memory (booleans take a byte per pixel); the batch sizes do not matter.
-        If fitting is interrupted, the codec is left as one that is not fitted.
+        If fitting is interrupted, the codec counts as not fitted.
 
         Args:
             masks: to fit the networks to.
@@ -74,7 +74,7 @@ class AutoencoderCodec(FittableCodec):
         rows = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *self.rows(masks, BATCH, max_masks)])
         self.require_enough(len(rows), 1)
         steps = STEPS if steps is None else steps
-        turns = track(range(steps), steps, "fitting the mask autoencoder", "steps") if progress else range(steps)
+        progress_range = track(range(steps), steps, "fitting the mask autoencoder", "steps") if progress else range(steps)
         home, was_training = self.fitted.device, self.training
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
         self.mark_fitted(False)
@@ -85,16 +85,16 @@ class AutoencoderCodec(FittableCodec):
                     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
                         module.reset_parameters()
                 self.to(device).train().encoder.requires_grad_(True)
-                self._train_on(rows, turns, steps)
+                self._train_on(rows, progress_range, steps)
         finally:
             self.to(home).train(was_training).encoder.requires_grad_(False)
             self.zero_grad()
         self.mark_fitted()
 
-    def _train_on(self, rows: Tensor, turns: Iterable[int], steps: int) -> None:
+    def _train_on(self, rows: Tensor, progress_range: Iterable[int], steps: int) -> None:
         optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 3, 2 * steps // 3])
-        for _ in turns:
+        for _ in progress_range:
             batch = rows[torch.randint(len(rows), (BATCH,))].view(-1, self.size, self.size)
             batch = batch.to(self.fitted.device).float()
             optimizer.zero_grad()
@@ -137,7 +137,7 @@ class AutoencoderCodec(FittableCodec):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics an empty batch does not change; its mean would be NaN."""
+    """Batch norm whose running statistics do not become NaN by an empty batch."""
 
     def forward(self, x: Float[Tensor, "n C h w"]) -> Float[Tensor, "n C h w"]:  # type: ignore[override]
         """Return x normalized by its own statistics in training mode, otherwise by the running ones."""
