@@ -1,6 +1,6 @@
 """Checks of everything that runs differently on a GPU, in at most eight minutes: results, training, speed and memory.
 
-Each attention implementation against its plain twin in every precision, forward and backward; the official numbers of every
+Each attention implementation against its plain version in every precision, forward and backward; the official numbers of every
 system, computed on the device; a training in bfloat16 that is killed and resumed; DistributedDataParallel in one process; peak
 memory; and the benchmarks in short. A check that fails does not stop the others. `--device cpu` rehearses all of it without a
 GPU: Triton's kernels run in its interpreter, and the benchmarks in their quick form.
@@ -140,7 +140,7 @@ def usable(device: str) -> list[str]:
 
 
 def compare_attention(name: str, dtype: torch.dtype, device: str) -> Outcome:
-    """Compare output and gradients with those of the plain twin in float64 on the CPU, relative to the greatest value."""
+    """Compare output and gradients with those of the plain version in float64 on the CPU, relative to the greatest value."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     sample = attention.sample((32, 48), 2, 40, "cpu").cast(exact)
     sample = sample if device == "cuda" else part(sample)

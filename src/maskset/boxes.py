@@ -27,19 +27,16 @@ def area(boxes: Boxes) -> Float[Tensor, "..."]:
     return (high - low).clamp(min=0).prod(-1)
 
 
-def iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
-    """Return the intersection over union of corner boxes, element by element; shapes broadcast. Two empty boxes give 0."""
-    overlap, union = _overlap_and_union(a, b)
-    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
-
-
 def generalized_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
     """Return the generalized IoU of corner boxes in [-1, 1], element by element; shapes broadcast.
 
     IoU minus the share of the smallest enclosing box that neither covers (Rezatofighi et al., CVPR 2019, algorithm 1).
     """
-    overlap, union = _overlap_and_union(a, b)
     (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = _sides(a), _sides(b)
+    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
+    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
+    overlap = width.clamp_(min=0) * height.clamp_(min=0)
+    union = area(a) + area(b) - overlap
     width = torch.maximum(right, other_right) - torch.minimum(left, other_left)
     height = torch.maximum(bottom, other_bottom) - torch.minimum(top, other_top)
     hull = width.clamp_(min=0) * height.clamp_(min=0)
@@ -61,14 +58,6 @@ def scale_of(size: Sequence[int], like: Tensor) -> Float[Tensor, "4"]:
     """Return width, height, width, height: the factors between fractions of an image of `size` (height, width) and pixels."""
     height, width = size
     return like.new_tensor([width, height, width, height])
-
-
-def _overlap_and_union(a: Boxes, b: Boxes) -> tuple[Tensor, Tensor]:
-    (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = _sides(a), _sides(b)
-    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
-    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
-    overlap = width.clamp_(min=0) * height.clamp_(min=0)
-    return overlap, area(a) + area(b) - overlap
 
 
 def _sides(boxes: Boxes) -> Sequence[Tensor]:

@@ -1,9 +1,9 @@
-"""Reading images from whatever a user has: files, folders, patterns, bytes, Pillow, NumPy, PyTorch. All become RGB pixels.
+"""Reading of images as RGB pixels from files, folders, patterns, bytes, Pillow, NumPy and PyTorch.
 
 - EXIF orientation is applied, unless only the stored orientation fits the annotated size.
-- Gray is repeated three times, palettes are looked up, CMYK is converted. Transparency is ignored.
-- Gray of 16 or 32 bits or floats: the image's own range becomes 0 to 255. Cameras of 10 to 14 bits fill only part of a 16-bit
-  file, so a fixed scale would leave few gray levels. Convert to 8 bits yourself for another scale.
+- Gray is repeated in three channels; palettes and CMYK are converted; transparency is ignored.
+- Gray images of 16 or 32 bits or floats are scaled from their own range to 0 to 255. Cameras of 10 to 14 bits use only part of
+  the 16 bits, so a fixed scale would leave few gray levels. Convert to 8 bits yourself for another scale.
 - Color of 16 bits is divided by 256 (by Pillow). Of several frames, the first is read.
 """
 

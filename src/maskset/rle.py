@@ -2,8 +2,8 @@
 
 A mask of height h and width w is a list of counts that sum to h * w. They count equal pixels column by column (down, then
 right), alternately of the background and of the mask; the first count is 0 if the first pixel is set. Counts are one-dimensional
-int32 tensors on any device. On a CPU the C library reads and writes them (kernels/runs.py, kernels/csrc/runs.c and polygons.c);
-the Python code here is its reference, and what runs on other devices.
+int32 tensors on any device. On a CPU the C library processes them (kernels/runs.py, kernels/csrc/runs.c and polygons.c);
+the Python code here is its reference, and runs on other devices.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def select(counts: Sequence[Counts], size: tuple[int, int], rows: Indices | None
 
 
 def encode_window(window: Bool[Tensor, "h w"], left: int, top: int, size: tuple[int, int]) -> Counts:
-    """Return the run lengths of an image of `size` that is empty but for a window at (left, top)."""
+    """Return the run lengths of a mask of `size` that is empty except for a window at (left, top)."""
     height, width = size
     columns = torch.zeros(window.shape[1], height, dtype=torch.bool, device=window.device)
     columns[:, top : top + window.shape[0]] = window.T
@@ -144,7 +144,7 @@ def box(counts: Counts, height: int) -> tuple[float, float, float, float]:
     if not len(first):
         return 0.0, 0.0, 0.0, 0.0
     left, right = first[0] // height, last[-1] // height
-    wraps = first // height != last // height  # a run that goes on in the next column touches bottom and top
+    wraps = first // height != last // height  # a run that continues in the next column touches bottom and top
     top = 0 if wraps.any() else (first % height).min()
     bottom = height - 1 if wraps.any() else (last % height).max()
     return float(left), float(top), float(right + 1), float(bottom + 1)
@@ -171,8 +171,8 @@ def to_strings(counts: Sequence[Counts], size: tuple[int, int]) -> list[str]:
 def from_string(text: str | bytes) -> Counts:
     """Return the run lengths of a mask in COCO's compressed text.
 
-    Each number is written in groups of 5 bits, low group first, as characters from '0' on; bit 5 says that more groups
-    follow, the last group's bit 4 is the sign. From the fourth number on, each is the difference to the number two before.
+    Each number is written in groups of 5 bits, low group first, as characters from '0' on. Bit 5 is set if more groups follow;
+    bit 4 of the last group is the sign. From the fourth number on, each is the difference to the number two before.
 
     Raises:
         MaskError: a character is outside of '0' to 'o', or the text ends inside a number.
@@ -181,12 +181,12 @@ def from_string(text: str | bytes) -> Counts:
     if library.supports(torch.device("cpu")):
         counts = runs.from_string(data)  # Fast path: kernels/csrc/runs.c, runs_from_text
         if isinstance(counts, int):
-            raise MaskError(f"the run-length text {_WRONG_TEXT[counts]}.")
+            raise MaskError(f"the run-length text {_TEXT_ERRORS[counts]}.")
         return counts
     return _from_string(data)
 
 
-_WRONG_TEXT = {
+_TEXT_ERRORS = {
     -1: "holds characters outside of '0' to 'o'",
     -2: "ends inside a number",
     -3: "holds a number of more than 32 bits",
@@ -199,15 +199,15 @@ def _from_string(text: bytes) -> Counts:
     if not len(data):
         return torch.zeros(0, dtype=torch.int32)
     if data.min() < 0 or data.max() > 63:
-        raise MaskError(f"the run-length text {_WRONG_TEXT[-1]}.")
+        raise MaskError(f"the run-length text {_TEXT_ERRORS[-1]}.")
     last = (data & 32) == 0
     if not last[-1]:
-        raise MaskError(f"the run-length text {_WRONG_TEXT[-2]}.")
+        raise MaskError(f"the run-length text {_TEXT_ERRORS[-2]}.")
     stops = np.flatnonzero(last) + 1
     starts = np.concatenate([[0], stops[:-1]])
     place = np.arange(len(data)) - np.repeat(starts, stops - starts)
     if place.max() > 6:
-        raise MaskError(f"the run-length text {_WRONG_TEXT[-3]}.")
+        raise MaskError(f"the run-length text {_TEXT_ERRORS[-3]}.")
     numbers = np.add.reduceat((data & 31) << (5 * place), starts)
     negative = (data[stops - 1] & 16) != 0
     numbers -= np.where(negative, np.int64(1) << (5 * (stops - starts)), 0)
@@ -247,7 +247,7 @@ def from_list(counts: Sequence[Any]) -> Counts:
     """Return run lengths from the list of an uncompressed COCO mask.
 
     Raises:
-        MaskError: an entry is no whole number, or does not fit.
+        MaskError: an entry is not a whole number, or does not fit.
     """
     try:
         values = np.asarray(counts)
@@ -350,11 +350,11 @@ Index = Int[Tensor, "_"] | Bool[Tensor, "_"] | slice
 def outlines(counts: Counts, size: tuple[int, int]) -> list[np.ndarray]:
     """Return the outer outline of each connected part (4-neighbors) of a mask, [n 2] of x and y along the pixels' edges.
 
-    Every outline is clockwise on the screen, without points on straight lines. Holes are not outlined. Rasterized as COCO
-    does, the outlines of a mask without holes give the mask back, pixel for pixel.
+    Every outline is clockwise on the screen, without points on straight lines. Holes are not outlined. If COCO rasterizes
+    the outlines of a mask without holes, the result is the same mask, pixel for pixel.
     """
     padded = np.pad(decode([counts.cpu()], size)[0].numpy(), 1)
-    # Unit steps along pixel edges, the mask on their right: edges[way] at corner (y, x), ways right, down, left, up.
+    # Unit steps along pixel edges with the mask on their right: edges[direction] at corner (y, x); right, down, left, up.
     inner, edges = padded[1:-1, 1:-1], np.zeros((4, size[0] + 1, size[1] + 1), dtype=bool)
     edges[0, :-1, :-1] = inner & ~padded[:-2, 1:-1]
     edges[1, :-1, 1:] = inner & ~padded[1:-1, 2:]
@@ -365,16 +365,18 @@ def outlines(counts: Counts, size: tuple[int, int]) -> list[np.ndarray]:
     for y0, x0 in np.argwhere(edges[0]):
         if not edges[0, y0, x0]:
             continue
-        points, y, x, way = [], int(y0), int(x0), 0
-        while edges[way, y, x]:
-            edges[way, y, x] = False
-            y, x = y + steps[way][0], x + steps[way][1]
-            turns = [turn for turn in ((way + 1) % 4, way, (way + 3) % 4) if edges[turn, y, x]]  # right first: keep to this part
-            if (turns and turns[0] != way) or not turns:
+        points, y, x, direction = [], int(y0), int(x0), 0
+        while edges[direction, y, x]:
+            edges[direction, y, x] = False
+            y, x = y + steps[direction][0], x + steps[direction][1]
+            turns = [
+                turn for turn in ((direction + 1) % 4, direction, (direction + 3) % 4) if edges[turn, y, x]
+            ]  # right first, to stay on this part
+            if not turns or turns[0] != direction:
                 points.append((x, y))
-            way = turns[0] if turns else way
+            direction = turns[0] if turns else direction
         outline = np.array(points, dtype=np.float64)
         rolled = np.roll(outline, -1, 0)
-        if (outline[:, 0] * rolled[:, 1] - rolled[:, 0] * outline[:, 1]).sum() > 0:  # holes run the other way around
+        if (outline[:, 0] * rolled[:, 1] - rolled[:, 0] * outline[:, 1]).sum() > 0:  # holes run in the other direction
             outer.append(outline)
     return outer

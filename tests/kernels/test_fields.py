@@ -1,4 +1,4 @@
-"""Pasting and painting in C against the plain twins, pixel for pixel, and against float64."""
+"""Pasting and painting in C against the plain versions, pixel for pixel, and against float64."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def boxes_around(count: int, size: tuple[int, int], seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", [1, 2, 14, 28, 128])
 @pytest.mark.parametrize("seed", range(6))
-def test_what_is_pasted_is_what_the_twin_pastes(both, side, seed):
+def test_what_is_pasted_is_what_the_plain_version_pastes(both, side, seed):
     size = [(60, 80), (1, 90), (75, 1)][seed % 3]
     boxes = boxes_around(20, size, seed)
     fields = smooth(len(boxes), (side, side), seed).sigmoid()
@@ -73,7 +73,7 @@ STEPS = {
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("size", [(50, 70), (7, 6), (1, 1), (200, 3)])
-def test_what_is_painted_is_what_the_twin_paints(both, steps, size):
+def test_what_is_painted_is_what_the_plain_version_paints(both, steps, size):
     maps = smooth(30, (9, 11), 3)
     maps[3], maps[4], maps[5] = -1, 1, -1
     maps[5, -1, -1] = 9
@@ -94,7 +94,7 @@ def test_few_maps_at_a_time_are_all_maps(monkeypatch):
     assert paint_probabilities(maps, 4, (33, 44), (50, 60)) == expected
 
 
-def test_part_of_a_canvas_is_painted_as_the_twin_paints_it(both):
+def test_part_of_a_canvas_is_painted_as_the_plain_version_paints_it(both):
     maps = smooth(12, (8, 10), 5).sigmoid()
     for shown in [(32, 40), (29, 37), (1, 1), (17, 40)]:
         found, expected = both(lambda shown=shown: paint_probabilities(maps, 4, shown, (41, 23)))

@@ -1,4 +1,4 @@
-"""Run lengths in C against their plain twins and pycocotools."""
+"""Run lengths in C against their plain versions and pycocotools."""
 
 import pickle
 
@@ -36,7 +36,7 @@ EVERY = [*hostile_masks(), *(random_masks(seed) for seed in range(20))]
 
 
 @pytest.mark.parametrize("masks", EVERY, ids=lambda masks: "x".join(map(str, masks.shape)))
-def test_everything_about_run_lengths_is_what_the_twins_say(both, masks):
+def test_everything_about_run_lengths_is_what_the_plain_versions_say(both, masks):
     size = (masks.shape[1], masks.shape[2])
     runs, expected = both(lambda: rle.encode(masks))
     assert [one.tolist() for one in runs] == [one.tolist() for one in expected]
@@ -63,7 +63,7 @@ TEXTS = ["", "0", "04", "i4T=N2", "oooooo3", "ooooooo3", "Poooooo", "00P", "~0",
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_is_read_or_refused_as_the_twin_does_it(both, text):
+def test_a_text_is_read_or_refused_as_the_plain_version_does_it(both, text):
     def read():
         try:
             return rle.from_string(text).tolist()
@@ -75,7 +75,7 @@ def test_a_text_is_read_or_refused_as_the_twin_does_it(both, text):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_view_shows_what_its_twin_shows(both, seed):
+def test_a_view_shows_what_its_plain_version_shows(both, seed):
     masks, generator = Masks.from_dense(random_masks(seed)), torch.Generator().manual_seed(seed)
 
     def draw(first: int, end: int) -> int:

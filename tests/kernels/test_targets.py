@@ -1,4 +1,4 @@
-"""What losses look at, drawn in C, against the plain twins, bit for bit, and against float64."""
+"""Training targets computed in C against the plain versions, bit for bit, and against float64."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def boxes_around(masks: Masks, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [1, 7, 28, 128])
 @pytest.mark.parametrize("seed", range(16))
-def test_a_crop_is_what_the_twin_crops(both, size, seed):
+def test_a_crop_is_what_the_plain_version_crops(both, size, seed):
     masks = some_masks(seed)
     boxes = boxes_around(masks, seed)
     found, expected = both(lambda: crop(masks, boxes, size))
@@ -51,7 +51,7 @@ def test_boxes_that_are_none_crop_nothing(both):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_coarser_masks_are_what_the_twins_make(both, seed):
+def test_coarser_masks_are_what_the_plain_versions_make(both, seed):
     masks = some_masks(seed)
     height, width = masks.size
     for work in (

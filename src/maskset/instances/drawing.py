@@ -1,9 +1,10 @@
-"""Drawing masks, boxes, names and scores in colors that color-blind people can distinguish."""
+"""Drawing of masks, boxes, names and scores in colors that color-blind people can distinguish."""
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_dilation
 from torch import Tensor
 
 from maskset import pictures, rle
@@ -14,7 +15,7 @@ from maskset.pictures import Picture
 Color = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # x0 y0 x1 y1, pixels of the drawing, inclusive
 
-# Okabe and Ito's colors (Color Universal Design, 2008) without black, those easiest to confuse far apart in the list.
+# Okabe and Ito's colors (Color Universal Design, 2008) without black; colors that are easy to confuse are far apart in the list.
 PALETTE: tuple[Color, ...] = (
     (230, 159, 0),  # orange
     (86, 180, 233),  # sky blue
@@ -24,8 +25,8 @@ PALETTE: tuple[Color, ...] = (
     (213, 94, 0),  # vermillion
     (0, 114, 178),  # blue
 )
-_FILL = 0.4  # share of an object's color in the pixels of its mask
-_COMFORTABLE = 800  # longer side, pixels: smaller images are enlarged toward it
+_FILL = 0.4  # opacity of an object's color in its mask
+_TARGET_SIDE = 800  # longer side, pixels: smaller images are enlarged to about this size
 
 
 def draw_objects(
@@ -62,7 +63,7 @@ def draw_objects(
             f"the image has {picture.width} x {picture.height} pixels, but the masks have {width} x {height}: "
             "give the image that the objects belong to."
         )
-    scale = scale or max(1, _COMFORTABLE // max(picture.size))
+    scale = scale or max(1, _TARGET_SIDE // max(picture.size))
     picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     runs, colors = masks.to("cpu").rle(), _colors(labels.cpu(), boxes.cpu(), num_classes)
     corners = [_pixel_box(box, picture.size) for box in (boxes.cpu() * scale).tolist()]
@@ -91,14 +92,14 @@ def _pixel_box(box: list[float], size: tuple[int, int]) -> Box:
 
 
 def _colors(labels: Int[Tensor, "T"], boxes: Float[Tensor, "T 4"], num_classes: int) -> list[Color]:
-    """Return a color for each object, where possible different from its neighbors'."""
+    """Return a color for each object, different from those of its neighbors where possible."""
     low, high = boxes[:, :2] - 2, boxes[:, 2:] + 2
-    beside = ((low[:, None] < high[None]) & (low[None] < high[:, None])).all(-1).tolist()
+    neighbors = ((low[:, None] < high[None]) & (low[None] < high[:, None])).all(-1).tolist()
     by_class = 1 < num_classes <= len(PALETTE)
     colors: list[Color] = []
     for i, label in enumerate(labels.tolist()):
         candidates = _shades(PALETTE[label]) if by_class else PALETTE
-        near = [color for color, is_near in zip(colors, beside[i], strict=False) if is_near]
+        near = [color for color, is_near in zip(colors, neighbors[i], strict=False) if is_near]
         used = [] if by_class else colors  # spreads the colors evenly
         colors.append(min(candidates, key=lambda color: (near.count(color), used.count(color))))
     return colors
@@ -121,22 +122,10 @@ def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, color: Color, lin
         soft = Image.fromarray(mask.astype(np.uint8) * 255)
         mask = np.array(soft.resize(((x1 - x0) * scale, (y1 - y0) * scale), Image.Resampling.BICUBIC)) > 127
     window = pixels[y0 * scale : y1 * scale, x0 * scale : x1 * scale]
-    inside, rim = mask & ~_dilate(~mask, line), _dilate(mask, 1) & ~mask
+    inside, rim = mask & ~binary_dilation(~mask, iterations=line), binary_dilation(mask) & ~mask
     window[inside] = (window[inside] * (1 - _FILL) + np.array(color) * _FILL).astype(np.uint8)
     window[mask & ~inside] = color
     window[rim] //= 2
-
-
-def _dilate(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Return the mask dilated `steps` times by its 4-neighbors."""
-    for _ in range(steps):
-        wider = mask.copy()
-        wider[1:] |= mask[:-1]
-        wider[:-1] |= mask[1:]
-        wider[:, 1:] |= mask[:, :-1]
-        wider[:, :-1] |= mask[:, 1:]
-        mask = wider
-    return mask
 
 
 def _write(picture: Image.Image, labels: list[tuple[str, Box, Color]]) -> None:

@@ -19,7 +19,7 @@ class Masks(TensorRecord):
     """The masks of one image as polygons or run lengths; `dense()` computes pixels.
 
     Flips, crops and nearest-neighbor scaling move whole rows and columns. They are stored as two index maps from this view to
-    the original image, and cost nothing until the pixels are needed.
+    the original image, so that pixels are computed only once, at the end.
 
     Attributes:
         size: height and width of the view, pixels.
@@ -80,8 +80,8 @@ class Masks(TensorRecord):
         """
         if len({part.size for part in parts}) != 1:
             raise MaskError(f"masks of different sizes cannot be joined: {sorted({part.size for part in parts})}.")
-        whole = [part if part._is_source else cls(part.rle(), part.size) for part in parts]
-        return cls([shape for part in whole for shape in part._shapes], parts[0].size)
+        sources = [part if part._is_source else cls(part.rle(), part.size) for part in parts]
+        return cls([shape for part in sources for shape in part._shapes], parts[0].size)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -103,16 +103,16 @@ class Masks(TensorRecord):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int | Index | Sequence[int]) -> "Masks":
-        """Return the masks chosen by a position, a slice, positions or a boolean of each; always a `Masks`."""
+        """Return the masks that an index, a slice, a list of indices or a boolean for each mask selects; always a `Masks`."""
         return self._view([self._shapes[i] for i in positions(index, len(self))])
 
     def __eq__(self, other: object) -> bool:
-        """Return whether both show the same pixels, however they are kept."""
+        """Return whether both have the same pixels, as polygons or run lengths."""
         if not isinstance(other, Masks):
             return NotImplemented
         if self.size != other.size or len(self) != len(other):
             return False
-        ours, theirs = (rle.select(masks.rle(), masks.size, None, None) for masks in (self, other))  # without runs of no pixels
+        ours, theirs = (rle.select(masks.rle(), masks.size, None, None) for masks in (self, other))  # without runs of length 0
         return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
@@ -192,7 +192,7 @@ class Masks(TensorRecord):
         return self._view(change(torch.cat(runs)).split(lengths), self._rows, self._columns)
 
     def _source_runs(self) -> list[Counts]:
-        polygons = {id(shape): shape for shape in self._shapes if not isinstance(shape, Tensor)}  # each is drawn once
+        polygons = {id(shape): shape for shape in self._shapes if not isinstance(shape, Tensor)}  # each is rasterized once
         drawn = rle.rasterize(list(polygons.values()), self._source_size) if polygons else []
         device, runs = self.device, dict(zip(polygons, drawn, strict=True))
         return [shape if isinstance(shape, Tensor) else runs[id(shape)].to(device) for shape in self._shapes]

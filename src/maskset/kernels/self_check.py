@@ -1,4 +1,4 @@
-"""The Triton kernels of deformable attention compared with their plain twin on a tiny input, once per process and device.
+"""The Triton kernels of deformable attention compared with their plain version on a tiny input, once per process and device.
 
 Compilers and GPUs differ, and wrong gradients are silent. Where the kernels do not compile or do not agree, they are not used.
 """

@@ -1,8 +1,8 @@
-"""The Swin transformer as detectors use it (Liu et al., ICCV 2021): an image in, maps at strides 4, 8, 16 and 32 out.
+"""The Swin transformer for detection (Liu et al., ICCV 2021), which computes maps at strides 4, 8, 16 and 32 of an image.
 
-Image classifiers have a fixed size that their windows divide. Here any size goes: every block pads its map to whole
-windows. The zeros of that padding take part in attention, as in the authors' detection code, from which all published
-numbers come; implementations that roll before they pad, or mask the padding, differ at the right and bottom border.
+Images can have any size, unlike those for classification, since every block pads its map to whole windows. The zeros of that
+padding take part in attention, as in the authors' detection code, which produced all published results. Implementations that
+roll before padding, or mask the padding, differ at the right and bottom border.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from maskset.layers.blocks import Layer
 
@@ -21,7 +22,7 @@ SHIFT = WINDOW // 2  # cells, how far every second block moves its windows
 
 @dataclass(frozen=True)
 class SwinSize:
-    """What differs between Swin-T, S, B and L (section 3.3).
+    """The sizes of Swin-T, S, B or L (section 3.3).
 
     Attributes:
         width: C, channels of the first stage; each further stage has twice as many.
@@ -43,23 +44,23 @@ SWIN_SIZES = {
 
 
 class SwinTransformer(nn.Module):
-    """The hierarchy of figure 3a: patches, then stages of blocks, all but the first of which merge patches.
+    """The network of figure 3a: patch embedding, then stages of blocks; all stages but the first merge patches.
 
     Args:
         size: width, depths and heads.
-        drop_path: greatest probability of skipping a residual branch; it rises linearly from 0 over the blocks.
-        maps: how many of the last stages give a map.
+        drop_path: maximum probability of skipping a residual branch; it rises linearly from 0 over the blocks.
+        maps: how many of the last stages return a map.
     """
 
     def __init__(self, size: SwinSize, drop_path: float = 0.0, maps: int = 3) -> None:
         super().__init__()
-        silent = len(size.depths) - maps
-        self.channels = [size.width * 2**stage for stage in range(silent, len(size.depths))]
+        first_map = len(size.depths) - maps
+        self.channels = [size.width * 2**stage for stage in range(first_map, len(size.depths))]
         self.patches = PatchEmbedding(size.width)
         skip = [drop_path * block / max(1, sum(size.depths) - 1) for block in range(sum(size.depths))]
         self.stages = nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
-            self.stages.append(SwinStage(size.width * 2**stage, depth, heads, skip[:depth], stage > 0, stage >= silent))
+            self.stages.append(SwinStage(size.width * 2**stage, depth, heads, skip[:depth], stage > 0, stage >= first_map))
             skip = skip[depth:]
         self.apply(_initialize)
 
@@ -75,7 +76,7 @@ class SwinTransformer(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Makes one cell of every 4 x 4 pixels ("patch partition" and "linear embedding")."""
+    """Embeds each patch of 4 x 4 pixels as one cell ("patch partition" and "linear embedding")."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -83,14 +84,14 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w C"]:
-        """Return one cell per patch; zeros fill up the patches at the right and bottom border."""
+        """Return one cell per patch; incomplete patches at the right and bottom border are padded with zeros."""
         height, width = pixels.shape[2:]
         pixels = F.pad(pixels, (0, -width % PATCH, 0, -height % PATCH))
         return self.norm(self.projection(pixels).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
-    """Makes one cell of every 2 x 2 cells, with twice the channels.
+    """Merges each 2 x 2 cells to one cell with twice the channels.
 
     Args:
         width: C, channels of the result.
@@ -102,22 +103,22 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x: Float[Tensor, "B h w c"]) -> Float[Tensor, "B (h+1)//2 (w+1)//2 2*c"]:
-        """Return the merged cells; an odd row or column is joined with zeros."""
+        """Return the merged cells; an odd number of rows or columns is padded with zeros."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         corners = [x[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
         return self.reduction(self.norm(torch.cat(corners, -1)))
 
 
 class SwinStage(nn.Module):
-    """Blocks at one resolution. Windows stay in place in the first, third, ... block, and move in the others.
+    """Blocks at one resolution. Windows are shifted in every second block.
 
     Args:
         width: C, channels.
         depth: number of blocks.
         heads: attention heads.
         skip: probability of skipping a residual branch, for each block.
-        downsample: whether it merges patches first.
-        returns_map: whether it returns a map.
+        downsample: whether to merge patches first.
+        returns_map: whether the stage returns a map.
     """
 
     def __init__(self, width: int, depth: int, heads: int, skip: list[float], downsample: bool, returns_map: bool) -> None:
@@ -127,7 +128,7 @@ class SwinStage(nn.Module):
         self.output_norm = nn.LayerNorm(width) if returns_map else None
 
     def forward(self, x: Float[Tensor, "B _ _ _"]) -> tuple[Float[Tensor, "B h w C"], Float[Tensor, "B h w C"] | None]:
-        """Return the features for the next stage, and the same, normalized, for the reader of the maps."""
+        """Return the features for the next stage, and the normalized features if the stage returns a map."""
         if self.merge is not None:
             x = self.merge(x)
         mask = shift_mask(x.shape[1], x.shape[2], x.device)
@@ -137,12 +138,12 @@ class SwinStage(nn.Module):
 
 
 class Block(Layer):
-    """Attention inside windows, then an MLP, each after a layer norm and beside a residual (figure 3b, equation 3).
+    """Attention inside windows, then an MLP, each with a layer norm before and a residual connection (figure 3b, equation 3).
 
     Args:
         width: C, channels.
         heads: attention heads.
-        shift: cells that the windows are moved by, down and to the right; 0 leaves them in place.
+        shift: number of cells by which windows are shifted down and to the right; 0: none.
         skip: probability, in training, that a residual branch is skipped for an image.
     """
 
@@ -153,7 +154,7 @@ class Block(Layer):
         self.attention = WindowAttention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = SwinMlp(width)
-        self.drop_path = DropPath(skip)
+        self.drop_path = StochasticDepth(skip, "row")
 
     def forward(self, x: Float[Tensor, "B h w C"], mask: Float[Tensor, "n 49 49"]) -> Float[Tensor, "B h w C"]:
         """Return new features; `mask` is `shift_mask`'s."""
@@ -165,7 +166,7 @@ class Block(Layer):
         x = F.pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
         if not self.shift:
             return join_windows(self.attention(split_windows(x), None), x.shape)[:, :height, :width]
-        # Windows moved down and right over a map that stays are windows that stay over a map rolled up and left (figure 4).
+        # Shifting windows down and right is the same as rolling the map up and left (figure 4).
         x = x.roll((-self.shift, -self.shift), (1, 2))
         x = join_windows(self.attention(split_windows(x), mask), x.shape)
         return x.roll((self.shift, self.shift), (1, 2))[:, :height, :width]
@@ -200,7 +201,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinMlp(nn.Module):
-    """Two linear layers with GELU between, four times as wide inside."""
+    """Two linear layers with GELU between; the hidden layer is four times as wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -212,27 +213,8 @@ class SwinMlp(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, a residual branch is dropped for whole images, and scaled up for the others.
-
-    Args:
-        skip: probability of dropping.
-    """
-
-    def __init__(self, skip: float) -> None:
-        super().__init__()
-        self.skip = skip
-
-    def forward(self, branch: Float[Tensor, "B *n"]) -> Float[Tensor, "B *n"]:
-        """Return the branch, or zero for an image whose branch is dropped."""
-        if not self.training or not self.skip:
-            return branch
-        keep = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= self.skip
-        return branch * keep / (1 - self.skip)
-
-
 def split_windows(x: Float[Tensor, "B h w C"]) -> Float[Tensor, "b 49 C"]:
-    """Return the windows of maps whose sides are multiples of 7, image after image, row by row; so are a window's cells."""
+    """Return the windows of maps whose sides are multiples of 7, image after image, row-major like the cells in a window."""
     batch, height, width, channels = x.shape
     windows = x.view(batch, height // WINDOW, WINDOW, width // WINDOW, WINDOW, channels)
     return windows.transpose(2, 3).reshape(-1, WINDOW * WINDOW, channels)
@@ -246,9 +228,9 @@ def join_windows(windows: Float[Tensor, "b 49 C"], shape: tuple[int, ...]) -> Fl
 
 
 def shift_mask(height: int, width: int, device: torch.device) -> Float[Tensor, "n 49 49"]:
-    """Return what keeps cells apart that only rolling made neighbors: -100 between them, else 0, for each window.
+    """Return an attention mask for each window: -100 between cells that are neighbors only because the map was rolled, else 0.
 
-    A rolled map holds, along each axis, whole windows, then the rest of the last window, then what was rolled around.
+    Along each axis, a rolled map has whole windows, the remainder of the last window, and the cells that were rolled around.
 
     Args:
         height: of the map before it is padded to whole windows, cells.

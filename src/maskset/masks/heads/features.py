@@ -13,7 +13,7 @@ from maskset.layers.backbone import group_count
 class MaskFeatureHead(nn.Module):
     """Resizes all levels to the same size and width, sums them and projects the sum to the output width.
 
-    Each level passes one 3x3 convolution per doubling or halving, at least one. A norm and a ReLU follow each convolution.
+    Each level passes one 3x3 convolution per upsampling or downsampling step, at least one. Norm and ReLU follow each of them.
 
     Args:
         channels: width of each level.
@@ -32,7 +32,7 @@ class MaskFeatureHead(nn.Module):
         self.output = ConvBlock(hidden, width, 1)
 
     def forward(self, levels: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
-        """Return the mask features, which are not negative."""
+        """Return the mask features, which are non-negative."""
         total = None
         for level, branch, factor in zip(levels, self.branches, self.factors, strict=True):
             assert isinstance(branch, nn.ModuleList)

@@ -1,6 +1,6 @@
 """The instance-aware transformer of SOIT (figure 3, eq. 1 to 4): D numbers are the weights of a network that predicts one mask.
 
-Each pixel of the mask features is a query. It gets its position relative to the center of the instance and samples K points
+Each pixel of the mask features is a query. Its position relative to the center of the instance is added, and it samples K points
 around itself for each of M heads (deformable attention); the result is projected to a logit. With C channels the network has
 D = 2CMK + 2MK + CMK + MK + C + 1 weights: 441 for C = 8, M = 4, K = 4.
 """
@@ -18,6 +18,10 @@ from maskset.kernels.instance_transformer import fused, usable
 from maskset.layers.blocks import frequencies
 
 Positions = Literal["relative", "absolute", "none"]
+Features = Float[Tensor, "C h w"]
+Padding = Bool[Tensor, "h w"]  # True on padding
+Centers = Float[Tensor, "n 2"]  # x and y of each instance's box, fractions of the unpadded image
+Logits = Float[Tensor, "n h w"]
 
 
 def part_shapes(channels: int, heads: int, points: int) -> list[tuple[int, ...]]:
@@ -36,14 +40,14 @@ def parameter_count(channels: int, heads: int, points: int) -> int:
 
 
 def instance_transformer(
-    features: Float[Tensor, "C h w"],
-    padding: Bool[Tensor, "h w"],
+    features: Features,
+    padding: Padding,
     weights: Float[Tensor, "n D"],
-    centers: Float[Tensor, "n 2"],
+    centers: Centers,
     heads: int,
     points: int,
     positions: Positions = "relative",
-) -> Float[Tensor, "n h w"]:
+) -> Logits:
     """Return the mask logits of all instances of one image.
 
     The paper has no ReLU before the output; the official code, and its published results, have one.
@@ -55,7 +59,7 @@ def instance_transformer(
         centers: x and y of each instance's box, fractions of the unpadded image.
         heads: M; it divides C.
         points: K.
-        positions: what a pixel's position is relative to (Table 4): the instance's center, the image's corner; or no position.
+        positions: relative to the instance's center, absolute (relative to the image's corner), or none (Table 4).
     """
     parts = _parts(weights, features.shape[0], heads, points)
     origins = {"relative": centers, "absolute": torch.zeros_like(centers), "none": None}[positions]
@@ -65,13 +69,8 @@ def instance_transformer(
 
 
 def _logits(
-    features: Float[Tensor, "C h w"],
-    padding: Bool[Tensor, "h w"],
-    parts: Sequence[Tensor],
-    centers: Float[Tensor, "n 2"] | None,
-    heads: int,
-    points: int,
-) -> Float[Tensor, "n h w"]:
+    features: Features, padding: Padding, parts: Sequence[Tensor], centers: Centers | None, heads: int, points: int
+) -> Logits:
     """Return the logits step by step, as in the paper."""
     offset, offset_bias, attention, attention_bias, output, output_bias = parts
     channels, height, width = features.shape
@@ -95,14 +94,9 @@ def _logits(
 
 
 def _logits_in_c(
-    features: Float[Tensor, "C h w"],
-    padding: Bool[Tensor, "h w"],
-    parts: Sequence[Tensor],
-    centers: Float[Tensor, "n 2"] | None,
-    heads: int,
-    points: int,
-) -> Float[Tensor, "n h w"]:
-    """Return the same from the C library; the cells that are not padding must be a rectangle."""
+    features: Features, padding: Padding, parts: Sequence[Tensor], centers: Centers | None, heads: int, points: int
+) -> Logits:
+    """Return the same, computed by the C library; the cells that are not padding must form a rectangle."""
     offset, offset_bias, attention, attention_bias, output, output_bias = parts
     count, samples, channels = attention.shape
     half = channels // 2
@@ -134,15 +128,13 @@ def _is_rectangle(valid: Bool[Tensor, "h w"]) -> bool:
 
 
 def _along(inside: Bool[Tensor, "cells"], center: Float[Tensor, "n"], channels: int) -> Float[Tensor, "n 2 cells channels"]:
-    """Return `encode_positions` along one axis: for padding along the other axis (position 0), and for the image."""
+    """Return `encode_positions` along one axis, for cells that are padding along the other axis (position 0) and for others."""
     count = inside.cumsum(0, dtype=torch.float32)
     place = torch.stack([torch.zeros_like(count), count / (count[-1:] + 1e-6)]) - center[:, None, None]
     return frequencies(place * (2 * math.pi), channels)
 
 
-def encode_positions(
-    padding: Bool[Tensor, "h w"], centers: Float[Tensor, "n 2"], channels: int
-) -> Float[Tensor, "n channels h w"]:
+def encode_positions(padding: Padding, centers: Centers, channels: int) -> Float[Tensor, "n channels h w"]:
     """Return the sine encoding of pixel positions relative to each center (x, y): y in the first half of the channels, then x.
 
     Positions and centers are fractions of the unpadded image; a pixel's position is its lower right corner.
@@ -164,7 +156,7 @@ def _parts(weights: Float[Tensor, "n D"], channels: int, heads: int, points: int
 
 
 def _cell_centers(height: int, width: int, like: Tensor) -> Float[Tensor, "cells 2"]:
-    """Return x and y of the middle of every cell, fractions of the map."""
+    """Return x and y of the center of every cell, fractions of the map."""
     y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
     x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
     return torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)
