@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import binary_dilation, binary_erosion
 from torch import Tensor
 
 from maskset import pictures, rle
@@ -122,7 +122,8 @@ def _paint(pixels: np.ndarray, counts: rle.Counts, scale: int, color: Color, lin
         soft = Image.fromarray(mask.astype(np.uint8) * 255)
         mask = np.array(soft.resize(((x1 - x0) * scale, (y1 - y0) * scale), Image.Resampling.BICUBIC)) > 127
     window = pixels[y0 * scale : y1 * scale, x0 * scale : x1 * scale]
-    inside, rim = mask & ~binary_dilation(~mask, iterations=line), binary_dilation(mask) & ~mask
+    inside = np.asarray(binary_erosion(mask, iterations=line, border_value=1), dtype=bool)
+    rim = np.asarray(binary_dilation(mask), dtype=bool) & ~mask
     window[inside] = (window[inside] * (1 - _FILL) + np.array(color) * _FILL).astype(np.uint8)
     window[mask & ~inside] = color
     window[rim] //= 2

@@ -120,7 +120,6 @@ def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], cutoff: float, th
         cutoff: pixels between cells of at most this value do not exceed the threshold.
         threshold: what a pixel must exceed.
     """
-    steps = _without_identities(steps, (maps.shape[1], maps.shape[2]))
     resizes = [step for step in steps if isinstance(step, tuple)]
     size = rle.check_pixel_count((len(resizes[-1][0]), len(resizes[-1][1])))
     use_c = library.handle() is not None and isinstance(steps[-1], tuple)
@@ -133,18 +132,6 @@ def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], cutoff: float, th
         return Masks(_paint_in_c(maps.contiguous(), rows, columns, steps, threshold), size)
     windows = zip(maps, rows.tolist(), columns.tolist(), strict=True)
     return Masks([_paint_one(*window, steps, threshold, size) for window in windows], size)
-
-
-def _without_identities(steps: Sequence[Step], size: tuple[int, int]) -> Sequence[Step]:
-    """Return the steps without resizes of maps of `size` that change nothing; at least one resize stays."""
-    remaining: list[Step] = []
-    for step in steps:
-        if isinstance(step, tuple):
-            if all(torch.equal(positions, torch.arange(cells).float()) for positions, cells in zip(step, size, strict=True)):
-                continue
-            size = len(step[0]), len(step[1])
-        remaining.append(step)
-    return remaining if any(isinstance(step, tuple) for step in remaining) else steps
 
 
 def _paint_one(

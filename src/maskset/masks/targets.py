@@ -170,9 +170,10 @@ def _opencv_taps(pixels: int, cells: int) -> runs.Taps:
     share = (position - low).masked_fill((low < 0) | (low >= pixels - 1), 0)
     low = low.long().clamp(0, max(0, pixels - 1))
     high = (low + 1).clamp(max=max(0, pixels - 1))
-    weights = (((1 - share) * _OPENCV_UNIT).round().int(), (share * _OPENCV_UNIT).round().int())
+    low_weight, high_weight = ((weight * _OPENCV_UNIT).round().int() for weight in (1 - share, share))
     beyond = (0, cells - inside)
-    return F.pad(low, beyond, value=pixels), F.pad(high, beyond, value=pixels), *(F.pad(weight, beyond) for weight in weights)
+    low, high = F.pad(low, beyond, value=pixels), F.pad(high, beyond, value=pixels)
+    return low, high, F.pad(low_weight, beyond), F.pad(high_weight, beyond)
 
 
 def _opencv_resize(pixels: Bool[Tensor, "H W"], rows: runs.Taps, columns: runs.Taps) -> Bool[Tensor, "h w"]:

@@ -102,15 +102,6 @@ class AutoencoderCodec(FittableCodec):
             optimizer.step()
             schedule.step()
 
-    def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
-        """Return the codes of masks with values in [0, 1].
-
-        Raises:
-            ConfigError: the codec has not been fitted.
-        """
-        self.require_fitted()
-        return self._encode(masks)
-
     def _encode(self, masks: Tensor) -> Tensor:
         return self.encoder(masks[:, None])[:, :, 0, 0]
 

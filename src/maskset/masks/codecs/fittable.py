@@ -39,11 +39,27 @@ class FittableCodec(Float32Module):
         raise NotImplementedError
 
     def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
-        """Return the codes of masks with values in [0, 1]."""
-        raise NotImplementedError
+        """Return the codes of masks with values in [0, 1].
+
+        Raises:
+            ConfigError: the codec has not been fitted.
+        """
+        self.require_fitted()
+        return self._encode(masks)
 
     def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]:
-        """Return real-valued masks; the caller chooses the threshold."""
+        """Return real-valued masks; the caller chooses the threshold.
+
+        Raises:
+            ConfigError: the codec has not been fitted.
+        """
+        self.require_fitted()
+        return self._decode(codes)
+
+    def _encode(self, masks: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _decode(self, codes: Tensor) -> Tensor:
         raise NotImplementedError
 
     def mark_fitted(self, fitted: bool = True) -> None:

@@ -17,7 +17,7 @@ MAX_SOFTNESS, MIN_SOFTNESS = 0.05, 0.01  # a pixel becomes 1 - e or e, with e dr
 
 
 class LogitPcaCodec(FittableCodec):
-    """Turns box-local masks into whitened principal components of their logits, and back into probabilities.
+    """Turns box-local masks into whitened principal components of their logits, and back into probabilities (threshold 0.5).
 
     Args:
         size: side S of the mask, pixels.
@@ -72,13 +72,7 @@ class LogitPcaCodec(FittableCodec):
         logits = _logits(flat, torch.rand_like(flat) if noisy else torch.full_like(flat, 0.5))
         return (logits - self.means) @ self.components.T / self.explained_variances.sqrt()
 
-    def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]:
-        """Return the probability of every pixel; 0.5 is the threshold.
-
-        Raises:
-            ConfigError: the codec has not been fitted.
-        """
-        self.require_fitted()
+    def _decode(self, codes: Tensor) -> Tensor:
         logits = (codes * self.explained_variances.sqrt()) @ self.components + self.means
         return logits.sigmoid().unflatten(1, (self.size, self.size))
 

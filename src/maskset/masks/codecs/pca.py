@@ -49,22 +49,10 @@ class PcaCodec(FittableCodec):
         self.basis.copy_(components.T)
         self.mark_fitted()
 
-    def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
-        """Return v = m P for masks with values in [0, 1].
-
-        Raises:
-            ConfigError: the codec has not been fitted.
-        """
-        self.require_fitted()
+    def _encode(self, masks: Tensor) -> Tensor:
         return masks.flatten(1) @ self.basis
 
-    def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]:
-        """Return m = v P^T; the caller chooses the threshold.
-
-        Raises:
-            ConfigError: the codec has not been fitted.
-        """
-        self.require_fitted()
+    def _decode(self, codes: Tensor) -> Tensor:
         return (codes @ self.basis.T).unflatten(1, (self.size, self.size))
 
 

@@ -28,7 +28,9 @@ LEARNING_STEPS, LEARNING_BATCH, LEARNING_ITERATIONS = 200, 512, 30  # batches, m
 
 
 class SparseCodec(FittableCodec):
-    """Turns box-local masks into coefficients of a dictionary's atoms, most of them zero, and back.
+    """Turns box-local masks m into coefficients v of a dictionary's atoms D, most of them zero, and back.
+
+    v minimizes 1/2 |m - v D|^2 + beta |v|_1, and the decoded mask is v D.
 
     Args:
         size: side S of the mask, pixels.
@@ -75,22 +77,10 @@ class SparseCodec(FittableCodec):
         self.curvature.fill_(_curvature(atoms))
         self.mark_fitted()
 
-    def encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
-        """Return the v that minimizes 1/2 |m - v D|^2 + beta |v|_1 for masks m with values in [0, 1].
-
-        Raises:
-            ConfigError: the codec has not been fitted.
-        """
-        self.require_fitted()
+    def _encode(self, masks: Tensor) -> Tensor:
         return _fista(masks.flatten(1), self.atoms, self.curvature, self.beta, ITERATIONS)
 
-    def decode(self, codes: Float[Tensor, "n D"]) -> Float[Tensor, "n S S"]:
-        """Return m = v D; the caller chooses the threshold.
-
-        Raises:
-            ConfigError: the codec has not been fitted.
-        """
-        self.require_fitted()
+    def _decode(self, codes: Tensor) -> Tensor:
         return (codes @ self.atoms).unflatten(1, (self.size, self.size))
 
 
