@@ -1,1 +1,1 @@
-"""What `maskset codecs fit` and `maskset codecs compare` do: mask codecs on the masks of a data set."""
+"""Fitting and comparing mask codecs on the masks of a data set (`maskset codecs fit` and `compare`)."""

@@ -57,7 +57,7 @@ class CodecSpec:
         return f"{self.kind} {self.size} x {self.size}"
 
 
-# Table 3a of SOLQ (which gives the sizes of DCT and flatten, and 256 numbers; PCA with 60 at 28 x 28 is in the official code) and
+# Table 3a of SOLQ (the paper states the sizes of DCT and flatten, and 256 numbers; the official code has PCA with 60 at 28 x 28) and
 # Table 1a of ISTR.
 PAPER_CODECS = (
     CodecSpec("dct", 128, 256),
@@ -179,7 +179,7 @@ def compare_codecs(
     start, scores, skipped = time.monotonic(), [], []
     for path in [data] if isinstance(data, (str, Path)) else data:
         name = Path(path).name
-        dataset = open_data(path, split, skip_broken=skip_broken)  # first, so that a wrong path fails at once
+        dataset = open_data(path, split, skip_broken=skip_broken)  # first, so that a wrong path fails immediately
         built = {spec: _build(spec) for spec in codecs}
         for size in sorted({codec.size for codec in built.values() if isinstance(codec, FittableCodec)}):
             source = open_data(path, fit_split, skip_broken=skip_broken)
@@ -227,7 +227,7 @@ def _scores(name: str, data: Dataset, codecs: Mapping[CodecSpec, MaskCodec], pro
             codec=spec,
             objects=len(iou),
             iou=_mean(iou),
-            **{f"iou_{size}": _mean(iou[(areas >= least) & (areas < end)]) for size, (least, end) in SIZES.items()},
+            **{f"iou_{size}": _mean(iou[(areas >= low) & (areas < high)]) for size, (low, high) in SIZES.items()},
             mask_ap=metrics.mask_ap,
             mask_ap_small=metrics.mask_ap_small,
             mask_ap_medium=metrics.mask_ap_medium,
