@@ -57,8 +57,8 @@ class CodecSpec:
         return f"{self.kind} {self.size} x {self.size}"
 
 
-# Table 3a of SOLQ (the paper states the sizes of DCT and flatten, and 256 numbers; the official code has PCA with 60 at 28 x 28) and
-# Table 1a of ISTR.
+# Table 3a of SOLQ (the paper states the sizes of DCT and flatten, and 256 numbers; PCA with 60 at 28 x 28 is that of the official
+# code) and Table 1a of ISTR.
 PAPER_CODECS = (
     CodecSpec("dct", 128, 256),
     CodecSpec("flatten", 28, 784),

@@ -115,8 +115,6 @@ class Masks(TensorRecord):
         ours, theirs = (rle.select(masks.rle(), masks.size, None, None) for masks in (self, other))  # without runs of length 0
         return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"Masks({len(self)} of {self.size[0]} x {self.size[1]} pixels)"
 

@@ -33,17 +33,17 @@ def paste(fields: Float32[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: t
 
 
 def parts(
-    begins: Int64[Tensor, "n"], apart: Int64[Tensor, "n"], rows: Int64[Tensor, "n 4"], columns: Int64[Tensor, "n 4"]
+    begins: Int64[Tensor, "n"], row_stride: Int64[Tensor, "n"], rows: Int64[Tensor, "n 4"], columns: Int64[Tensor, "n 4"]
 ) -> Int64[Tensor, "n 8"]:
     """Return the description of parts of fields that `resize` and `cut` read.
 
     Args:
         begins: where the cells of each part begin.
-        apart: distance between its rows.
+        row_stride: distance between its rows.
         rows: first source row and its end, first target row and its end.
         columns: the same for columns.
     """
-    return torch.stack([begins, apart, rows[:, 0], columns[:, 0], *rows[:, 2:].unbind(1), *columns[:, 2:].unbind(1)], 1)
+    return torch.stack([begins, row_stride, rows[:, 0], columns[:, 0], *rows[:, 2:].unbind(1), *columns[:, 2:].unbind(1)], 1)
 
 
 def resize(
@@ -91,17 +91,18 @@ def _check_parts(cells: Tensor, parts: Tensor, rows: Taps, columns: Taps) -> tup
     """
     cells = library.check("cells", cells, (None,), torch.float32)
     parts = library.check("parts", parts, (None, 8), torch.int64)
-    begins, apart, row, column, top, bottom, left, right = parts.unbind(1)
+    *_, top, bottom, left, right = parts.unbind(1)
     inside = (top >= 0) & (bottom <= len(rows[0])) & (left >= 0) & (right <= len(columns[0]))
     drawn = (bottom > top) & (right > left)  # the others read nothing
     if not bool((inside & (bottom >= top) & (right >= left)).all()):
         raise MasksetError("parts must lie inside the result and end where they begin, or later.")
-    begins, apart, row, column, top, bottom, left, right = parts[drawn].unbind(1)
+    begins, row_stride, row, column, top, bottom, left, right = parts[drawn].unbind(1)
     above, below = rows[0][top] - row, rows[1][bottom - 1] - row  # the source rows and columns, from the first of the part
     before, behind = columns[0][left] - column, columns[1][right - 1] - column
-    few = (apart >= 0) & (apart <= len(cells)) & (begins >= 0) & (begins <= len(cells)) & (below <= len(cells))  # no overflow
-    reads = (row >= 0) & (column >= 0) & (above >= 0) & (before >= 0) & (begins + below * apart + behind < min(len(cells), 2**31))
-    if not bool((few & reads).all()):
+    last = begins + below * row_stride + behind
+    not_negative = torch.stack([begins, row_stride, row, column, above, before]).amin(0) >= 0
+    no_overflow = torch.stack([begins, row_stride, below]).amax(0) <= len(cells)
+    if not bool((not_negative & no_overflow & (last < min(len(cells), 2**31))).all()):
         raise MasksetError(f"parts read cells outside of the {len(cells)} that there are.")
     return cells, parts
 

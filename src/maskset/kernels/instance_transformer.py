@@ -79,13 +79,13 @@ def fused_backward(grad: Tensor, inputs: Sequence[Tensor], heads: int) -> tuple[
     features, *_, mixing, output = inputs
     grad = library.check("grad", grad, (len(mixing), *features.shape[:2]), features.dtype)
     groups = min(_GROUPS, len(mixing))
-    of_map = features.new_zeros(2, groups, *features.shape)
-    of_mixing, of_output = torch.zeros_like(mixing), torch.zeros_like(output)
-    gradients = _addresses((of_map[0], of_map[1], of_mixing, of_output))
+    grad_map = features.new_zeros(2, groups, *features.shape)
+    grad_mixing, grad_output = torch.zeros_like(mixing), torch.zeros_like(output)
+    gradients = _addresses((grad_map[0], grad_map[1], grad_mixing, grad_output))
     work = library.function(f"instance_transformer_backward_{_TYPES[features.dtype]}")
     library.parallel_for(lambda first, end: work(addresses, grad, gradients, groups, sizes, first, end), groups)
-    of_features, of_values = of_map.sum(1)
-    return of_features.clone(), of_values.clone(), of_mixing, of_output
+    grad_features, grad_values = grad_map.sum(1)
+    return grad_features.clone(), grad_values.clone(), grad_mixing, grad_output
 
 
 @fused_backward.register_fake
@@ -100,8 +100,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    of_features, of_values, of_mixing, of_output = fused_backward(grad, ctx.saved_tensors, ctx.heads)
-    return of_features, of_values, None, None, None, None, of_mixing, of_output, None
+    grad_features, grad_values, grad_mixing, grad_output = fused_backward(grad, ctx.saved_tensors, ctx.heads)
+    return grad_features, grad_values, None, None, None, None, grad_mixing, grad_output, None
 
 
 fused.register_autograd(_backward, setup_context=_setup_context)
@@ -121,8 +121,8 @@ def _check(inputs: Sequence[Tensor], heads: int) -> Any:
     dtype = library.check("features", features, (None, None, None), *_TYPES).dtype
     height, width, channels = features.shape
     count, samples = (mixing.shape[0], mixing.shape[-1]) if mixing.ndim == 4 else (0, 0)
-    few = 0 < channels <= LIMIT and 0 < samples <= LIMIT and channels * height * width < 2**31
-    if not few or channels % 2 or heads < 1 or channels % heads or samples % heads:
+    supported = 0 < channels <= LIMIT and 0 < samples <= LIMIT and channels * height * width < 2**31
+    if not supported or channels % 2 or heads < 1 or channels % heads or samples % heads:
         raise MasksetError(
             f"the kernel needs an even number of channels and some samples, both multiples of the heads and up to {LIMIT}; "
             f"got {channels} channels, {samples} samples and {heads} heads."

@@ -47,21 +47,21 @@ def pyramid_roi_align(
     flat = boxes.detach().flatten(0, 1).nan_to_num(0.0, 0.0, 0.0)
     image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
     regions = torch.cat([image[:, None].to(flat.dtype), flat], 1)  # [n 5]
-    of = levels_of(flat, len(levels))
+    level_of = levels_of(flat, len(levels))
     if boxes.is_meta or torch.compiler.is_compiling():
-        return _of_every_level(levels, regions, of, size)
-    order = of.argsort(stable=True)
-    counts = (of[:, None] == torch.arange(len(levels), device=of.device)).sum(0).tolist()  # the only copy to the host
-    shares = zip(levels, regions[order].split(counts), strict=True)
-    parts = [_aligned(level, share, i, size) for i, (level, share) in enumerate(shares)]
+        return _from_every_level(levels, regions, level_of, size)
+    order = level_of.argsort(stable=True)
+    counts = (level_of[:, None] == torch.arange(len(levels), device=level_of.device)).sum(0).tolist()  # the only copy to the host
+    groups = zip(levels, regions[order].split(counts), strict=True)
+    parts = [_aligned(level, group, i, size) for i, (level, group) in enumerate(groups)]
     return torch.cat(parts).index_select(0, order.argsort())
 
 
-def _of_every_level(
-    levels: Sequence[Float[Tensor, "B C _ _"]], regions: Float[Tensor, "n 5"], of: Int[Tensor, "n"], size: int
+def _from_every_level(
+    levels: Sequence[Float[Tensor, "B C _ _"]], regions: Float[Tensor, "n 5"], level_of: Int[Tensor, "n"], size: int
 ) -> Float[Tensor, "n C s s"]:
     """Return the same, sampling every box from every level: no shape depends on a value, which tracing requires."""
-    every = [_aligned(level, regions, i, size) * (of == i)[:, None, None, None] for i, level in enumerate(levels)]
+    every = [_aligned(level, regions, i, size) * (level_of == i)[:, None, None, None] for i, level in enumerate(levels)]
     return torch.stack(every).sum(0)
 
 
