@@ -53,13 +53,21 @@ def sine_positions(padding: Bool[Tensor, "B h w"], channels: int) -> Float[Tenso
     The position is the center of the cell (Deformable DETR subtracts 0.5, DETR does not) as a fraction of the valid height and
     width, times 2 pi (DETR, appendix A.4).
     """
-    valid = ~padding
-    encoded = []
-    for axis in (1, 2):
-        count = valid.cumsum(axis, dtype=torch.float32)
-        total = count[:, -1:, :] if axis == 1 else count[:, :, -1:]
-        encoded.append(frequencies((count - 0.5) / (total + 1e-6) * (2 * math.pi), channels // 2))
+    encoded = [frequencies(fraction * (2 * math.pi), channels // 2) for fraction in valid_fractions(padding, 0.5)]
     return torch.cat(encoded, dim=-1).flatten(1, 2)
+
+
+def valid_fractions(padding: Bool[Tensor, "B h w"], offset: float) -> tuple[Float[Tensor, "B h w"], Float[Tensor, "B h w"]]:
+    """Return y and x of each cell as fractions of the valid height and width: of its lower right corner less `offset` cells."""
+    y, x = (~padding).cumsum(1, dtype=torch.float32), (~padding).cumsum(2, dtype=torch.float32)
+    return (y - offset) / (y[:, -1:] + 1e-6), (x - offset) / (x[:, :, -1:] + 1e-6)
+
+
+def cell_grid(height: int, width: int, like: Tensor) -> Float[Tensor, "cells 2"]:
+    """Return x and y of the center of every cell of a map, row by row, in cells: 0.5, 1.5, ..."""
+    y = torch.arange(0.5, height, dtype=like.dtype, device=like.device)
+    x = torch.arange(0.5, width, dtype=like.dtype, device=like.device)
+    return torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)
 
 
 class Layer(nn.Module):

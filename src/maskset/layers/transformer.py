@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskset.kernels.attention import Shapes, deformable_attention
-from maskset.layers.blocks import Layer, frequencies, sine_positions
+from maskset.layers.blocks import Layer, cell_grid, frequencies, sine_positions
 from maskset.structures import SlotPredictions
 
 
@@ -57,11 +57,8 @@ def cell_centers(memory: Memory) -> Float[Tensor, "B S 2"]:
     """Return the center of every cell, x and y as fractions of the unpadded level."""
     centers = []
     for level, (height, width) in enumerate(memory.shapes):
-        y = torch.arange(0.5, height, device=memory.cells.device)
-        x = torch.arange(0.5, width, device=memory.cells.device)
-        grid = torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)
-        valid = memory.valid[:, None, level] * grid.new_tensor([width, height])
-        centers.append(grid / valid)
+        valid = memory.valid[:, None, level] * memory.valid.new_tensor([width, height])
+        centers.append(cell_grid(height, width, like=memory.valid) / valid)
     return torch.cat(centers, 1)
 
 

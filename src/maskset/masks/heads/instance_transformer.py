@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskset.kernels.attention import deformable_attention
 from maskset.kernels.instance_transformer import fused, usable
-from maskset.layers.blocks import frequencies
+from maskset.layers.blocks import cell_grid, frequencies, valid_fractions
 
 Positions = Literal["relative", "absolute", "none"]
 Features = Float[Tensor, "C h w"]
@@ -80,8 +80,8 @@ def _logits(
         query = query + encode_positions(padding, centers, channels).flatten(2).transpose(1, 2)
     offsets = torch.baddbmm(offset_bias[:, None], query, offset.transpose(1, 2)).view(count, cells, heads, points, 2)
     scores = torch.baddbmm(attention_bias[:, None], query, attention.transpose(1, 2)).view(count, cells, heads, points)
-    cell_centers = _cell_centers(height, width, like=features)
-    locations = cell_centers[:, None, None, :] + offsets / features.new_tensor([width, height])
+    size = features.new_tensor([width, height])
+    locations = (cell_grid(height, width, like=features) / size)[:, None, None, :] + offsets / size
     value = features.masked_fill(padding, 0.0).flatten(1).T.reshape(1, cells, heads, channels // heads)
     attended = deformable_attention(
         value,
@@ -139,13 +139,11 @@ def encode_positions(padding: Padding, centers: Centers, channels: int) -> Float
 
     Positions and centers are fractions of the unpadded image; a pixel's position is its lower right corner.
     """
-    valid = ~padding
-    encoded = []
-    for axis, center in ((0, centers[:, 1]), (1, centers[:, 0])):
-        count = valid.cumsum(axis, dtype=torch.float32)
-        total = count[-1:, :] if axis == 0 else count[:, -1:]
-        place = count / (total + 1e-6) - center[:, None, None]
-        encoded.append(frequencies(place * (2 * math.pi), channels // 2))
+    y, x = valid_fractions(padding[None], 0.0)
+    encoded = [
+        frequencies((fraction - center[:, None, None]) * (2 * math.pi), channels // 2)
+        for fraction, center in ((y, centers[:, 1]), (x, centers[:, 0]))
+    ]
     return torch.cat(encoded, -1).permute(0, 3, 1, 2)
 
 
@@ -153,10 +151,3 @@ def _parts(weights: Float[Tensor, "n D"], channels: int, heads: int, points: int
     shapes = part_shapes(channels, heads, points)
     parts = weights.split([math.prod(shape) for shape in shapes], dim=1)
     return [part.view(len(weights), *shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _cell_centers(height: int, width: int, like: Tensor) -> Float[Tensor, "cells 2"]:
-    """Return x and y of the center of every cell, fractions of the map."""
-    y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
-    x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
-    return torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)
