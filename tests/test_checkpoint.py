@@ -47,7 +47,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path):
         assert torch.equal(found.mask_params, expected.mask_params)
 
 
-def test_what_a_codec_has_learnt_is_saved(tmp_path):
+def test_a_fitted_codec_is_saved(tmp_path):
     saved = model(codec="pca", code_length=4)
     saved.prepare(objects for _, objects in shapes(8))
     save(saved, Recipe(model=SMALL), tmp_path / "model.safetensors")
@@ -101,6 +101,17 @@ def test_a_mistyped_path_is_an_error_that_names_the_near_one_and_no_download(fil
         load(file.with_name("modle.safetensors"))
     with pytest.raises(CheckpointError, match="For a model on the hub write hub:owner/name"):
         load("owner/name")
+
+
+@pytest.mark.parametrize("source", [None, 5, ["run"]])
+def test_what_is_not_a_path_is_refused_with_what_is_allowed(source):
+    with pytest.raises(CheckpointError, match="named by a run folder, a .safetensors file or .hub:owner/name., got"):
+        find.__wrapped__(source)  # without the shape checks of the tests, which refuse it as well
+
+
+def test_the_name_of_a_recipe_is_recognized():
+    with pytest.raises(CheckpointError, match=r"no checkpoint solq-tiny\. It is a recipe: train it with 'maskset train solq"):
+        load("solq-tiny")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_line(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def test_the_settings_in_the_help_without_a_recipe_are_those_of_recipes():
     from maskset import flags, recipes
 
     assert len(FIRST_SETTINGS) == 10
-    assert {setting.name for setting in flags.listed(recipes.get("solq-r50"))} > FIRST_SETTINGS.keys()
+    assert {setting.name for setting in flags.flatten(recipes.get("solq-r50"))} > FIRST_SETTINGS.keys()
     for name, choices, setting in (
         ("train.precision", FIRST_SETTINGS["train.precision"][0].split("|"), TrainConfig),
         ("data.augmentation", FIRST_SETTINGS["data.augmentation"][1].split(", "), DataConfig),
@@ -404,8 +404,7 @@ def test_recipes_are_listed_with_what_they_are_for(capsys):
 
 
 def test_the_help_of_convert_names_every_system():
-    *names, last = CONFIGS
-    assert f"{', '.join(names)} or {last}" == SYSTEMS
+    assert SYSTEMS.split(", ") == sorted(CONFIGS)
 
 
 def test_a_recipe_is_shown_with_every_setting(capsys):

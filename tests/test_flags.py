@@ -31,7 +31,7 @@ class Outer:
 def parsed(*arguments: str) -> Outer:
     parser = ArgumentParser()
     flags.add(parser, Outer())
-    return flags.changed(Outer(), vars(parser.parse_args(arguments)))
+    return flags.apply(Outer(), vars(parser.parse_args(arguments)))
 
 
 def test_settings_that_are_not_given_keep_their_values():
@@ -40,7 +40,7 @@ def test_settings_that_are_not_given_keep_their_values():
 
 def test_a_nested_setting_is_a_flag_with_dots_and_hyphens():
     assert parsed("--inner.rate", "1e-3").inner.rate == 1e-3
-    assert [setting.flag for setting in flags.listed(Outer())] == [
+    assert [setting.flag for setting in flags.flatten(Outer())] == [
         "--inner.rate",
         "--inner.sides",
         "--kind",
@@ -81,8 +81,10 @@ def test_the_help_has_the_description_and_the_value_of_each_setting():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--inner.rate", "often"), "inner.rate: .*got 'often'"),
-        (("--kind", "slow"), "kind: .*'fast' or 'none', got 'slow'"),
+        (("--inner.rate", "often"), r"^command line: inner\.rate must be a number, got 'often'\.$"),
+        (("--kind", "slow"), r"^command line: kind must be 'fast' or 'none', got 'slow'\.$"),
+        (("--frozen", "maybe"), r"^command line: frozen must be true or false, got 'maybe'\.$"),
+        (("--inner.sides", "1", "2.5"), r"^command line: inner\.sides\.1 must be a whole number, got '2\.5'\.$"),
         (("--inner.rate", "-1"), r"^command line: inner.rate must be positive, got -1.0\.$"),
     ],
 )

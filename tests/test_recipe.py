@@ -17,8 +17,14 @@ def test_a_negative_number_is_refused(name):
         TrainConfig(**{name: -1})
 
 
+@pytest.mark.parametrize("name", ["batch_size", "steps", "epochs", "warmup_steps", "max_detections"])
+def test_counts_that_would_overflow_are_refused(name):
+    with pytest.raises(ConfigError, match=rf"train\.{name} must be (at most \d+|in \[1, 65536\]), got 1{'0' * 20}\."):
+        TrainConfig(**{name: 10**20})
+
+
 def test_a_run_of_no_steps_is_refused():
-    with pytest.raises(ConfigError, match="train.steps must be at least 1 and below .*, got 0"):
+    with pytest.raises(ConfigError, match="train.steps must be at least 1, got 0"):
         TrainConfig(steps=0)
 
 
@@ -34,7 +40,7 @@ def test_a_number_that_is_not_finite_is_refused(value):
 
 
 def test_the_meaning_of_every_augmentation_is_in_its_help():
-    (setting,) = (one for one in flags.listed(DataConfig()) if one.name == "augmentation")
+    (setting,) = (one for one in flags.flatten(DataConfig()) if one.name == "augmentation")
     assert [part.split(":")[0] for part in setting.help.split("; ")] == ["detr", "mmdet", "flip", "lsj", "none"]
     assert all(": " in part for part in setting.help.split("; "))
 
@@ -45,11 +51,13 @@ def test_the_meaning_of_every_augmentation_is_in_its_help():
         ({"crop_short_sides": ()}, "crop_short_sides needs one or more .*augmentation detr"),
         ({"crop_short_sides": (), "augmentation": "mmdet"}, "crop_short_sides needs one or more .*augmentation mmdet"),
         ({"crop_short_sides": (0,)}, "at least 1"),
-        ({"long_side": 0}, "at least 1"),
+        ({"long_side": 0}, r"data\.long_side must be at least 1, got 0"),
         ({"jitter_size": 0}, "at least 1"),
         ({"jitter_scale": (2.0, 0.1)}, "jitter_scale must be .low, high. with 0 < low"),
-        ({"crop_range": (600, 384)}, "crop_range must be .low, high. with 1 <= low"),
+        ({"crop_range": (600, 384)}, "crop_range must be .low, high. with low <= high"),
+        ({"crop_range": (0, 384)}, r"data\.crop_range must be at least 1, got 0"),
         ({"crop_share": 1.5}, r"crop_share must be in \[0, 1\]"),
+        ({"workers": 10**20}, r"data\.workers must be in \[0, 1024\], got 1"),
         ({"short_sides": ()}, "short_sides needs one or more"),
     ],
 )
@@ -70,13 +78,13 @@ def test_negative_counts_are_refused(name):
         ({"num_querys": 3}, "there is no setting 'model.num_querys'; did you mean 'num_queries'"),
         ({"codec": "dct"}, "there is no setting 'model.codec'.$"),
         ({"input": {"divisr": 32}}, "there is no setting 'model.input.divisr'; did you mean 'divisor'"),
-        ({"num_queries": "many"}, "model.num_queries: Input should be a valid integer"),
+        ({"num_queries": "many"}, "model.num_queries must be a whole number, got 'many'"),
         ({"num_queries": 0}, "model.num_queries must be at least 1, got 0"),
         ({"system": "idsa"}, "model.system must be one of .*'istr-smt', .*'sotr'.*, got 'idsa'"),
         ({"system": None}, "model.system is missing"),
     ],
 )
-def test_a_wrong_setting_of_a_model_is_told_by_its_name_alone(changes, message):
+def test_the_error_names_a_wrong_setting_of_a_model(changes, message):
     values = to_dict(Recipe(model=IsdaConfig()))
     with pytest.raises(ConfigError, match=message):
         from_dict(Recipe, {**values, "model": {**values["model"], **changes}}, "here")

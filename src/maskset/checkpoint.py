@@ -1,6 +1,6 @@
 """A checkpoint is one self-contained .safetensors file: weights, recipe, categories and source.
 
-Nothing is ever unpickled: a file that could run code is refused, not opened.
+Nothing is ever unpickled: a file that could run code is refused.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskset import recipes
 from maskset.config import from_dict, to_dict
 from maskset.errors import CheckpointError, ConfigError
 from maskset.files import atomic_write
@@ -23,12 +24,12 @@ from maskset.instances import Category
 from maskset.recipe import Recipe
 from maskset.systems import System, build
 
-FORMAT = 2  # counts up when older versions of maskset could not read the file
-HUB_FILE = "model.safetensors"  # what a repository on the hub calls its checkpoint
+FORMAT = 2  # increases with every change that older versions of maskset cannot read
+HUB_FILE = "model.safetensors"  # name of the checkpoint in a repository on the hub
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-_DTYPES = _FLOATS | _INTEGERS  # the names of types in safetensors files
-_RUN_FILES = ("best.safetensors", "last.safetensors")  # what a run folder is loaded from, in this order
+_DTYPES = _FLOATS | _INTEGERS  # names of types in safetensors files
+_RUN_FILES = ("best.safetensors", "last.safetensors")  # the checkpoints of a run folder, the preferred one first
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Metadata:
     """The metadata of a checkpoint.
 
     Attributes:
-        recipe: how they were trained; `recipe.model` builds the network that they belong to.
+        recipe: the settings of the training; `recipe.model` builds the network of the weights.
         categories: what the class channels stand for.
-        source: where they came from, for example the sha256 of the file that was converted.
+        source: the origin of the weights, such as the name and SHA-256 of a converted file.
         license: SPDX identifier or name of the license of the weights.
     """
 
@@ -53,9 +54,9 @@ def save(model: System, recipe: Recipe, path: str | Path, *, source: str | None 
 
     Args:
         model: its weights, its fitted codec, its config and its categories are written.
-        recipe: how it was trained.
-        path: the file, by custom ending in .safetensors.
-        source: where the weights came from.
+        recipe: the settings of its training.
+        path: the file; its name should end in .safetensors.
+        source: the origin of the weights.
         license: SPDX identifier or name of the license of the weights.
     """
     metadata = {
@@ -75,7 +76,7 @@ def load(source: str | Path) -> System:
         source: a run folder (its best weights, else its last), a .safetensors file, or "hub:owner/name".
 
     Raises:
-        CheckpointError: there is no such file, or it is no checkpoint.
+        CheckpointError: there is no such file, or it is not a checkpoint.
     """
     path = find(source)
     metadata, weights = read(path)
@@ -90,11 +91,13 @@ def load(source: str | Path) -> System:
 
 
 def find(source: str | Path) -> Path:
-    """Return the checkpoint file that a run folder, a path or "hub:owner/name" means.
+    """Return the checkpoint file of a run folder, a path or "hub:owner/name".
 
     Raises:
         CheckpointError: there is none.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f'a model is named by a run folder, a .safetensors file or "hub:owner/name", got {source!r:.80}.')
     if isinstance(source, str) and source.startswith("hub:"):
         return _download(source.removeprefix("hub:"))
     path = Path(source)
@@ -120,9 +123,9 @@ def read_metadata(path: str | Path) -> Metadata:
     """Return the metadata of a checkpoint file, without reading the weights.
 
     Raises:
-        CheckpointError: the file is no checkpoint.
+        CheckpointError: the file is not a checkpoint.
     """
-    with opened(Path(path)) as file:
+    with open_safetensors(Path(path)) as file:
         return _metadata(file.metadata() or {}, Path(path))
 
 
@@ -130,9 +133,9 @@ def read(path: str | Path) -> tuple[Metadata, dict[str, Tensor]]:
     """Return the metadata of a checkpoint file, and its weights by name, on the CPU.
 
     Raises:
-        CheckpointError: the file is no checkpoint.
+        CheckpointError: the file is not a checkpoint.
     """
-    with opened(Path(path)) as file:
+    with open_safetensors(Path(path)) as file:
         return _metadata(file.metadata() or {}, Path(path)), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -153,11 +156,11 @@ def check_weights(weights: Mapping[str, Tensor], model: System, path: Path) -> N
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Yield the open safetensors file.
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file and yield its reader.
 
     Raises:
-        CheckpointError: it is not one, or is damaged.
+        CheckpointError: it is not a safetensors file, or is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -169,14 +172,14 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors and texts as a safetensors file, aside and renamed when it is whole and on the disk.
+    """Write tensors and texts as a safetensors file. The file is replaced atomically.
 
     Equal content gives equal files, unlike with `safetensors.torch.save_file`, which writes metadata in random order.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
     """
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned to its type's size
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligns each to the size of its type
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in ordered:
@@ -194,7 +197,7 @@ def _metadata(texts: dict[str, str], path: Path) -> Metadata:
     name, _, version = texts.get("format", "").partition(" ")
     if name != "maskset" or not version.isdigit():
         raise CheckpointError(
-            f"{path} contains tensors but is not a maskset checkpoint: for official weights there is 'maskset convert'."
+            f"{path} contains tensors but is not a maskset checkpoint: convert official weights with 'maskset convert'."
         )
     if int(version) > FORMAT:
         raise CheckpointError(
@@ -211,7 +214,7 @@ def _metadata(texts: dict[str, str], path: Path) -> Metadata:
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: what it says about its weights is damaged ({error}).") from None
+        raise CheckpointError(f"{path}: the metadata is damaged ({error}).") from None
     if len(categories) != recipe.model.num_classes:
         raise CheckpointError(f"{path} names {len(categories)} categories but has {recipe.model.num_classes} class channels.")
     return Metadata(recipe, categories, texts.get("source"), texts.get("license", "unknown"))
@@ -226,13 +229,19 @@ def _why_unreadable(path: Path, reason: str) -> str:
     if start[:2] == b"PK" or start[:1] == b"\x80":  # torch.save's zip archive, and a bare pickle
         return (
             f"{path} is a PyTorch pickle, which could run code and is never loaded. "
-            f"An official .pth checkpoint becomes one of ours with: maskset convert SYSTEM {path} OUT.safetensors"
+            f"Convert an official .pth checkpoint: maskset convert SYSTEM {path} OUT.safetensors"
         )
     return f"{path} is not a safetensors file, or is damaged or cut short ({reason})."
 
 
 def _hint(source: str | Path, path: Path) -> str:
-    """Return what the writer of a path that does not exist may have meant."""
+    """Return a suggestion for a path that does not exist."""
+    if recipes.known(source):
+        system = recipes.get(source).model.system
+        return (
+            f" It is a recipe: train it with 'maskset train {source} --data DATA --out RUN' and name RUN, or convert official "
+            f"weights with 'maskset convert {system} FILE OUT.safetensors' and name OUT.safetensors."
+        )
     near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
     if near:
         return f" Did you mean {path.parent / near[0]}?"

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import iter_modules
 
 from maskset.arguments import FIRST_SETTINGS, count, new_file, new_folder, new_json, usable_device
 from maskset.errors import MasksetError
 
-SYSTEMS = "solq, soit, isda, istr, istr-smt or sotr"  # maskset.systems.CONFIGS, whose import takes seconds
+_MODULES = iter_modules([str(Path(__file__).parent / "systems")])  # one for each system; importing them takes seconds
+SYSTEMS = ", ".join(module.name.replace("_", "-") for module in _MODULES if module.name != "base")
 
 
 def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -57,7 +59,7 @@ def _train_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         settings = recipes.get(name)
         parser.set_defaults(settings=settings)
         flags.add(parser, settings, visible=None if "--help-all" in arguments else ())
-        defaults = {setting.name: setting.text for setting in flags.listed(settings)}
+        defaults = {setting.name: setting.text for setting in flags.flatten(settings)}
     elif not any(flag in arguments for flag in ("-h", "--help", "--help-all")):
         parser.error("the recipe comes first: maskset train RECIPE --data DATA --out RUN; `maskset recipes` lists them")
     if "--help-all" not in arguments or name is None:
@@ -79,7 +81,7 @@ def _train(options: Namespace) -> None:
         from maskset import flags
         from maskset.training.train import train
 
-    recipe = flags.changed(options.settings, vars(options))
+    recipe = flags.apply(options.settings, vars(options))
     metrics = train(recipe, options.data, options.out, init=options.init, resume=options.resume, images=options.images)
     if os.environ.get("RANK", "0") == "0":  # only the first of several processes prints
         print(metrics)
@@ -214,7 +216,7 @@ def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument("out", type=new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep COCO's 80 classes of the 91 channels")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="text file with one class name per line")
-    parser.add_argument("--last-wins", action="store_true", help="use the last copy of a tensor where copies differ")
+    parser.add_argument("--use-last-copy", action="store_true", help="where copies of a tensor differ, use the last")
     parser.add_argument(
         "--from",
         dest="start",
@@ -226,13 +228,13 @@ def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 def _convert(options: Namespace) -> None:
     """Convert an official checkpoint to maskset's format."""
-    from maskset.conversion import convert_file, start_file
+    from maskset.conversion import convert_file, initialize_file
 
-    settings = {"classes": options.classes, "last_wins": options.last_wins, "license": options.license}
+    settings = {"classes": options.classes, "use_last_copy": options.use_last_copy, "license": options.license}
     if options.start and options.coco80:
         raise MasksetError("--coco80 cannot be combined with --from: mmdetection's Deformable DETR has 80 classes.")
     if options.start:
-        print(start_file(options.system, options.source, options.out, **settings))
+        print(initialize_file(options.system, options.source, options.out, **settings))
     else:
         print(convert_file(options.system, options.source, options.out, coco80=options.coco80, **settings))
     print(f"written to {options.out}")

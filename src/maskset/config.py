@@ -27,29 +27,35 @@ def config(cls: type[Settings]) -> type[Settings]:
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
+_MAX_INT = 2**31 - 1  # larger numbers overflow in tensors and arrays
+
+
 @dataclass(frozen=True)
 class Bounds:
-    """What numbers a setting may have, in its annotation: at least `least`, at most (or only below) `most`."""
+    """The numbers that a setting may have, for its annotation."""
 
-    least: float
-    most: float = math.inf
-    below: bool = False
+    minimum: float
+    maximum: float = math.inf
+    exclude_maximum: bool = False
 
-    def allow(self, number: float) -> bool:
-        """Return whether the number is allowed."""
-        return self.least <= number <= self.most and not (self.below and number == self.most)
+    def check(self, name: str, number: float) -> None:
+        """Raise a ConfigError that names the setting unless the number is within the bounds."""
+        if self.minimum <= number <= self.maximum and not (self.exclude_maximum and number == self.maximum):
+            return
+        if self.maximum < _MAX_INT:
+            allowed = f"be in [{self.minimum}, {self.maximum}{')' if self.exclude_maximum else ']'}"
+        elif number > self.maximum:
+            allowed = f"be at most {self.maximum}"
+        else:
+            allowed = "not be negative" if self.minimum == 0 else f"be at least {self.minimum}"
+        raise ConfigError(f"{name} must {allowed}, got {number}.")
 
-    def __str__(self) -> str:
-        if self.most < math.inf:
-            return f"be in [{self.least}, {self.most}" + (")" if self.below else "]")
-        return "not be negative" if self.least == 0 else f"be at least {self.least}"
 
-
-PositiveInt = Annotated[int, Bounds(1)]
-NonNegativeInt = Annotated[int, Bounds(0)]
+PositiveInt = Annotated[int, Bounds(1, _MAX_INT)]
+NonNegativeInt = Annotated[int, Bounds(0, _MAX_INT)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
 Probability = Annotated[float, Bounds(0, 1)]
-Fraction = Annotated[float, Bounds(0, 1, below=True)]  # such as a dropout rate or a momentum, for which 1 makes no sense
+Fraction = Annotated[float, Bounds(0, 1, exclude_maximum=True)]  # such as a dropout rate or a momentum, which cannot be 1
 
 
 def check_bounds(settings: Any, part: str) -> None:
@@ -67,24 +73,16 @@ def check_bounds(settings: Any, part: str) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{part}.{name} must be a finite number, got {number}.")
-            if name in bounds and not bounds[name].allow(number):
-                raise ConfigError(f"{part}.{name} must {bounds[name]}, got {number}.")
+            if name in bounds and number is not None:
+                bounds[name].check(f"{part}.{name}", number)
 
 
 @functools.cache
 def _bounds(cls: type) -> dict[str, Bounds]:
-    notes = {name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(cls, include_extras=True).items()}
-    return {name: note for name, each in notes.items() for note in each if isinstance(note, Bounds)}
-
-
-def check_between(settings: Any, part: str, name: str, least: float, most: float) -> None:
-    """Check that a setting is in [least, most], where that depends on other settings. See `check_bounds`.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not Bounds(least, most).allow(getattr(settings, name)):
-        raise ConfigError(f"{part}.{name} must {Bounds(least, most)}, got {getattr(settings, name)}.")
+    """Return the bounds in the annotations of a class, such as `PositiveInt`, `PositiveInt | None`, `tuple[PositiveInt, ...]`."""
+    hints = get_type_hints(cls, include_extras=True)
+    kinds = [(name, kind) for name, hint in hints.items() for kind in (hint, *get_args(hint))]
+    return {name: note for name, kind in kinds for note in getattr(kind, "__metadata__", ()) if isinstance(note, Bounds)}
 
 
 def subclasses(cls: type) -> list[type]:
@@ -122,7 +120,7 @@ def read(cls: type[Settings], path: Path) -> Settings:
     """Return the settings in a JSON file.
 
     Raises:
-        ConfigError: the file is no JSON, or its settings are not those of `cls`.
+        ConfigError: the file is not JSON, or its settings are not those of `cls`.
     """
     try:
         values = json.loads(path.read_text())
@@ -132,31 +130,46 @@ def read(cls: type[Settings], path: Path) -> Settings:
 
 
 def write(settings: Any, path: Path) -> None:
-    """Write the settings as a JSON file that `read` takes."""
+    """Write the settings as a JSON file, see `read`."""
     path.write_text(json.dumps(to_dict(settings), indent=2) + "\n")
 
 
+_EXPECTED = {  # in messages, by the first word of pydantic's type of error
+    "bool": "true or false",
+    "dataclass": "a group of settings",
+    "float": "a number",
+    "int": "a whole number",
+    "string": "text",
+    "tuple": "a list",
+}
+
+
 def _explain(cls: type, problem: Any) -> str:
+    """Return a sentence about one of pydantic's errors."""
     owner, names = _place(cls, problem["loc"])
     name = ".".join(names) or "the file"
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         near = difflib.get_close_matches(names[-1], _names(owner), n=1, cutoff=0.5)
         return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-    if problem["type"] == "value_error":  # raised by a check of ours, whose message says it all
+    if problem["type"] == "value_error":  # raised by a check of maskset, whose message is complete
         return str(problem["ctx"]["error"])
     if problem["type"] == "union_tag_invalid":
         got, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
         return f"{name}.system must be one of {known}, got {got!r}: import the module that defines it first, if it is your own."
     if problem["type"] == "union_tag_not_found":
-        return f"{name}.system is missing: it says which system the settings are of."
-    got = "" if problem["type"] in ("missing", "missing_argument") else f", got {problem.get('input')!r}"
-    return f"{name}: {problem['msg']}{got}"
+        return f"{name}.system is missing: add the name of the system."
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{name} is missing."
+    expected = _EXPECTED.get(problem["type"].split("_")[0])
+    if problem["type"] == "literal_error":
+        expected = problem["ctx"]["expected"]
+    return f"{name} must be {expected}, got {problem['input']!r}." if expected else f"{name}: {problem['msg']}."
 
 
 def _place(cls: Any, location: Sequence[str | int]) -> tuple[Any, list[str]]:
-    """Return the class that has the setting which pydantic tells the location of, and the names on the way to it.
+    """Return the class that has the setting at pydantic's location of an error, and the names on the path to it.
 
-    Of several classes that a setting may have, pydantic tells the one it took by its `system`, which is no name on the way.
+    Where a field may be one of several classes, the location contains the `system` of the class, which is left out.
     """
     owner, kind, names = cls, cls, []
     for part in location:

@@ -39,13 +39,13 @@ class Setting:
         return str(self.value).lower() if self.value is None or isinstance(self.value, bool) else str(self.value)
 
 
-def listed(settings: Any, prefix: str = "") -> Iterator[Setting]:
-    """Yield every setting in the order of the fields, nested ones in place."""
+def flatten(settings: Any, prefix: str = "") -> Iterator[Setting]:
+    """Yield every setting in the order of the fields, nested settings in place of their group."""
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         name, value = prefix + field.name, getattr(settings, field.name)
         if is_dataclass(value):
-            yield from listed(value, f"{name}.")
+            yield from flatten(value, f"{name}.")
         else:
             yield Setting(name, value, field.metadata.get("description", ""), type(None) in get_args(hints[field.name]))
 
@@ -59,7 +59,7 @@ def add(parser: ArgumentParser, settings: Any, visible: Container[str] | None = 
         visible: names of the settings to list in the help; by default all.
     """
     groups = {}
-    for setting in listed(settings):
+    for setting in flatten(settings):
         part = setting.name.split(".")[0]
         if part not in groups:
             groups[part] = parser.add_argument_group(f"{part} settings")
@@ -73,18 +73,18 @@ def add(parser: ArgumentParser, settings: Any, visible: Container[str] | None = 
         )
 
 
-def changed(settings: Settings, options: Mapping[str, Any]) -> Settings:
+def apply(settings: Settings, options: Mapping[str, Any]) -> Settings:
     """Return the settings with the values of the command line.
 
     Args:
         settings: the settings whose flags `add` added.
-        options: text or texts of each flag by the setting's name; None for flags that are absent.
+        options: text, or list of texts, of each flag by the setting's name; None for flags that are absent.
 
     Raises:
         maskset.errors.ConfigError: a value is not allowed.
     """
     values = to_dict(settings)
-    for setting in listed(settings):
+    for setting in flatten(settings):
         text = options.get(setting.name)
         if text is not None:
             *parts, last = setting.name.split(".")
@@ -97,7 +97,7 @@ def changed(settings: Settings, options: Mapping[str, Any]) -> Settings:
 
 def table(settings: Any) -> str:
     """Return one line for each setting: flag, value, help."""
-    rows = list(listed(settings))
+    rows = list(flatten(settings))
     flag_width, value_width = (
         min(32, max(map(len, column))) for column in ([row.flag for row in rows], [row.text for row in rows])
     )

@@ -1,8 +1,9 @@
-"""All there is to know of a run: the model, the data, the training. Written beside every checkpoint as `recipe.json`."""
+"""The settings of a run: model, data and training. A run folder has them as `recipe.json`, a checkpoint in its metadata."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from maskset.config import (
+    Bounds,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -26,40 +27,44 @@ class DataConfig:
         "detr",
         "detr: flip, resize, crop; mmdet: detr without the first resize; flip: no crop; lsj: scale jitter; none: unchanged",
     )
-    short_sides: tuple[int, ...] = setting(tuple(range(480, 801, 32)), "detr, mmdet, flip: shorter sides to draw from, pixels")
-    long_side: int = setting(1333, "detr, mmdet, flip: maximum longer side, pixels")
-    crop_short_sides: tuple[int, ...] = setting(
+    short_sides: tuple[PositiveInt, ...] = setting(
+        tuple(range(480, 801, 32)), "detr, mmdet, flip: shorter sides to draw from, pixels"
+    )
+    long_side: PositiveInt = setting(1333, "detr, mmdet, flip: maximum longer side, pixels")
+    crop_short_sides: tuple[PositiveInt, ...] = setting(
         (400, 500, 600), "detr, mmdet: shorter sides before a crop (half of the images), pixels"
     )
-    crop_range: tuple[int, int] = setting((384, 600), "detr, mmdet: minimum and maximum side of the crop, pixels")
+    crop_range: tuple[PositiveInt, PositiveInt] = setting((384, 600), "detr, mmdet: minimum and maximum side of the crop, pixels")
     crop_share: Probability = setting(0.0, "detr, mmdet: above 0, sides of the crop relative to the image instead")
-    jitter_size: int = setting(1024, "lsj: side of the square canvas, pixels")
+    jitter_size: PositiveInt = setting(1024, "lsj: side of the square canvas, pixels")
     jitter_scale: tuple[float, float] = setting((0.1, 2.0), "lsj: minimum and maximum scale relative to the canvas")
     group_by_aspect: bool = setting(True, "group wide and tall images into separate batches, to save padding")
-    workers: NonNegativeInt = setting(2, "processes that read images; results do not depend on it")
+    workers: Annotated[int, Bounds(0, 1024)] = setting(2, "processes that read images; results do not depend on it")
     skip_broken: bool = setting(False, "leave out (and count) broken images and annotations instead of stopping")
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
-        if not self.short_sides or min(self.short_sides) < 1:
-            raise ConfigError(f"data.short_sides needs one or more positive sizes, got {self.short_sides}.")
+        if not self.short_sides:
+            raise ConfigError("data.short_sides needs one or more sizes.")
         if self.augmentation in ("detr", "mmdet") and not self.crop_short_sides:
             raise ConfigError(f"data.crop_short_sides needs one or more sizes with augmentation {self.augmentation}.")
-        if min(self.long_side, self.jitter_size, *self.crop_short_sides) < 1:
-            raise ConfigError("data.long_side, data.jitter_size and data.crop_short_sides must be at least 1.")
         if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
             raise ConfigError(f"data.jitter_scale must be (low, high) with 0 < low <= high, got {self.jitter_scale}.")
-        if self.crop_range[0] > self.crop_range[1] or self.crop_range[0] < 1:
-            raise ConfigError(f"data.crop_range must be (low, high) with 1 <= low <= high, got {self.crop_range}.")
+        if self.crop_range[0] > self.crop_range[1]:
+            raise ConfigError(f"data.crop_range must be (low, high) with low <= high, got {self.crop_range}.")
 
 
 @config
 class TrainConfig:
-    """How the weights are optimised. The defaults are SOLQ's official schedule."""
+    """How the weights are optimized. The defaults are SOLQ's official schedule."""
 
     epochs: PositiveInt = setting(50, "passes over the training images")
-    steps: int | None = setting(None, "total optimiser steps, to which the schedule is scaled; none: as many as epochs take")
-    batch_size: PositiveInt = setting(32, "images in one optimiser step, over all processes and accumulated parts")
+    steps: PositiveInt | None = setting(
+        None, "total optimizer steps, to which the schedule is scaled; none: as many as epochs take"
+    )
+    batch_size: Annotated[int, Bounds(1, 2**16)] = setting(
+        32, "images in one optimizer step, over all processes and accumulated parts"
+    )
     accumulate: PositiveInt = setting(1, "parts into which a batch is split, to save memory")
     learning_rate: float = setting(2e-4, "learning rate of everything but the backbone and the sampling offsets")
     backbone_learning_rate: NonNegativeFloat = setting(2e-5, "learning rate of the backbone")
@@ -74,27 +79,26 @@ class TrainConfig:
     )
     drop_epochs: tuple[int, ...] = setting((40,), "step: epochs after which the learning rates are multiplied by drop_factor")
     drop_factor: NonNegativeFloat = setting(0.1, "step: factor of the learning rates at drop_epochs")
-    warmup_steps: NonNegativeInt = setting(0, "optimiser steps over which the learning rates rise linearly from zero")
+    warmup_steps: NonNegativeInt = setting(0, "optimizer steps over which the learning rates rise linearly from zero")
     clip_norm: NonNegativeFloat = setting(0.1, "maximum norm of the gradient; 0 disables clipping")
     ema_decay: Fraction = setting(0.0, "decay of the weight average that is evaluated and saved; 0 disables it")
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", "precision of the network; losses and matching are always in fp32"
     )
     checkpoint_activations: bool = setting(False, "recompute the transformer's layers in the backward pass, to save memory")
-    seed: NonNegativeInt = setting(42, "random seed of initialisation, dropout, order and augmentation")
+    seed: Annotated[int, Bounds(0)] = setting(42, "random seed of initialization, dropout, order and augmentation")
     evaluate_every: NonNegativeInt = setting(1, "epochs between evaluations; 0 evaluates only at the end")
     checkpoint_every: NonNegativeInt = setting(
-        0, "optimiser steps between checkpoints; 0 writes one at the end of each epoch only"
+        0, "optimizer steps between checkpoints; 0 writes one at the end of each epoch only"
     )
-    log_every: PositiveInt = setting(10, "optimiser steps between lines of metrics.jsonl")
+    log_every: PositiveInt = setting(10, "optimizer steps between lines of metrics.jsonl")
     patience: NonNegativeInt = setting(0, "evaluations without a better mask AP before training stops; 0 disables it")
     max_detections: PositiveInt = setting(100, "maximum number of objects per image in evaluations")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting((), "experiment trackers that get the metrics too")
 
     def __post_init__(self) -> None:
         check_bounds(self, "train")
-        if self.steps is not None and not 1 <= self.steps < 2**31:
-            raise ConfigError(f"train.steps must be at least 1 and below 2^31, got {self.steps}.")
+
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.batch_size ({self.batch_size}) must be a multiple of train.accumulate ({self.accumulate}).")
         if self.learning_rate <= 0:
@@ -103,7 +107,7 @@ class TrainConfig:
 
 @config
 class Recipe:
-    """One experiment, whole: what is trained, on what, how."""
+    """The settings of one experiment."""
 
     model: SystemConfig
     data: DataConfig = DataConfig()

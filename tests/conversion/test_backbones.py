@@ -36,7 +36,7 @@ def test_a_pth_file_in_torchvisions_layout_fills_a_frozen_resnet(tmp_path, wrap)
     torch.save({wrap: state} if wrap else state, tmp_path / "weights.pth")
     backbone = build_backbone("resnet18", "frozen", 2, 0.0)
     line = load_pretrained(backbone, str(tmp_path / "weights.pth"))
-    assert line == f"backbone resnet18: took 100 of 100 tensors from {tmp_path / 'weights.pth'}."
+    assert line == f"backbone resnet18: loaded 100 of 100 tensors from {tmp_path / 'weights.pth'}."
     assert all(torch.equal(value, state[name]) for name, value in backbone.body.state_dict().items())
 
 
@@ -48,8 +48,8 @@ def test_group_norms_take_nothing_from_batch_norms(tmp_path):
     save_file(state, tmp_path / "weights.safetensors")
     backbone = build_backbone("resnet10t", "group", 0, 0.0)
     line = load_pretrained(backbone, str(tmp_path / "weights.safetensors"))
-    assert "took 14 of 42 tensors" in line
-    assert line.endswith("; the 28 others belong to norms, which start anew.")
+    assert "loaded 14 of 42 tensors" in line
+    assert line.endswith("; the other 28, norms, keep their initial values.")
     own = backbone.body.state_dict()
     assert torch.equal(own["layer2.0.conv1.weight"], state["layer2.0.conv1.weight"])
     assert not any((value == 7).any() for value in own.values())
@@ -87,7 +87,7 @@ def test_a_swin_starts_from_classifiers_but_for_its_output_norms(tmp_path, monke
     torch.save({"model": state}, tmp_path / "weights.pth")
     backbone = build_backbone("swin_tiny", "frozen", 0, 0.1)
     line = load_pretrained(backbone, str(tmp_path / "weights.pth"))
-    assert line.endswith("; the 6 others belong to norms, which start anew.")
+    assert line.endswith("; the other 6, norms, keep their initial values.")
     assert torch.equal(backbone.body.state_dict()["stages.1.merge.reduction.weight"], reduction)
 
 
@@ -111,7 +111,7 @@ def test_the_weights_of_another_network_are_refused_and_nothing_is_changed(tmp_p
     assert unchanged(backbone, before)
 
 
-def test_a_deeper_swin_does_not_pass_for_a_shallow_one(tmp_path, monkeypatch):
+def test_weights_of_a_deeper_swin_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(backbones.SWIN_SIZES, "swin_tiny", TINY_SWIN)
     state = timm_weights("swin_tiny_patch4_window7_224", embed_dim=16, depths=(2, 2, 3, 2), num_heads=(1, 2, 4, 8))
     save_file(state, tmp_path / "deeper.safetensors")
@@ -181,5 +181,5 @@ def test_pretrained_weights_fill_a_backbone_with_a_map_of_stride_4(tmp_path):
     weights = timm_weights("resnet18")
     save_file(weights, tmp_path / "resnet18.safetensors")
     backbone = build_backbone("resnet18", "frozen", 2, 0.0, finest=4)
-    assert "took 100 of 100 tensors" in load_pretrained(backbone, str(tmp_path / "resnet18.safetensors"))
+    assert "loaded 100 of 100 tensors" in load_pretrained(backbone, str(tmp_path / "resnet18.safetensors"))
     assert torch.equal(backbone.body.state_dict()["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])

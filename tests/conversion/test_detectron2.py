@@ -53,7 +53,7 @@ def test_a_pickle_of_detectron2_fills_a_resnet(tmp_path, protocol):
     arrays = OrderedDict((official_name(name), value.numpy()) for name, value in weights.items())
     content = {"model": arrays | {"fc.weight": np.zeros((2, 3))}, "__author__": "torchvision", "matching_heuristics": True}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content, protocol))
-    assert "took 265 of 265 tensors" in load_pretrained(backbone, str(tmp_path / "R-50.pkl"))
+    assert "loaded 265 of 265 tensors" in load_pretrained(backbone, str(tmp_path / "R-50.pkl"))
     assert all(torch.equal(value, weights[name]) for name, value in backbone.body.state_dict().items())
 
 
@@ -98,7 +98,7 @@ def test_a_pickle_of_anything_else_is_refused_and_never_run(tmp_path, content):
         load_pretrained(resnet50(), str(tmp_path / "R-50.pkl"))
 
 
-def test_what_a_pickle_names_beside_arrays_is_told(tmp_path):
+def test_the_error_names_an_object_in_a_pickle_that_is_not_an_array(tmp_path):
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(pickle.UnpicklingError, match=r"it names builtins\.exec, which is not an array"):
         read_pickle(tmp_path / "R-50.pkl")
@@ -139,9 +139,9 @@ def test_plain_weights_fill_a_resnet_with_deformable_convolutions(tmp_path):
     torch.save(weights, tmp_path / "resnet50.pth")
     said = load_pretrained(deformable, str(tmp_path / "resnet50.pth"))
     assert said.endswith(
-        "took 265 of 291 tensors from "
+        "loaded 265 of 291 tensors from "
         + str(tmp_path / "resnet50.pth")
-        + "; the 26 others belong to sampling offsets, which start anew."
+        + "; the other 26, sampling offsets, keep their initial values."
     )
     own = deformable.body.state_dict()
     assert all(torch.equal(own[name], value) for name, value in weights.items())

@@ -7,7 +7,7 @@ from goldens import notes, weights
 import maskset
 from maskset.checkpoint import read_metadata
 from maskset.conversion import convert, convert_file
-from maskset.conversion.coco import NAMES
+from maskset.conversion.class_names import NAMES
 from maskset.errors import ConversionError
 from maskset.systems import build
 from maskset.systems.isda import IsdaConfig
@@ -42,7 +42,7 @@ def test_other_sizes_convert():
     build(config).load_state_dict(ours, strict=True)
 
 
-def test_the_ablations_of_position_are_recognised():
+def test_the_ablations_of_position_are_recognized():
     without = narrow(official(), "convs_all_levels.3.conv0.conv", (slice(None), slice(256)))
     config, ours = convert("isda", without)
     assert (config.feature_coordinates, config.kernel_position) == (False, True)
@@ -68,13 +68,13 @@ def test_a_missing_entry_is_named(name):
         convert("isda", state)
 
 
-def test_copies_that_differ_are_refused_unless_the_last_shall_win():
+def test_copies_that_differ_are_refused_unless_the_last_is_asked_for():
     state = official()
     name = "bbox_head.kernel_branches.5.4.bias"
     state[name] = state[name] + 1
-    with pytest.raises(ConversionError, match=r"kernel_branches\.4\.4\.bias.*kernel_branches\.5\.4\.bias.*--last-wins"):
+    with pytest.raises(ConversionError, match=r"kernel_branches\.4\.4\.bias.*kernel_branches\.5\.4\.bias.*--use-last-copy"):
         convert("isda", state)
-    assert torch.equal(convert("isda", state, last_wins=True)[1]["kernel_head.layers.2.bias"], state[name])
+    assert torch.equal(convert("isda", state, use_last_copy=True)[1]["kernel_head.layers.2.bias"], state[name])
 
 
 def test_a_file_becomes_a_checkpoint_with_the_classes_of_coco(tmp_path):

@@ -45,7 +45,7 @@ def test_other_sizes_convert():
     assert fits(config, ours)
 
 
-def test_the_three_codes_of_2022_are_told_apart():
+def test_the_three_codecs_of_2022_are_recognized():
     state = official("istr-smt")
     kept = {key: value for key, value in state.items() if not key.startswith(("mask_E", "mask_D")) and "ret_roi" not in key}
     kept = {key: value for key, value in kept.items() if not any(f"head_series.{i}." in key for i in (1, 2, 3, 4, 5))}
@@ -59,7 +59,7 @@ def test_the_three_codes_of_2022_are_told_apart():
 
 
 @pytest.mark.parametrize(("name", "other", "year"), [("istr", "istr-smt", 2022), ("istr-smt", "istr", 2021)])
-def test_a_checkpoint_of_the_other_model_is_recognised(name, other, year):
+def test_a_checkpoint_of_the_other_model_is_recognized(name, other, year):
     with pytest.raises(ConversionError, match=f"checkpoint of the code of {year}.*convert it as {other}"):
         convert(name, official(other))
 

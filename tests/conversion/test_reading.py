@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from maskset.conversion import convert, convert_file
 from maskset.conversion.reading import read_state_dict, read_weights
 from maskset.errors import ConversionError
 
@@ -32,11 +33,12 @@ def saved(path: Path, content) -> Path:
     ("content", "path", "unused"),
     [
         (STATE, "", ""),
-        ({"model": STATE, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}, "epoch": 3}, "model", "optimizer"),
+        ({"model": STATE, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}, "epoch": 3}, "model", "optimizer, epoch"),
         ({"model": STATE, "model_ema": AVERAGED}, "model_ema", "model"),
-        ({"model": STATE, "ema": {"module": AVERAGED, "updates": 4}}, "ema.module", "model"),
-        ({"model": STATE, "ema": None}, "model", ""),
-        ({"model": "solq", "state_dict": STATE}, "state_dict", ""),
+        ({"model": STATE, "ema": {"module": AVERAGED, "updates": 4}}, "ema.module", "model, ema.updates"),
+        ({"model": STATE, "ema": None}, "model", "ema"),
+        ({"model": "solq", "state_dict": STATE}, "state_dict", "model"),
+        (STATE | {"version": 2}, "", "version"),
         ({"state_dict": STATE, "state_dict_ema": AVERAGED}, "state_dict_ema", "state_dict"),
         (prefixed("module."), "module", ""),
         (prefixed("module.") | {"n_averaged": torch.tensor(7)}, "module", "n_averaged"),
@@ -58,9 +60,9 @@ def test_weights_are_found_inside_what_wraps_them(tmp_path, content, path, unuse
     assert all(bool((value == averaged).all()) for value in weights.state.values())
 
 
-def test_what_was_taken_and_what_was_not_is_said(tmp_path):
-    weights = read_weights(saved(tmp_path, {"model": STATE, "ema": {"module": AVERAGED}}))
-    assert str(weights) == "weights of 'ema.module' (not used: model)"
+def test_averaged_weights_and_unused_entries_are_named(tmp_path):
+    weights = read_weights(saved(tmp_path, {"model": STATE, "ema": {"module": AVERAGED}, "epoch": 3}))
+    assert str(weights) == "averaged weights of 'ema.module' (not used: model, epoch)"
 
 
 def test_weights_in_a_place_that_is_not_known_are_named(tmp_path):
@@ -205,7 +207,38 @@ def test_what_others_registered_with_torch_stays_registered(tmp_path):
     assert mine not in torch.serialization.get_safe_globals()
 
 
-def test_a_folder_and_what_is_no_file_are_refused(tmp_path):
+@pytest.mark.parametrize(("content", "problem"), [(b"", "is empty"), (b"name,size\n", "is not a PyTorch file")])
+def test_a_text_or_empty_file_is_refused_with_what_is_expected(tmp_path, content, problem):
+    (tmp_path / "official.pth").write_bytes(content)
+    with pytest.raises(ConversionError, match=rf"official\.pth {problem}: convert takes an official \.pth checkpoint"):
+        read_weights(tmp_path / "official.pth")
+
+
+def test_entries_without_the_prefix_of_the_others_are_named_in_an_error(tmp_path):
+    state = prefixed("module.") | {"query_embed.weight": torch.zeros(4, 8)}
+    with pytest.raises(ConversionError, match=r"official\.pth, weights of 'module' \(not used: query_embed\): unknown entries"):
+        convert_file("solq", saved(tmp_path, state), tmp_path / "out.safetensors")
+    with pytest.raises(ConversionError, match=r"^weights of 'module' \(not used: query_embed\): unknown entries"):
+        convert("solq", state)
+
+
+def test_an_unknown_system_is_refused_before_the_file_is_read(tmp_path):
+    with pytest.raises(ConversionError, match=r"must be one of solq, .*'official\.pth': the system comes first"):
+        convert_file("official.pth", Path("solq"), tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("arguments", [(STATE, "solq"), (None, STATE), ("solq", "official.pth"), ("solq", None)])
+def test_swapped_and_wrong_arguments_are_refused(arguments):
+    with pytest.raises(ConversionError, match="the system comes first|convert takes the state dict of official weights"):
+        convert.__wrapped__(*arguments)  # without the shape checks of the tests, which refuse them as well
+
+
+def test_a_recipe_is_not_a_file(tmp_path):
+    with pytest.raises(ConversionError, match=r"solq-tiny does not exist\. It is the name of a recipe: name an official \.pth"):
+        convert_file("solq", Path("solq-tiny"), tmp_path / "out.safetensors")
+
+
+def test_folders_and_devices_are_refused(tmp_path):
     with pytest.raises(ConversionError, match="is a folder"):
         read_weights(tmp_path)
     with pytest.raises(ConversionError, match="is not a regular file"):

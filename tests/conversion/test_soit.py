@@ -6,7 +6,7 @@ from goldens import notes, weights
 
 import maskset
 from maskset.conversion import convert, convert_file
-from maskset.conversion.coco import NAMES
+from maskset.conversion.class_names import NAMES
 from maskset.errors import ConversionError
 from maskset.systems import build
 
@@ -24,7 +24,7 @@ def test_the_config_is_read_off_the_shapes():
     build(config).load_state_dict(state, strict=True)
 
 
-def test_a_model_with_eight_mask_heads_is_recognised():
+def test_a_model_with_eight_mask_heads_is_recognized():
     state = official()
     for i in (0, 5):
         state[f"bbox_head.seg_branches.{i}.4.weight"] = torch.zeros(873, 256)
@@ -34,16 +34,16 @@ def test_a_model_with_eight_mask_heads_is_recognised():
     build(config).load_state_dict(ours, strict=True)
 
 
-def test_mask_heads_that_differ_are_refused_unless_the_last_wins():
+def test_mask_heads_that_differ_are_refused_unless_the_last_is_asked_for():
     state = weights(notes("soit")["state_dict"])
     with pytest.raises(ConversionError, match=r"copies of one tensor differ: bbox_head\.seg_branches\.0\.0\.weight and"):
         convert("soit", state)
-    _, ours = convert("soit", state, last_wins=True)
+    _, ours = convert("soit", state, use_last_copy=True)
     assert torch.equal(ours["mask_head.layers.0.weight"], state["bbox_head.seg_branches.5.0.weight"])
 
 
 def test_a_checkpoint_of_another_system_is_refused():
-    with pytest.raises(ConversionError, match=r"entries not known here: .*mask_feat_head"):
+    with pytest.raises(ConversionError, match=r"unknown entries: .*mask_feat_head"):
         convert("soit", official() | {"mask_feat_head.conv_pred.0.conv.weight": torch.zeros(1)})
 
 
@@ -51,7 +51,7 @@ def test_a_number_of_mask_weights_that_fits_nothing_is_refused():
     state = official()
     for i in (0, 5):
         state[f"bbox_head.seg_branches.{i}.4.weight"] = torch.zeros(440, 256)
-    with pytest.raises(ConversionError, match="440 mask weights fit no number of heads with 8 channels and 4 points"):
+    with pytest.raises(ConversionError, match="440 mask weights do not match any number of heads with 8 channels and 4 points"):
         convert("soit", state)
 
 

@@ -12,8 +12,7 @@ import maskset
 from maskset.checkpoint import read_metadata
 from maskset.cli import main
 from maskset.conversion import _select_classes, convert, convert_file, read_state_dict
-from maskset.conversion.class_names import read_class_names
-from maskset.conversion.coco import NAMES, raw_categories, used_categories
+from maskset.conversion.class_names import NAMES, raw_categories, read_class_names, used_categories
 from maskset.errors import ConfigError, ConversionError
 from maskset.instances import Category
 from maskset.systems import build
@@ -66,7 +65,7 @@ def test_any_width_and_count_converts():
     build(config).load_state_dict(state, strict=True)
 
 
-def test_swin_is_recognised():
+def test_swin_is_recognized():
     state = {k: v for k, v in small().items() if not k.startswith("backbone")}
     state |= weights(notes("solq")["swin_t_state_dict"])
     channels = {0: 192, 1: 384, 2: 768, 3: 768}
@@ -90,19 +89,21 @@ def test_a_missing_entry_is_named():
         convert("solq", state)
 
 
-def test_copies_that_differ_are_refused_unless_the_last_shall_win():
+def test_copies_that_differ_are_refused_unless_the_last_is_asked_for():
     state = official()
     state["vector_embed.3.layers.2.bias"] = state["vector_embed.3.layers.2.bias"] + 1
-    with pytest.raises(ConversionError, match=r"vector_embed\.2.*vector_embed\.3.*--last-wins"):
+    with pytest.raises(ConversionError, match=r"vector_embed\.2.*vector_embed\.3.*--use-last-copy"):
         convert("solq", state)
-    _, ours = convert("solq", state, last_wins=True)
+    _, ours = convert("solq", state, use_last_copy=True)
     assert torch.equal(ours["mask_head.layers.2.bias"], state["vector_embed.5.layers.2.bias"])
 
 
 def test_other_systems_and_state_dicts_are_refused():
-    with pytest.raises(ConversionError, match="'yolact'"):
+    with pytest.raises(ConversionError, match="must be one of solq, .* got 'yolact': the system comes first"):
         convert("yolact", {})
-    with pytest.raises(ConversionError, match="not known here: fc"):
+    with pytest.raises(ConversionError, match="got 'slq'; did you mean 'solq'"):
+        convert("slq", {})
+    with pytest.raises(ConversionError, match="unknown entries: fc"):
         convert("solq", {"fc": torch.zeros(1)})
     with pytest.raises(ConversionError, match="level_embedding"):
         convert("solq", {})
@@ -157,11 +158,11 @@ def test_a_file_that_is_there_and_another_ending_are_refused(tmp_path):
     assert (tmp_path / "mine.safetensors").read_text() == "mine"
 
 
-def test_an_entry_of_other_dimensions_and_names_that_are_no_text_are_told(tmp_path):
+def test_an_entry_of_other_dimensions_and_a_name_that_is_not_text_are_named(tmp_path):
     with pytest.raises(ConversionError, match=r"our query has the shape \[20\], expected 2 dimensions"):
         convert("solq", small() | {"query_embed.weight": torch.zeros(20)})
     torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pth")
-    with pytest.raises(ConversionError, match="not known here: 1"):
+    with pytest.raises(ConversionError, match="unknown entries: 1"):
         convert("solq", read_state_dict(tmp_path / "numbers.pth"))
 
 
@@ -195,7 +196,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     with pytest.raises(ConversionError, match="does not exist"):
         read_state_dict(path)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ConversionError, match="cannot be read safely"):
+    with pytest.raises(ConversionError, match=r"official\.pth is not a PyTorch file: convert takes an official \.pth"):
         read_state_dict(path)
     torch.save(small(), path)
     path.write_bytes(path.read_bytes()[:5000])

@@ -5,7 +5,7 @@ from goldens import notes
 import maskset
 from maskset.checkpoint import read_metadata
 from maskset.conversion import convert, convert_file
-from maskset.conversion.coco import NAMES
+from maskset.conversion.class_names import NAMES
 from maskset.errors import ConversionError
 from maskset.systems import build
 from maskset.systems.sotr import SotrConfig
@@ -71,8 +71,8 @@ def test_a_deeper_backbone_is_tested_at_other_sizes():
 
 
 @pytest.mark.parametrize("blocks", [{5: 2}, {3: 4}, {4: 6}])
-def test_deformable_convolutions_in_other_places_are_told(blocks):
-    with pytest.raises(ConversionError, match=r"blocks in stage \d of the backbone have deformable convolutions: what is built"):
+def test_deformable_convolutions_in_other_places_are_refused(blocks):
+    with pytest.raises(ConversionError, match=r"blocks in stage \d of the backbone have deformable convolutions: maskset builds"):
         convert("sotr", deformable(official(depth=1), blocks))
 
 

@@ -107,7 +107,7 @@ def test_a_mistyped_name_is_answered_with_near_ones():
 
 
 def test_a_name_near_none_is_answered_with_all():
-    with pytest.raises(config.ConfigError, match="there are solq-r50, solq-r101.* or give a recipe.json"):
+    with pytest.raises(config.ConfigError, match="the recipes are solq-r50, solq-r101.*sotr-tiny"):
         recipes.get("yolo")
 
 

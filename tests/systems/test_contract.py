@@ -296,7 +296,7 @@ def test_the_loss_waits_for_the_device_where_slots_are_matched_and_nowhere_else(
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta device
     model = tiny(name).train()
     images, objects = batch([*shapes(3), (torch.zeros(3, 64, 80, dtype=torch.uint8), Instances.empty((64, 80)))], model.config)
-    model.loss(model(images), images, objects)  # the first time a learnt code makes sure that it has been learnt
+    model.loss(model(images), images, objects)  # the first time a fitted codec checks that it has been fitted
     model, images = model.to("meta"), images.to("meta")
     terms = model.loss(model(images), images, objects)
     assert len(waits) == WAITS[name]
@@ -354,7 +354,7 @@ def test_evaluation_repeats_itself(name):
 @every_system
 def test_uint8_pixels_are_refused(name):
     model = tiny(name)
-    with pytest.raises((ValueError, TypeError), match="normalised"):
+    with pytest.raises((ValueError, TypeError), match="normalized"):
         model(ImageBatch.from_images([shapes(1)[0][0]]))
 
 
@@ -400,7 +400,7 @@ LEARNING_BY_HEART = {
 
 @pytest.mark.slow
 @every_system
-def test_four_images_are_learnt_by_heart(name):
+def test_four_images_are_overfitted(name):
     """The AP reaches 0.9 of what the system's masks can reach on these images."""
     config = dataclasses.replace(TINY[name], hidden_dim=64, **LEARNING_BY_HEART[name])
     examples = Examples(shapes(4))

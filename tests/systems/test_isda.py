@@ -78,7 +78,7 @@ def test_coordinates_move_the_masks_of_a_flat_image():
 
 
 @pytest.mark.parametrize("stride", [2, 4, 8])
-def test_the_loss_of_the_truth_is_nearly_nothing_and_the_truth_is_found(stride):
+def test_perfect_predictions_have_almost_no_loss_and_are_detected(stride):
     model = tiny(mask_stride=stride)
     images, (objects,) = batch(shapes(1), model.config)
     output = perfect(model, images, objects)
@@ -142,7 +142,7 @@ def test_the_loss_is_that_of_a_plain_loop_and_so_are_its_gradients():
 def test_few_masks_at_a_time_cost_what_all_do(monkeypatch):
     model, (output, images, objects) = tiny(), random_output()
     expected = model.loss(output, images, objects)
-    monkeypatch.setattr(isda, "_CELLS", 1000)  # two masks
+    monkeypatch.setattr(isda, "_MAX_CELLS", 1000)  # two masks
     assert model.loss(output, images, objects) == expected
 
 
@@ -270,7 +270,7 @@ def test_the_start_is_the_official_one():
     assert model.kernel_head.last.bias.any()
 
 
-def test_no_object_at_all_costs_no_mask():
+def test_without_objects_there_is_no_mask_loss():
     output, images, _ = random_output()
     terms = tiny().loss(output, images, [Instances.empty((64, 80))] * 2)
     assert all(terms[name] == 0 for name in ("mask", "mask/0", "mask/1"))

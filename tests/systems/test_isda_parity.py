@@ -9,7 +9,7 @@ from on_device import recording
 
 from maskset import detection
 from maskset.conversion import convert
-from maskset.conversion.coco import used_categories
+from maskset.conversion.class_names import used_categories
 from maskset.conversion.isda import RULES
 from maskset.conversion.keys import rename
 from maskset.detection import Matches, focal_cost
@@ -39,7 +39,7 @@ LEVELS = ["P3", "P4", "P5", "P6"]
 @functools.cache
 def model():
     """Return the official model, filled by the recipe. Aliases differ in it, so the last one wins, as officially."""
-    config, state = convert("isda", weights(notes("isda")["state_dict"]), last_wins=True)
+    config, state = convert("isda", weights(notes("isda")["state_dict"]), use_last_copy=True)
     network = build(config, used_categories()).eval()
     network.load_state_dict(state, strict=True)
     return network
@@ -204,7 +204,7 @@ def test_matches_are_the_official_ones(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a", "bc"])
-def test_targets_and_costs_are_the_official_ones(name):
+def test_targets_and_costs_equal_the_official_ones(name):
     output, found = run(name)[0], objects(name)
     size = tuple(output.mask_features.shape[2:])
     masks = [central_means(one.masks, 4, size) for one in found]

@@ -61,7 +61,7 @@ def test_every_mask_cost_of_table_1b_trains(cost):
     assert all(term.isfinite() for term in step(tiny(mask_cost=cost)).values())
 
 
-def test_mask_costs_are_those_of_a_plain_loop():
+def test_mask_costs_equal_those_of_a_plain_loop():
     torch.manual_seed(0)
     codes, masks = torch.randn(2, 1, 4, 12), torch.rand(1, 3, 16, 16) > 0.5
     for kind in ("cosine", "l1", "dice"):
@@ -177,7 +177,7 @@ def test_boxes_that_are_not_finite_are_named():
         model.loss(model(images), images, objects)
 
 
-def test_a_code_must_be_learnt_or_read_before_it_is_used(tmp_path):
+def test_a_codec_must_be_fitted_or_loaded_before_it_is_used(tmp_path):
     with pytest.raises(ConfigError, match="not been fitted"):
         step(tiny(prepared=False))
     written = fit_codec("logit-pca", "shapes", tmp_path / "code.safetensors", size=16, length=12, max_masks=50, progress=False)

@@ -11,7 +11,7 @@ from on_device import recording
 
 from maskset import boxes as box_ops
 from maskset.conversion import convert
-from maskset.conversion.coco import used_categories
+from maskset.conversion.class_names import used_categories
 from maskset.conversion.istr import RULES
 from maskset.conversion.keys import rename
 from maskset.detection import Matches
@@ -228,7 +228,7 @@ def test_results_are_the_official_ones(name):
             golden("istr", f"{name}.result.{i}.{key}") for key in ("scores", "labels", "boxes", "mask_areas", "masks")
         )
         close(found.scores, scores, 4e-6)
-        # Neighbours whose scores differ by less than the rounding may swap: a row's own is the nearest box of its class
+        # Neighbors whose scores differ by less than the rounding may swap: a row's own is the nearest box of its class
         distance = (boxes[:, None] - found.boxes).abs().amax(-1) + 1e6 * (labels[:, None] != found.labels)
         row = distance.argmin(1)
         assert torch.equal(row.sort().values, torch.arange(len(scores)))

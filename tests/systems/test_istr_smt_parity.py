@@ -11,7 +11,7 @@ from goldens import ellipses, golden, image, notes, weights
 from on_device import recording
 
 from maskset.conversion import convert
-from maskset.conversion.coco import used_categories
+from maskset.conversion.class_names import used_categories
 from maskset.detection import Matches
 from maskset.instances import Instances, Masks
 from maskset.layers.refinement import apply_deltas
@@ -181,7 +181,7 @@ def test_results_are_the_official_ones(name):
             golden("istr-smt", f"{name}.result.{i}.{key}") for key in ("scores", "labels", "boxes", "mask_areas", "masks")
         )
         close(found.scores, scores, 2e-6)
-        # Neighbours whose scores differ by less than the rounding may swap: a row's own is the nearest box of its class
+        # Neighbors whose scores differ by less than the rounding may swap: a row's own is the nearest box of its class
         distance = (boxes[:, None] - found.boxes).abs().amax(-1) + 1e6 * (labels[:, None] != found.labels)
         row = distance.argmin(1)
         assert torch.equal(row.sort().values, torch.arange(len(scores)))

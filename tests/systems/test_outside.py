@@ -26,7 +26,7 @@ SIDE = 16  # of a mask of the whole canvas, cells
 
 @config
 class CellsConfig(SystemConfig):
-    """Settings of a small system: each cell of a grid reports the object whose box has its centre there."""
+    """Settings of a small system: each cell of a grid reports the object whose box has its center there."""
 
     system: Literal["cells"] = "cells"
     input: InputConfig = InputConfig(short_side=48, long_side=96, divisor=16)
@@ -124,7 +124,7 @@ def test_fine_tuning_takes_its_weights(run, tmp_path):
     assert (tmp_path / "tuned" / "best.safetensors").is_file()
 
 
-def test_a_program_that_has_not_imported_it_is_told_which_systems_there_are(run):
+def test_without_importing_it_the_error_lists_the_known_systems(run):
     program = f"import maskset\ntry: maskset.load({str(run)!r})\nexcept Exception as error: print(type(error).__name__, error)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(CheckpointError.__name__)
@@ -138,13 +138,13 @@ def test_a_config_class_without_a_name_or_with_that_of_another_system_is_refused
         class Nameless(CellsConfig):
             pass
 
-    with pytest.raises(TypeError, match=r"the name 'solq' is that of maskset\.systems\.solq\.SolqConfig"):
+    with pytest.raises(TypeError, match=r"the name 'solq' is taken by maskset\.systems\.solq\.SolqConfig"):
 
         class Impostor(SystemConfig):
             system: str = "solq"
 
 
 @pytest.mark.parametrize("rubbish", [None, "solq", {"system": "solq"}, CellsConfig, RECIPE])
-def test_what_is_no_config_cannot_be_built(rubbish):
+def test_build_refuses_other_objects_than_settings(rubbish):
     with pytest.raises(ConfigError, match="build takes the settings of a system"):
         maskset.build.__wrapped__(rubbish)  # without the shape checks of the tests, which refuse it as well

@@ -74,7 +74,7 @@ def test_the_weights_of_the_mask_losses_multiply_them():
 def test_many_objects_are_drawn_in_pieces_with_the_same_loss_and_gradients(monkeypatch):
     whole = tiny()
     expected = step(whole)
-    monkeypatch.setattr("maskset.systems.soit._SAMPLES_AT_ONCE", 1)  # one object at a time
+    monkeypatch.setattr("maskset.systems.soit._MAX_SAMPLES", 1)  # one object at a time
     pieces = tiny()
     found = step(pieces)
     for name, value in expected.items():

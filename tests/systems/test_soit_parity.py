@@ -11,7 +11,7 @@ from goldens import ellipses, golden, image, notes, unpacked, weights
 from on_device import recording
 
 from maskset.conversion import convert
-from maskset.conversion.keys import proposal_class_head, rename
+from maskset.conversion.keys import rename, rename_proposal_class_head
 from maskset.conversion.soit import RULES
 from maskset.detection import Matches
 from maskset.instances import Instances, Masks
@@ -30,7 +30,7 @@ SETS = ["a", "bc", "bcn"]
 @functools.cache
 def model():
     """Return the official R50 model, filled by the recipe. Its copies of the mask head differ: the last wins, as officially."""
-    config, state = convert("soit", weights(notes("soit")["state_dict"]), last_wins=True)
+    config, state = convert("soit", weights(notes("soit")["state_dict"]), use_last_copy=True)
     network = build(config).eval()
     network.load_state_dict(state, strict=True)
     return network
@@ -195,7 +195,7 @@ def test_gradients_are_the_official_ones(name):
     official = [key.removeprefix("a.grad.") for key in notes("soit")["arrays"] if key.startswith(("a.grad.bbox", "a.grad.neck"))]
     assert len(official) == 7
     for theirs in official:
-        ours = next(iter(proposal_class_head(rename({theirs: torch.zeros(0)}, RULES), LAYERS)))
+        ours = next(iter(rename_proposal_class_head(rename({theirs: torch.zeros(0)}, RULES), LAYERS)))
         expected = golden("soit", f"{name}.grad.{theirs}")
         close(grads[ours], expected, 2e-4 * expected.abs().max().item())
     total = torch.stack([gradient.norm() for gradient in grads.values()]).norm()
@@ -239,9 +239,9 @@ def test_scores_and_boxes_of_a_padded_batch_are_the_official_ones():
 
 def test_the_instance_aware_transformer_alone_is_the_official_one():
     features = golden("soit", "unit.feature").T.reshape(8, 9, 13)
-    padding, centres = golden("soit", "unit.padding").bool(), golden("soit", "unit.centres")
-    logits = instance_transformer(features, padding, golden("soit", "unit.theta"), centres, 4, 4)
+    padding, centers = golden("soit", "unit.padding").bool(), golden("soit", "unit.centres")
+    logits = instance_transformer(features, padding, golden("soit", "unit.theta"), centers, 4, 4)
     close(logits, golden("soit", "unit.logits"), 1e-5)
     close(resample(logits, aligned_bilinear(9, 4), aligned_bilinear(13, 4)), golden("soit", "unit.logits_up4"), 1e-5)
-    encoded = encode_positions(padding, centres, 8).flatten(2).transpose(1, 2)
+    encoded = encode_positions(padding, centers, 8).flatten(2).transpose(1, 2)
     close(encoded, golden("soit", "unit.rel_pos"), 1e-6)

@@ -60,7 +60,7 @@ def test_the_loss_of_the_truth_is_nearly_nothing():
     assert all(term < 1e-3 for term in terms.values())
 
 
-def test_a_learnt_code_must_be_learnt_before_it_is_used():
+def test_a_codec_must_be_fitted_before_it_is_used():
     with pytest.raises(ConfigError, match="not been fitted"):
         step(tiny(codec="pca", mask_size=16, code_length=8))
 

@@ -9,7 +9,7 @@ from on_device import recording
 
 from maskset import boxes as box_ops
 from maskset.conversion import convert
-from maskset.conversion.coco import raw_categories
+from maskset.conversion.class_names import raw_categories
 from maskset.conversion.keys import rename
 from maskset.conversion.solq import RULES
 from maskset.detection import Matches, top_k_detections
@@ -31,7 +31,7 @@ TERMS = {"class": "loss_ce", "box_l1": "loss_bbox", "box_giou": "loss_giou", "ma
 @functools.cache
 def model():
     """Return the official R50 model, filled by the recipe. Aliases differ in it, so the last one wins, as officially."""
-    config, state = convert("solq", weights(notes("solq")["state_dict"]), last_wins=True)
+    config, state = convert("solq", weights(notes("solq")["state_dict"]), use_last_copy=True)
     network = build(config, raw_categories()).eval()
     network.load_state_dict(state, strict=True)
     return network
@@ -217,7 +217,7 @@ def test_results_are_the_official_ones(name, kind):
         key = f"{name}.post.{kind}.{i}"
         scores = golden("solq", f"{key}.scores")
         close(found.scores, scores, 1e-5)
-        # Slots are not in the results: in order but for exact ties, so compare as sets where neighbours tie
+        # Slots are not in the results: in order but for exact ties, so compare as sets where neighbors tie
         clear = ((scores[:-1] - scores[1:]).abs() > 1e-6).tolist()
         alone = torch.tensor([(j == 0 or clear[j - 1]) and (j == 99 or clear[j]) for j in range(100)])
         assert alone.sum() > (90 if name.endswith("q") else 0)

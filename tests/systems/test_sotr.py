@@ -111,17 +111,17 @@ def slow_pairs(found: Instances, size: tuple[int, int], config: SotrConfig) -> t
             y, x = np.nonzero(mask)
             if not low <= np.sqrt(w * h) <= high or not len(x):
                 continue
-            centre_y, centre_x = f(y.sum()) / f(len(y)), f(x.sum()) / f(len(x))
+            center_y, center_x = f(y.sum()) / f(len(y)), f(x.sum()) / f(len(x))
 
             def cell(position: np.float32, length: np.float32, side: int = side) -> int:
                 return int((position / length) // f(1 / side))
 
             half_w, half_h = f(0.5) * w * f(config.centre_share), f(0.5) * h * f(config.centre_share)
-            row, column = cell(centre_y, height), cell(centre_x, width)
-            top = max(max(0, cell(centre_y - half_h, height)), row - 1)
-            down = min(min(side - 1, cell(centre_y + half_h, height)), row + 1)
-            left = max(column - 1, max(0, cell(centre_x - half_w, width)))
-            right = min(min(side - 1, cell(centre_x + half_w, width)), column + 1)
+            row, column = cell(center_y, height), cell(center_x, width)
+            top = max(max(0, cell(center_y - half_h, height)), row - 1)
+            down = min(min(side - 1, cell(center_y + half_h, height)), row + 1)
+            left = max(column - 1, max(0, cell(center_x - half_w, width)))
+            right = min(min(side - 1, cell(center_x + half_w, width)), column + 1)
             for i in range(top, down + 1):
                 for j in range(left, right + 1):
                     pairs.append((before + i * side + j, index))
@@ -151,15 +151,15 @@ def test_objects_belong_to_the_cells_of_the_papers_code(seed, share):
     pairs, classes = slow_pairs(found, (16, 24), settings)
     assigned = assign(found, (16, 24), settings)
     assert list(zip(assigned.cells.tolist(), assigned.objects.tolist(), strict=True)) == pairs
-    assert assigned.owners(len(classes)).tolist() == classes
+    assert assigned.object_of_slot(len(classes)).tolist() == classes
     assert len(pairs) > 40
     assert len({cell for cell, _ in pairs}) < len(pairs) or share == 0
 
 
-def test_a_centre_on_the_border_of_two_cells_falls_where_float32_puts_it():
+def test_a_center_on_the_border_of_two_cells_is_assigned_as_in_float32():
     settings = dataclasses.replace(TINY["sotr"], grids=(40, 36, 24, 16, 12), scale_from=(1,) * 5, scale_to=(99,) * 5)
     masks = torch.zeros(60, 1, 61, dtype=torch.bool)
-    masks[torch.arange(60), 0, torch.arange(60)] = True  # the centre of column x is at x
+    masks[torch.arange(60), 0, torch.arange(60)] = True  # the center of column x is at x
     found = Instances(torch.zeros(60, dtype=torch.int64), Masks.from_dense(masks).boxes(), Masks.from_dense(masks))
     for width in (16, 18, 20, 24, 30):
         pairs, _ = slow_pairs(found, (1, width), settings)
@@ -227,7 +227,7 @@ def test_the_loss_is_that_of_a_plain_loop_and_so_are_its_gradients():
 def test_few_masks_at_a_time_cost_what_all_do(monkeypatch):
     output, images, objects = random_output()
     expected = tiny().loss(output, images, objects)
-    monkeypatch.setattr(sotr, "_CELLS", 1000)  # two masks
+    monkeypatch.setattr(sotr, "_MAX_CELLS", 1000)  # two masks
     for name, term in tiny().loss(output, images, objects).items():
         torch.testing.assert_close(term, expected[name])
 
@@ -263,7 +263,7 @@ def test_processes_share_their_divisors(monkeypatch):
     output, images, objects = random_output()
     alone = tiny().loss(output, images, objects)
     pairs = [assign(found, (16, 24), TINY["sotr"]) for found in objects]
-    cells = sum(int((own.owners(CELLS) >= 0).sum()) for own in pairs)
+    cells = sum(int((own.object_of_slot(CELLS) >= 0).sum()) for own in pairs)
     drawn = sum(len(own.cells) for own in pairs)
     other = iter([30.5, 50.0])  # another process has 30 cells and 50 pairs
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -311,7 +311,7 @@ def test_the_best_candidates_are_those_of_all_masks(monkeypatch, count, few):
     model = tiny(score_threshold=0.3)
     scores, kernels, features = torch.rand(CELLS, 3), 0.4 * torch.randn(CELLS, 24), torch.randn(24, 16, 24)
     drawings = []
-    monkeypatch.setattr(sotr, "_CELLS", few)
+    monkeypatch.setattr(sotr, "_MAX_CELLS", few)
     monkeypatch.setattr(sotr, "dynamic_conv", lambda f, k: drawings.append(len(k)) or torch.einsum("dhw,nd->nhw", f, k))
     found = model._candidates(scores, kernels, features, count)
     expected = plain_candidates(model, scores, kernels, features, count)
@@ -371,7 +371,7 @@ def test_a_duplicate_loses_what_the_nms_takes(nms, left):
     torch.testing.assert_close(found.scores, wanted, atol=1e-4, rtol=0)
 
 
-def test_what_is_below_a_threshold_is_left_out():
+def test_detections_below_a_threshold_are_left_out():
     images, (objects,) = batch(shapes(1), TINY["sotr"])
     output, sizes = perfect(objects[[0, 0]], [3, 30]), [(64, 80)]
     lost = float(np.exp(-2) * torch.tensor(5.9).sigmoid())
@@ -452,8 +452,8 @@ def test_candidates_that_are_not_finite_do_not_move_the_others():
         ({"mask_weight": -1.0}, "mask_weight must not be negative"),
         ({"score_threshold": 1.5}, r"score_threshold must be in \[0, 1\], got 1.5"),
         ({"scale_to": (4, 24, 32, 48, 96)}, "scale_from and scale_to leave a gap"),
-        ({"grids": (10, 8, 6)}, r"grids must be 5 numbers of at least 1, got \(10, 8, 6\)"),
-        ({"grids": (10, 8, 6, 4, 0)}, "grids must be 5 numbers of at least 1"),
+        ({"grids": (10, 8, 6)}, r"grids must be 5 numbers, got \(10, 8, 6\)"),
+        ({"grids": (10, 8, 6, 4, 0)}, "grids must be at least 1, got 0"),
         ({"scale_from": (1, 2)}, "scale_from must be 5 numbers"),
         ({"scale_from": (99, 99, 99, 99, 99)}, "scale_from must not exceed scale_to"),
         ({"backbone": {"deformable_stages": 5}}, r"model.backbone.deformable_stages must be in \[0, 4\], got 5"),

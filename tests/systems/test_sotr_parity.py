@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from goldens import ellipses, golden, notes, recipe, weights
 
 from maskset.conversion import convert
-from maskset.conversion.coco import used_categories
+from maskset.conversion.class_names import used_categories
 from maskset.conversion.keys import rename
 from maskset.conversion.sotr import rules
 from maskset.instances import Instances, Masks
@@ -205,7 +205,7 @@ def test_targets_are_the_official_ones(name):
     cells = 0
     for i, found in enumerate(objects(name)):
         pairs = assign(found, size, model().config)
-        shown = pairs.owners(sum(side**2 for side in GRIDS))
+        shown = pairs.object_of_slot(sum(side**2 for side in GRIDS))
         classes = torch.where(shown >= 0, found.labels[shown], 80)
         cells += int((shown >= 0).sum())
         before = 0

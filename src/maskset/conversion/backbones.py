@@ -1,15 +1,14 @@
-"""Weights that were trained on ImageNet, from timm's hub or a file in one of four layouts, for a backbone to start from."""
+"""ImageNet weights for backbones, from timm's hub or from a file in one of four layouts."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from maskset.conversion import detectron2
-from maskset.conversion.keys import Rule, rename_known
+from maskset.conversion.keys import Rule, prefix_rules, rename_known
+from maskset.conversion.reading import read_weights
 from maskset.errors import ConfigError
 from maskset.layers.backbone import Backbone, FrozenBatchNorm, GroupNorm
 from maskset.layers.swin import SWIN_SIZES
@@ -21,37 +20,39 @@ PRETRAINED_SWIN = {  # which of timm's weights a Swin starts from
     "swin_large": "swin_large_patch4_window7_224.ms_in22k_ft_in1k",
 }
 
+_BLOCK = {
+    "norm1": "attention_norm",
+    "attn.relative_position_bias_table": "attention.bias_table",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.output",
+    "norm2": "mlp_norm",
+    "mlp.fc1": "mlp.up",
+    "mlp.fc2": "mlp.down",
+}
 _SHARED_RULES: list[Rule] = [
-    (r"patch_embed\.proj\.(weight|bias)", r"patches.projection.\1"),
-    (r"patch_embed\.norm\.(weight|bias)", r"patches.norm.\1"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.norm1\.(weight|bias)", r"stages.\1.blocks.\2.attention_norm.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.relative_position_bias_table", r"stages.\1.blocks.\2.attention.bias_table"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.(attn\.relative_position_index|attn_mask)", None),  # computed, not learnt
-    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"stages.\1.blocks.\2.attention.qkv.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"stages.\1.blocks.\2.attention.output.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.norm2\.(weight|bias)", r"stages.\1.blocks.\2.mlp_norm.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.mlp\.fc1\.(weight|bias)", r"stages.\1.blocks.\2.mlp.up.\3"),
-    (r"layers\.(\d)\.blocks\.(\d+)\.mlp\.fc2\.(weight|bias)", r"stages.\1.blocks.\2.mlp.down.\3"),
-    (r"norm([1-3])\.(weight|bias)", r"stages.\1.output_norm.\2"),  # only detectors have these
+    (r"layers\.(\d)\.blocks\.(\d+)\.(attn\.relative_position_index|attn_mask)", None),  # computed, not learned
+    *prefix_rules({"patch_embed.proj": "patches.projection", "patch_embed.norm": "patches.norm"}),
+    *prefix_rules({"norm#": "stages.#.output_norm"}),  # only detectors have these
+    *prefix_rules(_BLOCK, "layers.#.blocks.#.", "stages.#.blocks.#."),
 ]
 # The authors' code merges patches at the end of the stage before; the paper's figure, timm and we, at the start.
-SWIN_RULES = _SHARED_RULES + [(rf"layers\.{s}\.downsample\.(.*)", rf"stages.{s + 1}.merge.\1") for s in range(3)]
-TIMM_SWIN_RULES = [*_SHARED_RULES, (r"layers\.([1-3])\.downsample\.(.*)", r"stages.\1.merge.\2")]
+SWIN_RULES = _SHARED_RULES + prefix_rules({f"layers.{s}.downsample": f"stages.{s + 1}.merge" for s in range(3)})
+TIMM_SWIN_RULES = _SHARED_RULES + prefix_rules({"layers.#.downsample": "stages.#.merge"})
 
 
 def load_pretrained(backbone: Backbone, weights: str | None) -> str:
-    """Fill the backbone with ImageNet weights and return one line that says what was taken from where.
+    """Load ImageNet weights into the backbone, and return a line that says what was loaded from where.
 
     Group norms keep their initial values (no weights for them are published), and so do the output norms of a Swin that
-    was trained as a classifier, and what moves the samples of deformable convolutions.
+    was trained as a classifier, and the offsets of deformable convolutions.
 
     Args:
         backbone: made by `build_backbone`.
         weights: a .safetensors, .pth or .pkl file in the layout of timm, torchvision, detectron2 or the authors of Swin; None
-            asks timm's hub.
+            downloads timm's.
 
     Raises:
-        ConfigError: the weights cannot be had, or are not those of this backbone; the backbone is unchanged.
+        ConfigError: the weights cannot be read, or are not those of this backbone; the backbone is unchanged.
     """
     if weights is None and backbone.stride_in_first:
         raise ConfigError(
@@ -79,7 +80,7 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
     for key, value in state.items():
         if key in expected and value.shape != expected[key].shape:
             wrong.append(f"{key} is {list(value.shape)} instead of {list(expected[key].shape)}")
-        # The classifier is not needed, but anything else that is left over is of a larger network.
+        # The classifier is not needed; any other entry without a place shows that the file is of a larger network.
         if key not in own and key.partition(".")[0] in modules and key.rpartition(".")[0] not in norms:
             wrong.append(f"{key} has no place")
     if wrong:
@@ -87,12 +88,12 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
         raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {'; '.join(wrong[:3])}{more}.")
     backbone.body.load_state_dict({key: state[key] for key in expected}, strict=False)
     kinds = {"sampling offsets" if ".offset." in key else "norms" for key in fresh}
-    rest = f"; the {len(fresh)} others belong to {' and '.join(sorted(kinds))}, which start anew" if fresh else ""
-    return f"backbone {backbone.name}: took {len(expected)} of {len(own)} tensors from {source}{rest}."
+    rest = f"; the other {len(fresh)}, {' and '.join(sorted(kinds))}, keep their initial values" if fresh else ""
+    return f"backbone {backbone.name}: loaded {len(expected)} of {len(own)} tensors from {source}{rest}."
 
 
 def rename_swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of the authors' or timm's Swin under our names; what has no place here (the classifier) keeps its name."""
+    """Return weights of the authors' or timm's Swin under our names; other entries (the classifier) keep theirs."""
     official = "layers.0.downsample.reduction.weight" in state
     return rename_known(state, SWIN_RULES if official else TIMM_SWIN_RULES)
 
@@ -117,26 +118,18 @@ def _fetch(name: str, maps: int) -> dict[str, Tensor]:
         ) from None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
-    problem = "it holds something else"
     try:
-        with warnings.catch_warnings(action="ignore"):  # about pickles that are refused anyhow
-            if path.suffix == ".pkl":
-                return detectron2.read_pickle(path)
-            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise almost anything at a file that is damaged or is not theirs
-        state, problem = None, type(error).__name__
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        if path.suffix == ".pkl":
+            return detectron2.read_pickle(path)
+        return load_file(path) if path.suffix == ".safetensors" else read_weights(path).state
+    except Exception as error:  # the readers raise almost anything for a file that is damaged or of another kind
         raise ConfigError(
-            f"{path} cannot be read as weights ({problem}): --model.backbone.weights takes a .safetensors file, a .pth file of "
-            "nothing but tensors, or a .pkl file of nothing but arrays."
-        )
-    return state
+            f"{path} cannot be read as weights ({type(error).__name__}): --model.backbone.weights takes a .safetensors file, a "
+            ".pth file with a state dict, or a .pkl file of arrays."
+        ) from None
 
 
 def _flatten_stages(state: Mapping[str, Tensor], body: nn.Module) -> dict[str, Tensor]:

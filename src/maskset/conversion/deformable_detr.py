@@ -1,6 +1,6 @@
-"""A start for our systems: the plain Deformable DETR of mmdetection (deformable_detr_r50), trained on COCO's boxes.
+"""Initial weights for our systems from mmdetection's plain Deformable DETR (deformable_detr_r50), trained on COCO's boxes.
 
-ISDA was published with this start. Any system on the deformable transformer can take what fits its shapes.
+The published ISDA started from them. Any system with a deformable transformer can use the layers that fit its shapes.
 """
 
 import dataclasses
@@ -11,49 +11,51 @@ import torch
 from torch import Tensor
 
 from maskset.conversion import mmdet
-from maskset.conversion.coco import used_categories
-from maskset.conversion.keys import Rule, need, rename
+from maskset.conversion.class_names import used_categories
+from maskset.conversion.keys import Rule, prefix_rules, rename, require, split_queries
 from maskset.errors import ConversionError
 from maskset.systems import System, SystemConfig, build
 
-_BOXES = r"bbox_head\.reg_branches\.\d+\..*"  # move a box from a fixed point: no system of ours does just that
+_HEAD = {
+    "transformer.reference_points": "reference_points",
+    "query_embedding.weight": "query",  # split below
+    "cls_branches.#": "class_head",  # one module, listed once for every decoder layer
+}
 RULES: list[Rule] = [
     *mmdet.RULES,
-    (r"bbox_head\.transformer\.reference_points\.(weight|bias)", r"reference_points.\1"),
-    (r"bbox_head\.query_embedding\.weight", r"query"),  # split below
-    (r"bbox_head\.cls_branches\.\d+\.(weight|bias)", r"class_head.\1"),  # one module, listed once for every decoder layer
-    (_BOXES, None),
+    *prefix_rules(_HEAD, "bbox_head."),
+    (r"bbox_head\.reg_branches\.\d+\..*", None),  # refine a box from a fixed point, which none of our systems does
 ]
 
 
 @dataclass(frozen=True)
-class Start:
-    """A model initialised from Deformable DETR, and the fate of every tensor.
+class Initialization:
+    """A model initialized from Deformable DETR.
 
     Attributes:
-        model: with COCO's classes; tensors without a counterpart have their random initial values, from seed 0.
-        copied: names of the model's tensors that were in the file.
-        new: names of the model's tensors without a counterpart in the file.
-        left: names of the file's entries without a counterpart in the model.
+        model: with COCO's classes; tensors that are not in the file have random values, from seed 0.
+        copied: names of the model's tensors that were copied from the file.
+        initial: names of the model's tensors that were not.
+        unused: names of the file's entries that the model has no place for.
     """
 
     model: System
     copied: list[str]
-    new: list[str]
-    left: list[str]
+    initial: list[str]
+    unused: list[str]
 
     def __str__(self) -> str:
-        parts = {"copied": self.copied, "initialised": self.new, "left out": self.left}
+        parts = {"copied": self.copied, "initialized randomly": self.initial, "not used": self.unused}
         return "\n".join(f"{word}, {len(names)} tensors: {_grouped(names)}" for word, names in parts.items() if names)
 
 
-def start(config: SystemConfig, state: Mapping[str, Tensor], last_wins: bool = False) -> Start:
-    """Return a model of a system that has all of a Deformable DETR that fits it.
+def initialize(config: SystemConfig, state: Mapping[str, Tensor], use_last_copy: bool = False) -> Initialization:
+    """Return a model of a system with all weights of a Deformable DETR that fit it.
 
     Args:
-        config: of any system on the deformable transformer, such as a recipe's; its classes become the file's.
+        config: of any system with a deformable transformer, such as a recipe's; its classes become the file's.
         state: official names and tensors.
-        last_wins: where copies of one tensor differ, take the last, as official loading does.
+        use_last_copy: where copies of one tensor differ, use the last, as official loading does.
 
     Raises:
         ConversionError: an entry is unknown or missing, copies differ, or nothing fits.
@@ -64,18 +66,15 @@ def start(config: SystemConfig, state: Mapping[str, Tensor], last_wins: bool = F
             f"{config.system} cannot start from a Deformable DETR: its ResNet puts the stride in a different convolution, "
             "which tensor shapes cannot reveal."
         )
-    tensors = rename(state, RULES, last_wins)
-    position, content = need(tensors, "query", 2).chunk(2, dim=1)
-    del tensors["query"]
-    tensors |= {"query_position": position, "query_content": content}
-    classes = len(need(tensors, "class_head.bias", 1))
+    tensors = split_queries(rename(state, RULES, use_last_copy))
+    classes = len(require(tensors, "class_head.bias", 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build(dataclasses.replace(config, num_classes=classes), used_categories(classes))
     own = model.state_dict()  # shares its memory with the model's
     source = {name: _source(name) for name in own if _source(name) in tensors}
-    unlike = {_layer(name) for name in source if tensors[source[name]].shape != own[name].shape}
-    copied = [name for name in source if _layer(name) not in unlike]  # a bias is worth nothing without its weight
+    other_shapes = {_layer(name) for name in source if tensors[source[name]].shape != own[name].shape}
+    copied = [name for name in source if _layer(name) not in other_shapes]  # not a bias without its weight
     if not copied:
         raise ConversionError(
             f"nothing of the Deformable DETR fits {config.system} with backbone {backbone.name if backbone else None}."
@@ -83,12 +82,12 @@ def start(config: SystemConfig, state: Mapping[str, Tensor], last_wins: bool = F
     for name in copied:
         own[name].copy_(tensors[source[name]])
     used = {source[name] for name in copied}
-    left = [name for name in tensors if name not in used] + [name for name in state if name.startswith("bbox_head.reg_branches.")]
-    return Start(model, copied, [name for name in own if name not in copied], left)
+    unused = [name for name in tensors if name not in used] + [name for name in state if ".reg_branches." in name]
+    return Initialization(model, copied, [name for name in own if name not in copied], unused)
 
 
 def _source(name: str) -> str:
-    """Return what the file calls a tensor of ours: its one class head is the start of each of several."""
+    """Return the name in the file of a tensor of ours; the file's one class head initializes each of several class heads."""
     parts = name.split(".")
     return f"class_head.{parts[-1]}" if parts[0] == "class_heads" else name
 
@@ -98,6 +97,6 @@ def _layer(name: str) -> str:
 
 
 def _grouped(names: Sequence[str]) -> str:
-    """Return the parts of a network that tensors belong to, with how many there are of each."""
+    """Return the parts of a network that the tensors are in, with their numbers of tensors."""
     parts = [name.removeprefix("bbox_head.").split(".")[0] for name in names]
     return ", ".join(f"{part} {parts.count(part)}" for part in dict.fromkeys(parts))

@@ -9,26 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskset.conversion.keys import Rule, rename_known
+from maskset.conversion.keys import Rule, prefix_rules, rename_known
 
 _EPS = 1e-5  # of the batch norms
-_NORM = r"(weight|bias|running_mean|running_var)"
-RESNET_RULES: list[Rule] = [  # from detectron2's names to timm's
-    (r"stem\.conv1\.weight", r"conv1.weight"),
-    (rf"stem\.conv1\.norm\.{_NORM}", r"bn1.\1"),
-    *[
-        rule
-        for stage in (1, 2, 3, 4)
-        for rule in [
-            (rf"res{stage + 1}\.(\d+)\.conv(\d)\.weight", rf"layer{stage}.\1.conv\2.weight"),
-            (rf"res{stage + 1}\.(\d+)\.conv(\d)\.norm\.{_NORM}", rf"layer{stage}.\1.bn\2.\3"),
-            (rf"res{stage + 1}\.(\d+)\.conv2_offset\.(weight|bias)", rf"layer{stage}.\1.conv2.offset.\2"),
-            (rf"res{stage + 1}\.(\d+)\.shortcut\.weight", rf"layer{stage}.\1.downsample.0.weight"),
-            (rf"res{stage + 1}\.(\d+)\.shortcut\.norm\.{_NORM}", rf"layer{stage}.\1.downsample.1.\2"),
-        ]
-    ],
+_STAGE = {  # from detectron2's names to timm's
+    "conv2_offset": "conv2.offset",
+    "conv#.norm": "bn#",
+    "conv#": "conv#",
+    "shortcut.norm": "downsample.1",
+    "shortcut": "downsample.0",
+}
+RESNET_RULES: list[Rule] = [
+    *prefix_rules({"stem.conv1.norm": "bn1", "stem.conv1": "conv1"}),
+    *[rule for stage in (1, 2, 3, 4) for rule in prefix_rules(_STAGE, f"res{stage + 1}.#.", f"layer{stage}.#.")],
 ]
-_CAFFE2_RULES: list[Rule] = [  # from the names of MSRA's own weights, which went through Caffe2, to detectron2's
+_CAFFE2_RULES: list[Rule] = [  # from the names of MSRA's weights, which were converted by Caffe2, to detectron2's
     (r"conv1_w", r"stem.conv1.weight"),
     (r"res_conv1_bn_s", r"stem.conv1.norm.weight"),
     (r"res_conv1_bn_b", r"stem.conv1.norm.bias"),
@@ -44,18 +39,15 @@ _CAFFE2_RULES: list[Rule] = [  # from the names of MSRA's own weights, which wen
 ]
 RULES: list[Rule] = [  # of a ResNet with a feature pyramid, for ISTR and SOTR
     *[(rf"backbone\.bottom_up\.{old}", f"backbone.body.{new}") for old, new in RESNET_RULES],
-    *[
-        (rf"backbone\.fpn_{part}{level}\.(weight|bias)", rf"pyramid.{part}.{level - 2}.\1")
-        for part in ("lateral", "output")
-        for level in (2, 3, 4, 5)
-    ],
+    *prefix_rules({f"lateral{level + 2}": f"lateral.{level}" for level in range(4)}, "backbone.fpn_", "pyramid."),
+    *prefix_rules({f"output{level + 2}": f"output.{level}" for level in range(4)}, "backbone.fpn_", "pyramid."),
 ]
 
 
 def rename_resnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return detectron2's ResNet weights under timm's names; what has no place there (the classifier) keeps its name.
+    """Return detectron2's ResNet weights under timm's names; other entries (the classifier) keep theirs.
 
-    MSRA's weights have batch norms as a scale and a shift only: mean and variance become those that change nothing.
+    The batch norms in MSRA's weights are a scale and a shift; they get a mean of 0 and a variance of 1.
     """
     named = rename_known(rename_known(state, _CAFFE2_RULES), RESNET_RULES)
     for name, value in list(named.items()):
@@ -72,14 +64,14 @@ def is_detectron2(state: Mapping[str, Tensor]) -> bool:
 
 
 def is_msra(state: Mapping[str, Tensor]) -> bool:
-    """Return whether they are MSRA's, of a ResNet with the strides of Caffe: those have batch norms without statistics."""
+    """Return whether the weights are MSRA's, of a ResNet with the strides of Caffe: its batch norms have no statistics."""
     return "conv1_w" in state or ("stem.conv1.norm.weight" in state and "stem.conv1.norm.running_mean" not in state)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Return the arrays in a .pkl file of detectron2, as tensors.
 
-    Only NumPy's arrays and plain containers are made: a file that names anything else is refused before it is run.
+    Only NumPy arrays and plain containers are created; a file that names anything else is refused before any of its code runs.
 
     Raises:
         pickle.UnpicklingError: the file holds something else, or is damaged.
@@ -95,7 +87,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items() if array.dtype.kind in "fiub"}
 
 
-_MAKERS = {
+_ALLOWED = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
     ("numpy", "ndarray"),
@@ -106,9 +98,9 @@ _MAKERS = {
 
 
 class _Arrays(pickle.Unpickler):
-    """A reader of pickles that knows no more than what arrays are made of."""
+    """An unpickler that creates arrays and plain containers only."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _MAKERS:
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)

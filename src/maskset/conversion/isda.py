@@ -1,54 +1,54 @@
-"""The official layout of ISDA's checkpoints (yingkaining/isda), and what its names become."""
+"""The official layout of ISDA's checkpoints (yingkaining/isda), and the rules that rename its entries."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from maskset.conversion import mmdet
-from maskset.conversion.coco import used_categories
-from maskset.conversion.keys import Rule, need, rename
+from maskset.conversion.class_names import used_categories
+from maskset.conversion.keys import Rule, prefix_rules, rename, require, resnet_name, split_queries, transformer_settings
+from maskset.systems.base import BackboneConfig
 from maskset.systems.isda import IsdaConfig
 
 categories = used_categories  # what the class channels stand for
-_HEAD = r"mask_feat_head\.convs_all_levels\.(\d+)\.conv(\d+)"
+_MASK_FEATURE_HEAD = {
+    "convs_all_levels.#.conv#.conv": "branches.#.#.convolution",
+    "convs_all_levels.#.conv#.gn": "branches.#.#.norm",
+    "conv_pred.0.conv": "output.convolution",
+    "conv_pred.0.gn": "output.norm",
+}
+_HEAD = {
+    "transformer.reference_points": "reference_points",
+    "query_embedding.weight": "query",  # split below
+    "cls_branches.#": "class_head",  # one module, listed once for every decoder layer
+    **{f"kernel_branches.#.{2 * i}": f"kernel_head.layers.{i}" for i in range(3)},  # likewise
+}
 RULES: list[Rule] = [
     *mmdet.RULES,
-    (r"neck\.first_conv\.conv\.weight", r"project_finest.convolutions.0.weight"),
-    (r"neck\.first_conv\.gn\.(weight|bias)", r"project_finest.norms.0.\1"),
-    (rf"{_HEAD}\.conv\.weight", r"mask_feature_head.branches.\1.\2.convolution.weight"),
-    (rf"{_HEAD}\.gn\.(weight|bias)", r"mask_feature_head.branches.\1.\2.norm.\3"),
-    (r"mask_feat_head\.conv_pred\.0\.conv\.weight", r"mask_feature_head.output.convolution.weight"),
-    (r"mask_feat_head\.conv_pred\.0\.gn\.(weight|bias)", r"mask_feature_head.output.norm.\1"),
-    (r"bbox_head\.transformer\.reference_points\.(weight|bias)", r"reference_points.\1"),
-    (r"bbox_head\.query_embedding\.weight", r"query"),  # split below
-    # One module each, listed once for every decoder layer
-    (r"bbox_head\.cls_branches\.\d+\.(weight|bias)", r"class_head.\1"),
-    *[(rf"bbox_head\.kernel_branches\.\d+\.{2 * i}\.(weight|bias)", rf"kernel_head.layers.{i}.\1") for i in range(3)],
+    *prefix_rules({"conv": "convolutions.0", "gn": "norms.0"}, "neck.first_conv.", "project_finest."),
+    *prefix_rules(_MASK_FEATURE_HEAD, "mask_feat_head.", "mask_feature_head."),
+    *prefix_rules(_HEAD, "bbox_head."),
 ]
 
 
-def convert(state: Mapping[str, Tensor], last_wins: bool = False) -> tuple[IsdaConfig, dict[str, Tensor]]:
-    """Return the config that fits an official state dict, read off its shapes, and our state dict.
+def convert(state: Mapping[str, Tensor], use_last_copy: bool = False) -> tuple[IsdaConfig, dict[str, Tensor]]:
+    """Return the settings of an official model, read from the shapes of its state dict, and our state dict.
 
     Raises:
-        ConversionError: an entry is unknown or missing, or aliases differ and not `last_wins`.
+        ConversionError: an entry is unknown or missing, or copies differ and not `use_last_copy`.
     """
-    ours = rename(state, RULES, last_wins)
-    position, content = need(ours, "query", 2).chunk(2, dim=1)
-    del ours["query"]
-    return _config(ours, len(position)), ours | {"query_position": position.contiguous(), "query_content": content.contiguous()}
-
-
-def _config(state: Mapping[str, Tensor], num_queries: int) -> IsdaConfig:
-    hidden, width = need(state, "mask_feature_head.branches.3.0.convolution.weight", 4).shape[:2]
-    mask_dim = need(state, "mask_feature_head.output.convolution.weight", 4).shape[0]
-    settings = mmdet.transformer_settings(state)
-    return IsdaConfig(
+    ours = split_queries(rename(state, RULES, use_last_copy))
+    hidden, width = require(ours, "mask_feature_head.branches.3.0.convolution.weight", 4).shape[:2]
+    mask_dim = require(ours, "mask_feature_head.output.convolution.weight", 4).shape[0]
+    settings = transformer_settings(ours)
+    config = IsdaConfig(
         **settings,
-        num_classes=need(state, "class_head.weight", 2).shape[0],
-        num_queries=num_queries,
+        backbone=BackboneConfig(name=resnet_name(ours)),
+        num_classes=require(ours, "class_head.weight", 2).shape[0],
+        num_queries=len(ours["query_position"]),
         mask_hidden_dim=hidden,
         mask_dim=mask_dim,
         feature_coordinates=width > settings["hidden_dim"],
-        kernel_position=need(state, "kernel_head.layers.2.weight", 2).shape[0] < mask_dim,
+        kernel_position=require(ours, "kernel_head.layers.2.weight", 2).shape[0] < mask_dim,
     )
+    return config, ours

@@ -1,70 +1,38 @@
 """mmdetection's names for the parts of a deformable transformer, for SOIT, ISDA and Deformable DETR."""
 
-from collections.abc import Mapping
-from typing import Any
+from maskset.conversion.keys import Rule, prefix_rules
 
-from torch import Tensor
-
-from maskset.conversion.keys import ATTENTION, NUM_HEADS, Rule, count, need, resnet_name
-from maskset.systems.base import BackboneConfig
-
-
-def encoder_layer(old: str, new: str) -> list[Rule]:
-    """Return the rules of an encoder layer, given patterns of its official and its own name."""
-    return [
-        *[(rf"{old}\.attentions\.0\.{a}\.(weight|bias)", rf"{new}.attention.{b}.\2") for a, b in ATTENTION.items()],
-        (rf"{old}\.norms\.0\.(weight|bias)", rf"{new}.norm.\2"),
-        *_feed_forward(old, new, norm=1),
-    ]
-
-
-def _feed_forward(old: str, new: str, norm: int) -> list[Rule]:
-    return [
-        (rf"{old}\.ffns\.0\.layers\.0\.0\.(weight|bias)", rf"{new}.feed_forward.up.\2"),
-        (rf"{old}\.ffns\.0\.layers\.1\.(weight|bias)", rf"{new}.feed_forward.down.\2"),
-        (rf"{old}\.norms\.{norm}\.(weight|bias)", rf"{new}.feed_forward.norm.\2"),
-    ]
-
-
-_ENCODER = r"bbox_head\.transformer\.encoder\.layers\.(\d+)", r"encoder.layers.\1"
-_DECODER = r"bbox_head\.transformer\.decoder\.layers\.(\d+)", r"decoder.\1"
-
+_FEED_FORWARD = {"ffns.0.layers.0.0": "feed_forward.up", "ffns.0.layers.1": "feed_forward.down"}
+ENCODER_LAYER = {
+    "attentions.0.value_proj": "attention.value_projection",
+    "attentions.0.output_proj": "attention.output_projection",
+    "attentions.0": "attention",
+    "norms.0": "norm",
+    **_FEED_FORWARD,
+    "norms.1": "feed_forward.norm",
+}
+_DECODER_LAYER = {
+    "attentions.0.attn": "self_attention",
+    "attentions.1.value_proj": "cross_attention.value_projection",
+    "attentions.1.output_proj": "cross_attention.output_projection",
+    "attentions.1": "cross_attention",
+    "norms.0": "self_norm",
+    "norms.1": "cross_norm",
+    **_FEED_FORWARD,
+    "norms.2": "feed_forward.norm",
+}
+_NECK = {
+    "convs.#.conv": "convolutions.#",
+    "convs.#.gn": "norms.#",
+    "extra_convs.0.conv": "convolutions.3",
+    "extra_convs.0.gn": "norms.3",
+}
+TRANSFORMER = "bbox_head.transformer."
 RULES: list[Rule] = [
-    (r"backbone\.(.*)\.num_batches_tracked", None),  # frozen batch norm counts nothing
+    (r"backbone\.(.*)\.num_batches_tracked", None),  # frozen batch norms do not count batches
     (r"backbone\.((?:conv|bn|layer)\d.*)", r"backbone.body.\1"),
-    (r"neck\.convs\.(\d+)\.conv\.weight", r"project.convolutions.\1.weight"),
-    (r"neck\.convs\.(\d+)\.gn\.(weight|bias)", r"project.norms.\1.\2"),
-    (r"neck\.extra_convs\.0\.conv\.weight", r"project.convolutions.3.weight"),
-    (r"neck\.extra_convs\.0\.gn\.(weight|bias)", r"project.norms.3.\1"),
-    (r"bbox_head\.transformer\.level_embeds", r"level_embedding"),
-    *encoder_layer(*_ENCODER),
-    (rf"{_DECODER[0]}\.attentions\.0\.attn\.(in_proj_weight|in_proj_bias)", rf"{_DECODER[1]}.self_attention.\2"),
-    (rf"{_DECODER[0]}\.attentions\.0\.attn\.out_proj\.(weight|bias)", rf"{_DECODER[1]}.self_attention.out_proj.\2"),
-    *[
-        (rf"{_DECODER[0]}\.attentions\.1\.{a}\.(weight|bias)", rf"{_DECODER[1]}.cross_attention.{b}.\2")
-        for a, b in ATTENTION.items()
-    ],
-    (rf"{_DECODER[0]}\.norms\.0\.(weight|bias)", rf"{_DECODER[1]}.self_norm.\2"),
-    (rf"{_DECODER[0]}\.norms\.1\.(weight|bias)", rf"{_DECODER[1]}.cross_norm.\2"),
-    *_feed_forward(*_DECODER, norm=2),
+    *prefix_rules(_NECK, "neck.", "project."),
+    *prefix_rules({"level_embeds": "level_embedding"}, TRANSFORMER),
+    *prefix_rules(ENCODER_LAYER, f"{TRANSFORMER}encoder.layers.#.", "encoder.layers.#."),
+    *prefix_rules(_DECODER_LAYER, f"{TRANSFORMER}decoder.layers.#.", "decoder.#."),
 ]
-
-
-def transformer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the settings that the shapes of our state dict say of backbone and transformer.
-
-    Raises:
-        ConversionError: the backbone is not a ResNet-50 or ResNet-101, or an entry is missing.
-    """
-    levels, width = need(state, "level_embedding", 2).shape
-    samples = need(state, "encoder.layers.0.attention.attention_weights.weight", 2).shape[0]
-    return {
-        "backbone": BackboneConfig(name=resnet_name(state)),
-        "hidden_dim": width,
-        "num_heads": NUM_HEADS,
-        "num_levels": levels,
-        "num_points": samples // (NUM_HEADS * levels),
-        "feedforward_dim": need(state, "encoder.layers.0.feed_forward.up.weight", 2).shape[0],
-        "encoder_layers": count(state, r"encoder\.layers\.(\d+)\."),
-        "decoder_layers": count(state, r"decoder\.(\d+)\."),
-    }

@@ -1,4 +1,4 @@
-"""Read an official checkpoint file without running anything in it, and find the weights among what is stored beside them."""
+"""Read an official checkpoint file without running any code in it, and find the weights among its other content."""
 
 import argparse
 import re
@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskset import recipes
 from maskset.errors import ConversionError
 
-# What stands around weights, as the key of a dict or as a prefix of names, in order of preference: averaged weights first.
+# Names that contain the weights, as the key of a dict or as a prefix of names, in order of preference: averaged weights first.
 WRAPPERS = ("model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "ema", "model", "state_dict", "module", "_orig_mod")
-_DEPTH = 8  # of dicts that are looked into; a file may hold itself
+_MAX_DEPTH = 8  # of nested dicts that are searched; a dict may contain itself
 
 
 @dataclass(frozen=True)
 class OfficialWeights:
-    """A state dict and where in its file it was found.
+    """A state dict and its place in the file.
 
     Attributes:
         state: official names and tensors.
         path: the wrappers around it, outermost first, such as ("ema", "module").
-        unused: the entries with tensors beside it, such as "model" and "optimizer".
+        unused: the entries of the file outside of it, such as "model", "optimizer" and "epoch".
     """
 
     state: dict[str, Tensor]
@@ -34,39 +35,38 @@ class OfficialWeights:
     unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        where = f"weights of {'.'.join(self.path)!r}" if self.path else "the weights"
+        kind = "averaged weights" if any("ema" in name for name in self.path) else "weights"
+        where = f"{kind} of {'.'.join(self.path)!r}" if self.path else "the weights"
         return where + (f" (not used: {', '.join(self.unused)})" if self.unused else "")
 
 
 def read_weights(source: Path) -> OfficialWeights:
-    """Return the weights in a .pth file.
+    """Return the weights in a .pth file. Averaged weights are preferred.
 
-    Only tensors, plain containers, NumPy's numbers and arrays, paths, and the settings objects of common libraries are read, by
-    torch's `weights_only`. Nothing that the file names is imported or called: settings become inert stand-ins.
+    Only tensors, plain containers, NumPy numbers and arrays, paths, and the settings objects of common libraries are read, by
+    torch's `weights_only`. Nothing that the file names is imported or called: settings objects become empty placeholders.
 
     Raises:
         ConversionError: the file is missing, is not a PyTorch file, holds another kind of object, or holds no state dict.
     """
+    if source.is_dir():
+        raise ConversionError(f"{source} is a folder: name the .pth file.")
     if not source.is_file():
-        if source.is_dir():
-            raise ConversionError(f"{source} is a folder: name the .pth file.")
-        raise ConversionError(f"{source} {'is not a regular file' if source.exists() else 'does not exist'}.")
+        hint = " It is the name of a recipe: name an official .pth file." if recipes.known(source) else ""
+        raise ConversionError(f"{source} {'is not a regular file' if source.exists() else 'does not exist'}.{hint}")
+    content = _load(source)
     try:
-        weights = unwrap(_load(source))
-    except _NoWeights as error:
+        weights = unwrap(content)
+    except ConversionError as error:
         raise ConversionError(f"{source} {error}") from None
     if not weights.state:
-        raise ConversionError(f"{source} does not contain a state dict: there is no tensor in it.")
+        raise ConversionError(f"{source} does not contain a state dict: it has no tensors.")
     return weights
 
 
 def read_state_dict(source: Path) -> dict[str, Tensor]:
     """Return the state dict in a .pth file, see `read_weights`."""
     return read_weights(source).state
-
-
-class _NoWeights(ConversionError):
-    """The weights are not where they are looked for."""
 
 
 def unwrap(content: Any) -> OfficialWeights:
@@ -80,17 +80,19 @@ def unwrap(content: Any) -> OfficialWeights:
     """
     path: list[str] = []
     unused: list[str] = []
-    content = _with_tensors(content)
-    for _ in range(_DEPTH):
+    content = _named(content)
+    for _ in range(_MAX_DEPTH):
         groups = _groups(content)
-        wrapper = next((name for name in WRAPPERS if name in groups), None)
+        wrapper = next((name for name in WRAPPERS if name in groups and _has_tensors(groups[name])), None)
         if wrapper is None:
             break
-        unused += [".".join([*path, name]) for name in dict.fromkeys(_first(key) for key in content) if name != wrapper]
+        unused += [".".join([*path, name]) for name in dict.fromkeys(map(_first, content)) if name != wrapper]
         path.append(wrapper)
-        content = _with_tensors(groups[wrapper])
+        content = _named(groups[wrapper])
+    unused += [".".join([*path, name]) for name, value in content.items() if not _has_tensors(value)]
+    content = {name: value for name, value in content.items() if _has_tensors(value)}
     if not all(isinstance(value, Tensor) for value in content.values()):
-        raise _NoWeights(
+        raise ConversionError(
             f"does not contain a state dict, at the top or under {', '.join(WRAPPERS)}; its tensors are under "
             f"{', '.join(map(repr, content))}. Save the dict of weights alone as a .pth file and convert that."
         )
@@ -98,7 +100,7 @@ def unwrap(content: Any) -> OfficialWeights:
 
 
 def _groups(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what is inside each wrapper: a dict of that name, or all entries whose names start with it and a dot."""
+    """Return the content of each wrapper: a dict of that name, or all entries whose names start with it and a dot."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in content.items():
         if isinstance(value, dict):
@@ -112,23 +114,23 @@ def _first(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _with_tensors(content: Any) -> dict[str, Any]:
-    return {str(name): value for name, value in content.items() if _holds_tensors(value)} if isinstance(content, dict) else {}
+def _named(content: Any) -> dict[str, Any]:
+    return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
 
 
-def _holds_tensors(value: Any) -> bool:
+def _has_tensors(value: Any) -> bool:
     values, visited = [value], set[int]()
     while values:
         value = values.pop()
         if isinstance(value, Tensor):
             return True
-        if isinstance(value, dict) and id(value) not in visited:  # a dict may hold itself
+        if isinstance(value, dict) and id(value) not in visited:  # a dict may contain itself
             visited.add(id(value))
             values += value.values()
     return False
 
 
-class _Settings:
+class _Placeholder:
     """Takes the place of a settings object, whose content is not needed."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -160,7 +162,7 @@ _STAND_INS: dict[Any, tuple[str, ...]] = {
         "yacs.config.CfgNode",
     ),
     _empty: ("collections.defaultdict",),
-    _Settings: (
+    _Placeholder: (
         "mmengine.logging.history_buffer.HistoryBuffer",
         "omegaconf.base.ContainerMetadata",
         "omegaconf.base.Metadata",
@@ -178,29 +180,25 @@ _READABLE: list[Any] = [(stand_in, name) for stand_in, names in _STAND_INS.items
 
 
 def _load(source: Path) -> Any:
-    """Return the content of a .pth file, with stand-ins for the objects that are known."""
+    """Return the content of a .pth file, with placeholders for the settings objects of common libraries."""
+    with source.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle as older versions of torch wrote
+        raise ConversionError(
+            f"{source} {'is not a PyTorch file' if start else 'is empty'}: convert takes an official .pth checkpoint."
+        )
     known = [entry for entry in _READABLE if entry not in torch.serialization.get_safe_globals()]  # those stay registered
     try:
         with torch.serialization.safe_globals(known), warnings.catch_warnings(action="ignore"):
-            refused = _refused(source)
-            if not refused:
-                return torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, all of which mean: not a file that we read
-        refused = re.findall(r"GLOBAL (\S+) was", str(error))
-        if not refused:
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a file that is damaged or is not a checkpoint
+        refused = re.search(r"GLOBAL (\S+) was", str(error))
+        if refused is None:
             reason = str(error).strip().split("\n")[0].split(". ")[0]
             raise ConversionError(
-                f"{source} cannot be read safely as a PyTorch checkpoint ({type(error).__name__}: {reason}). Is the file whole?"
+                f"{source} cannot be read safely as a PyTorch checkpoint ({type(error).__name__}: {reason}). Is it complete?"
             ) from None
     raise ConversionError(
-        f"{source} cannot be read safely: it holds {', '.join(refused)}, and reading these objects could run code. Where it was "
+        f"{source} cannot be read safely: it holds {refused[1]}, and reading such an object could run code. Where it was "
         "written, save the weights alone, torch.save(model.state_dict(), 'weights.pth'), and convert that file."
     )
-
-
-def _refused(source: Path) -> list[str]:
-    """Return the classes and functions in a file that are not read; none where the file is not of the present format."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
-    except Exception:  # the old format or no PyTorch file at all, which `torch.load` tells
-        return []

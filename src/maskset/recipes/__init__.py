@@ -1,7 +1,7 @@
-"""Recipes: experiments as Python functions. Each docstring gives the command, the time it takes and the result to expect.
+"""Recipes: experiments as Python functions. Each docstring gives the command, the time it takes and the expected result.
 
-`maskset.recipes.solq_r50()` is the recipe "solq-r50". A variant of your own calls one of these functions and changes its
-result with `dataclasses.replace`; no list needs to know of it.
+`maskset.recipes.solq_r50()` is the recipe "solq-r50". To make a variant, call one of these functions and change its result with
+`dataclasses.replace`.
 """
 
 import difflib
@@ -38,7 +38,7 @@ def get(name: str | Path) -> Recipe:
         name: one of `RECIPES`, a recipe.json, or a run folder that holds one.
 
     Raises:
-        maskset.errors.ConfigError: there is none of that name, or the file is not usable.
+        maskset.errors.ConfigError: there is no such recipe, or the file cannot be read.
     """
     path = Path(name)
     if not known(name) and (path.suffix == ".json" or (path / "recipe.json").is_file()):
@@ -46,13 +46,13 @@ def get(name: str | Path) -> Recipe:
     key = _key(name)
     if key not in RECIPES:
         near = difflib.get_close_matches(key, RECIPES, n=3, cutoff=0.5)
-        meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}, or give a recipe.json."
-        raise config.ConfigError(f"there is no recipe, recipe.json or run folder {str(name)!r}; {meant}")
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the recipes are {', '.join(RECIPES)}."
+        raise config.ConfigError(f"there is no recipe, recipe.json or run folder {str(name)!r}; {hint}")
     return RECIPES[key]()
 
 
 def known(name: str | Path) -> bool:
-    """Return whether it is the name of a recipe, whatever files there are."""
+    """Return whether `name` is one of `RECIPES`, even if a file has the same name."""
     return _key(name) in RECIPES
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.solq import SCRATCH, solq_small, solq_tiny
+from maskset.recipes.solq import SCRATCH, TINY_TRANSFORMER, solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.isda import IsdaConfig
 
@@ -15,12 +15,12 @@ def isda_r50() -> Recipe:
     Official: configs/isda/isda_r50_3x_coco.py, 8 GPUs x 1 image. It starts from a Deformable DETR that was trained on COCO for
     50 epochs (mmdetection's deformable_detr_r50): `maskset convert isda --from deformable-detr FILE START` and --init START. The
     paper speaks of ImageNet weights only, which is what this recipe starts from.
-    Learning rate: 1.25e-4 is Deformable DETR's 2e-4 for 32 images brought to 20, so it was hardly made for the batch of 8 that
-    the official README trains. The paper has 1.87e-5 for 3 images, the same rule. --train.scale-learning-rate true follows it.
-    Schedule: dropped after epochs 27, 33, 35, 36 and 37; the last epochs change almost nothing.
-    Expect: mask AP 38.7 on test-dev (paper); no checkpoint was published, nor what schedule and batch gave it.
+    Learning rate: 1.25e-4 is Deformable DETR's 2e-4 for 32 images, scaled to 20, though the official README trains batches of 8.
+    The paper has 1.87e-5 for 3 images, by the same rule, which --train.scale-learning-rate true applies.
+    Schedule: the learning rate drops after epochs 27, 33, 35, 36 and 37; the last epochs change almost nothing.
+    Expect: mask AP 38.7 on test-dev (paper); no checkpoint was published, nor the schedule and batch size of this result.
     Status: the network, its losses and gradients are tested against the official code; not trained on COCO here. Where a crop
-    leaves no object, the official code draws another image, and it leaves images without annotations out; here both count as
+    leaves no object, the official code samples another image, and it skips images without annotations; here both count as
     background.
     """
     return Recipe(
@@ -47,11 +47,7 @@ def isda_small() -> Recipe:
     on 64 other images (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
     """
     small = solq_small()
-    return Recipe(
-        model=replace(isda_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300),
-        data=small.data,
-        train=small.train,
-    )
+    return replace(small, model=replace(isda_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300))
 
 
 def isda_tiny() -> Recipe:
@@ -62,22 +58,13 @@ def isda_tiny() -> Recipe:
     Status: trained to the end on a CPU. Nearly all objects are segmented, but often misclassified: without proposals and from
     scratch, ISDA needs longer to learn the classes than solq-tiny and soit-tiny, whose data and schedule it has.
     """
-    tiny = solq_tiny()
-    return Recipe(
+    return replace(
+        solq_tiny(),
         model=IsdaConfig(
             input=InputConfig(short_side=96, long_side=160, divisor=32),
             backbone=SCRATCH,
-            hidden_dim=128,
-            num_heads=4,
-            num_levels=3,
-            feedforward_dim=512,
-            dropout=0.0,
-            encoder_layers=1,
-            decoder_layers=3,
-            num_queries=30,
+            **TINY_TRANSFORMER,
             mask_hidden_dim=64,
             mask_dim=64,
         ),
-        data=tiny.data,
-        train=tiny.train,
     )

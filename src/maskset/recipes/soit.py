@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe
-from maskset.recipes.solq import SCRATCH, solq_small, solq_tiny
+from maskset.recipes.solq import SCRATCH, TINY_TRANSFORMER, solq_small, solq_tiny
 from maskset.systems.base import BackboneConfig
 from maskset.systems.soit import SoitConfig
 
-_DATA = DataConfig(augmentation="mmdet")  # of the official code; the paper mentions no crop
+_DATA = DataConfig(augmentation="mmdet")  # official; the paper does not mention crops
 
 
 def soit_r50() -> Recipe:
@@ -28,7 +28,7 @@ def soit_r101() -> Recipe:
     Command: accelerate launch -m maskset train soit-r101 --data COCO --out RUN
     Official: soit_r101_16x2_50e_coco of Opera, 16 V100 x 2 images, 50 epochs.
     Expect: mask / box AP 42.9 / 49.5 on val2017 (Opera's README), 43.4 / 50.0 on test-dev (paper, table 1).
-    Status: as soit-r50 but for the backbone; not trained on COCO here.
+    Status: as soit-r50 except for the backbone; not trained on COCO here.
     """
     return Recipe(model=SoitConfig(backbone=BackboneConfig(name="resnet101.tv_in1k")), data=_DATA)
 
@@ -37,8 +37,7 @@ def soit_swin_l() -> Recipe:
     """SOIT with Swin-L on COCO.
 
     Command: accelerate launch -m maskset train soit-swin-l --data COCO --out RUN
-    Official: neither settings nor weights are published; these are soit-r50's with SOLQ's drop path and
-    nothing frozen.
+    Official: neither settings nor weights are published; these are soit-r50's with SOLQ's drop path and no frozen stages.
     Expect: mask / box AP 49.2 / 56.9 on test-dev (paper, table 1), if the unpublished settings were like these.
     Status: the backbone is tested against another system's official code; not trained on COCO here.
     """
@@ -70,16 +69,9 @@ def soit_tiny() -> Recipe:
         model=SoitConfig(
             input=tiny.model.input,
             backbone=SCRATCH,
-            hidden_dim=128,
-            num_heads=4,
-            num_levels=3,
-            feedforward_dim=512,
-            dropout=0.0,
-            encoder_layers=1,
-            decoder_layers=3,
-            num_queries=30,
+            **TINY_TRANSFORMER,
             mask_loss_layers=3,
-            class_weight=4.0,  # masks are learned sooner than classes: with the published weights classes lag far behind
+            class_weight=4.0,  # masks are learned sooner than classes, which lag far behind with the published weights
             dice_weight=2.0,
         ),
     )

@@ -1,11 +1,22 @@
 """Recipes for SOLQ: the published ones, and two trained from scratch on small data and few cores."""
 
 from dataclasses import replace
+from typing import Any
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
 from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.solq import SolqConfig
 
+TINY_TRANSFORMER: dict[str, Any] = {
+    "hidden_dim": 128,
+    "num_heads": 4,
+    "num_levels": 3,
+    "feedforward_dim": 512,
+    "dropout": 0.0,
+    "encoder_layers": 1,
+    "decoder_layers": 3,
+    "num_queries": 30,
+}
 SCRATCH = BackboneConfig(name="resnet10t", norm="group", frozen_stages=0, pretrained=False)  # of the small recipes
 
 
@@ -26,7 +37,7 @@ def solq_r101() -> Recipe:
     Command: accelerate launch -m maskset train solq-r101 --data COCO --out RUN
     Official: configs/r101_solq_train.sh, 16 V100 x 2 images, about 2 days (the authors, issue 5).
     Expect: box / mask AP 48.4 / 40.4 on val2017 (paper, table 2), 48.7 / 40.9 on test-dev (official README).
-    Status: as solq-r50 but for the backbone; not trained on COCO here.
+    Status: as solq-r50 except for the backbone; not trained on COCO here.
     """
     return Recipe(model=SolqConfig(backbone=BackboneConfig(name="resnet101.tv_in1k")))
 
@@ -47,7 +58,7 @@ def solq_swin_l() -> Recipe:
     Command: accelerate launch -m maskset train solq-swin-l --data COCO --out RUN
     Official: no script; the settings are from the authors in issues 19 and 20. 16 V100 x 2 images, nearly 4 days (issue 5).
     Expect: box / mask AP 55.4 / 45.9 on test-dev (official README); 56.5 / 46.7 with long sides up to 1536 pixels.
-    Status: Swin at full size is untested but for the names and shapes of its weights; not trained on COCO here. The official
+    Status: of the full-size Swin only names and shapes of the weights are tested; not trained on COCO here. The official
     backbone starts from ImageNet-22k weights fine-tuned on ImageNet-1k at 224 pixels.
     """
     return Recipe(
@@ -80,7 +91,7 @@ def solq_small() -> Recipe:
 
 
 def solq_tiny() -> Recipe:
-    """A very small SOLQ from scratch for generated shapes: what `make demo` trains.
+    """A very small SOLQ from scratch for generated shapes: the recipe of `make demo`.
 
     Command: maskset train solq-tiny --data shapes: --out RUN
     Expect: mask AP 0.35, AP50 0.69 on 200 unseen images (`make demo`), after 9 minutes on two CPU cores.
@@ -90,14 +101,7 @@ def solq_tiny() -> Recipe:
         model=SolqConfig(
             input=InputConfig(short_side=96, long_side=160),
             backbone=SCRATCH,
-            hidden_dim=128,
-            num_heads=4,
-            num_levels=3,
-            feedforward_dim=512,
-            dropout=0.0,
-            encoder_layers=1,
-            decoder_layers=3,
-            num_queries=30,
+            **TINY_TRANSFORMER,
             mask_size=32,
             code_length=64,
             mask_hidden_dim=256,

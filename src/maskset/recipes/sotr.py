@@ -20,14 +20,14 @@ def sotr_r50() -> Recipe:
     of other recipes in --model.input, it can start from timm's hub.
     Schedule: 1,000 steps of warm-up, linear (the paper says constant); divided by 10 after 210,000 and 250,000 steps.
     Expect: mask AP 39.6, AP50 60.7, AP75 42.6 on COCO (official README, with these sizes); 37.5 on test-dev (paper, table 1).
-    Status: the network, its losses, gradients and results are tested against the official code; not trained on COCO here. Where
-    the official code leaves images without objects out, here they count as background.
+    Status: the network, its losses, gradients and results are tested against the official code; not trained on COCO here. The
+    official code skips images without objects; here they count as background.
     """
     return Recipe(
         model=SotrConfig(),
         data=DataConfig(augmentation="flip", short_sides=(*_SHORT_SIDES, 1024), long_side=2048),
         train=TrainConfig(
-            epochs=30,  # only the shares of the drops: a run has 300,000 steps
+            epochs=30,  # only sets the fractions at which the learning rate drops: a run has 300,000 steps
             steps=300_000,
             drop_epochs=(21, 25),
             batch_size=8,
@@ -45,7 +45,7 @@ def sotr_r101() -> Recipe:
     """SOTR with ResNet-101 on COCO.
 
     Command: accelerate launch -m maskset train sotr-r101 --data COCO --out RUN --model.backbone.weights R-101.pkl
-    Official: configs/SOTR/R101.yaml. Its images are smaller than those of the two other models, in training and in testing.
+    Official: configs/SOTR/R101.yaml. Images are smaller than those of the two other models, in training and in testing.
     Expect: mask AP 40.2, AP50 61.2, AP75 43.4 on COCO (official README); 40.2 on test-dev (paper, table 7), after 3 to 4 days on
     four V100.
     Status: tested with ResNet-50; not trained on COCO here.
@@ -66,10 +66,10 @@ def sotr_r101_dcn() -> Recipe:
     """SOTR with ResNet-101 and deformable convolutions in its last three stages on COCO.
 
     Command: accelerate launch -m maskset train sotr-r101-dcn --data COCO --out RUN --model.backbone.weights R-101.pkl
-    Official: configs/SOTR/R_101_DCN.yaml. It asks for a deformable convolution in every third block, but names a backbone that
-    has them in every block, which is what is built here.
+    Official: configs/SOTR/R_101_DCN.yaml. It requests a deformable convolution in every third block, but names a backbone that
+    has them in every block, as here.
     Expect: mask AP 42.0, AP50 63.3, AP75 45.5 on COCO (official README); 42.1 on test-dev (paper, table 7).
-    Status: deformable convolutions are tested by themselves, not against an official model; not trained on COCO here.
+    Status: deformable convolutions are tested separately, not against an official model; not trained on COCO here.
     """
     base = sotr_r50()
     return replace(base, model=replace(base.model, backbone=replace(_RESNET101, deformable_stages=3)))
@@ -100,12 +100,13 @@ def sotr_small() -> Recipe:
     """A small SOTR from scratch for small data of your own, on few cores or one GPU.
 
     Command: maskset train sotr-small --data FOLDER --out RUN
-    Expect: depends on the data; images are resized to 256 pixels; objects are separated if their centres are at least a
-    fortieth of the image sides apart.
+    Expect: depends on the data; images are resized to 256 pixels; two objects can be separated if their centers are at
+    least a fortieth of the image sides apart.
     Status: not yet trained to the end.
     """
     small = solq_small()
-    return Recipe(
+    return replace(
+        small,
         model=replace(
             sotr_tiny().model,
             input=replace(small.model.input, divisor=32),
@@ -113,8 +114,6 @@ def sotr_small() -> Recipe:
             scale_from=(1, 16, 32, 64, 96),
             scale_to=(32, 64, 96, 192, 2048),
         ),
-        data=small.data,
-        train=small.train,
     )
 
 
@@ -126,8 +125,8 @@ def sotr_tiny() -> Recipe:
     (`maskset compare`, benchmarks/results/compare_cpu.json).
     Status: the data and the schedule of solq-tiny; not yet trained to the end.
     """
-    tiny = solq_tiny()
-    return Recipe(
+    return replace(
+        solq_tiny(),
         model=SotrConfig(
             input=InputConfig(short_side=96, long_side=160, divisor=32),
             backbone=SCRATCH,
@@ -140,6 +139,4 @@ def sotr_tiny() -> Recipe:
             mask_hidden_dim=64,
             mask_dim=64,
         ),
-        data=tiny.data,
-        train=tiny.train,
     )

@@ -20,8 +20,8 @@ class InputConfig:
 
     mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "mean of each channel, where white is 1")
     std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "standard deviation of each channel, where white is 1")
-    channel_order: Literal["rgb", "bgr"] = setting("rgb", "order of the colour channels")
-    divisor: PositiveInt = setting(1, "the input is padded to a multiple of this, pixels")
+    channel_order: Literal["rgb", "bgr"] = setting("rgb", "order of the color channels")
+    divisor: PositiveInt = setting(1, "height and width of the input are padded to a multiple of this, pixels")
     short_side: PositiveInt = setting(800, "shorter side of an image at inference, pixels")
     long_side: PositiveInt = setting(1333, "maximum longer side at inference, pixels")
 
@@ -33,7 +33,7 @@ class InputConfig:
 
 @config
 class BackboneConfig:
-    """The backbone of a system, and which of its stages are trained."""
+    """The backbone of a system, its initial weights, and which of its stages are trained."""
 
     name: str = setting("resnet50.tv_in1k", "a timm model, or swin_tiny, swin_small, swin_base, swin_large")
     norm: Literal["frozen", "group"] = setting("frozen", "ResNets: frozen batch norm, or group norm for training from scratch")
@@ -71,10 +71,10 @@ class BackboneConfig:
 class SystemConfig(ABC):
     """Settings of a system. A subclass names its system and adds its own settings, each with a default.
 
-    Every subclass that has been imported is known: recipes and checkpoints that name it in `system` can be read.
+    Recipes and checkpoints of every subclass that has been imported can be read; they name the system in `system`.
     """
 
-    system: str  # name of the system that these settings belong to
+    system: str  # name of the system
     num_classes: PositiveInt = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(), "how images become the network's input")
     backbone: BackboneConfig | None = setting(None, "the backbone; None: the system has its own")
@@ -84,13 +84,13 @@ class SystemConfig(ABC):
         if not isinstance(cls.__dict__.get("system"), str):
             raise TypeError(f'{cls.__name__} needs the name of its system: system: Literal["name"] = "name".')
         for other in subclasses(SystemConfig):
-            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)  # it is redefined
+            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)  # defined again, as in a notebook
             if other is not cls and not same and other.__dict__["system"] == cls.__dict__["system"]:
-                raise TypeError(f"the name {cls.__dict__['system']!r} is that of {other.__module__}.{other.__qualname__}.")
+                raise TypeError(f"the name {cls.__dict__['system']!r} is taken by {other.__module__}.{other.__qualname__}.")
 
     def __post_init__(self) -> None:
         if isinstance(self.backbone, str):
-            raise ConfigError(f"model.backbone holds several settings: give it BackboneConfig(name={self.backbone!r}).")
+            raise ConfigError(f"model.backbone must be a BackboneConfig: write BackboneConfig(name={self.backbone!r}).")
         check_bounds(self, "model")
 
     @abstractmethod
@@ -106,13 +106,13 @@ class SystemConfig(ABC):
 
         if cls is not SystemConfig:
             return handler(source)
-        tagged = tuple(Annotated[known, Tag(name)] for name, known in known_configs().items())
+        tagged = tuple(Annotated[config, Tag(name)] for name, config in imported_configs().items())
         return handler(Annotated[Union[tagged], Discriminator(_system_of)])  # noqa: UP007
 
 
-def known_configs() -> dict[str, type[SystemConfig]]:
+def imported_configs() -> dict[str, type[SystemConfig]]:
     """Return the config class of every system that has been imported, from this package or from elsewhere, by its name."""
-    return {known.system: known for known in subclasses(SystemConfig) if "__dataclass_fields__" in vars(known)}
+    return {cls.system: cls for cls in subclasses(SystemConfig) if "__dataclass_fields__" in vars(cls)}
 
 
 def _system_of(value: Any) -> Any:
@@ -124,12 +124,12 @@ def check_heads(settings: SystemConfig, width: str, heads: str, multiple: int = 
 
     Args:
         settings: of a system.
-        width: name of the setting that is divided.
+        width: name of the setting with the width.
         heads: name of the setting with the number of heads.
-        multiple: what the width must be a multiple of as well, for position encodings.
+        multiple: a second number that must divide the width, for position encodings.
 
     Raises:
-        ConfigError: it is not a multiple.
+        ConfigError: the width is not a multiple of the number of heads and of `multiple`.
     """
     value, count = getattr(settings, width), getattr(settings, heads)
     if value % count or value % multiple:
@@ -137,8 +137,28 @@ def check_heads(settings: SystemConfig, width: str, heads: str, multiple: int = 
         raise ConfigError(f"model.{width} must be a multiple of {also}{heads} ({count}), got {value}.")
 
 
+def check_codec(settings: Any, fitted: Sequence[str]) -> None:
+    """Check the codec of a system, described by `codec`, `mask_size`, `code_length` and `codec_weights`.
+
+    Args:
+        settings: of the system.
+        fitted: the codecs that are fitted to masks, or read from a file.
+
+    Raises:
+        ConfigError: the code does not fit the mask, or `codec_weights` is set for a codec that is not fitted.
+    """
+    codec, pixels, length = settings.codec, settings.mask_size**2, settings.code_length
+    if not 1 <= length <= pixels or (codec == "flatten" and length != pixels):
+        allowed = pixels if codec == "flatten" else f"1 ... {pixels}"
+        raise ConfigError(
+            f"model.code_length must be {allowed} with codec {codec} and mask_size {settings.mask_size}, got {length}."
+        )
+    if settings.codec_weights is not None and codec not in fitted:
+        raise ConfigError(f"model.codec_weights needs model.codec {' or '.join(fitted)}: {codec} is not fitted.")
+
+
 def check_divisor(settings: SystemConfig, divisor: int) -> None:
-    """Check that canvases have the size that the system's feature maps need.
+    """Check that inputs are padded to sizes that the system's feature maps need.
 
     Raises:
         ConfigError: `input.divisor` is not a multiple of `divisor` pixels.
@@ -150,14 +170,14 @@ def check_divisor(settings: SystemConfig, divisor: int) -> None:
 
 
 def check_canvas(images: ImageBatch, divisor: int) -> None:
-    """Check that a system can take the batch.
+    """Check that a batch is a valid input of a system.
 
     Raises:
-        MasksetError: its pixels are not normalised, or its canvas is not a multiple of `divisor` pixels.
+        MasksetError: its pixels are not normalized, or its canvas is not a multiple of `divisor` pixels.
     """
     height, width = images.pixels.shape[2:]
     if not images.pixels.is_floating_point():
-        raise MasksetError("the model takes normalised pixels, got uint8: call images.normalized(model.input) first.")
+        raise MasksetError("the model takes normalized pixels, got uint8: call images.normalized(model.input) first.")
     if height % divisor or width % divisor:
         raise MasksetError(
             f"the canvas must be a multiple of {divisor} pixels, got {height} x {width}: "
@@ -168,27 +188,26 @@ def check_canvas(images: ImageBatch, divisor: int) -> None:
 class System(nn.Module, ABC):
     """One end-to-end instance segmentation system.
 
-    The attributes in capitals tell training what to do with which part of the network. A tensor belongs to a part if the
-    part's name is between the dots of the tensor's name, as `codec` in `codec.mean`.
+    The attributes in capitals are names of parts of the network that training treats differently, see `in_parts`.
 
     Args:
         config: the settings.
         categories: what the class channels stand for.
-        num_slots: the greatest number of objects that the system can report for an image.
+        num_slots: maximum number of objects that the system can detect in an image.
 
     Attributes:
         config: the settings, a frozen dataclass.
-        categories: what the class channels stand for; they come from the data in training, from the weights afterwards.
+        categories: what the class channels stand for: the categories of the training data.
         input: how images become the network's input.
-        num_slots: the greatest number of objects that the system can report for an image.
+        num_slots: maximum number of objects that the system can detect in an image.
     """
 
     BACKBONE_PARTS: ClassVar[tuple[str, ...]] = ("backbone",)  # trained at the recipe's backbone_learning_rate
     OFFSET_PARTS: ClassVar[tuple[str, ...]] = ("sampling_offsets", "reference_points")  # trained at its offset_learning_rate
-    CLASS_PARTS: ClassVar[tuple[str, ...]] = ("class_head", "class_heads")  # fine-tuning: one row per class, taken by its name
-    SLOT_PARTS: ClassVar[tuple[str, ...]] = ()  # fine-tuning: one row per slot, taken in order as far as there are rows
-    PROPOSAL_PARTS: ClassVar[tuple[str, ...]] = ()  # fine-tuning: row 0 stands for any object, so rows are taken in order
-    FITTED_PARTS: ClassVar[tuple[str, ...]] = ()  # fitted by `prepare`, unless weights to start from have them
+    CLASS_PARTS: ClassVar[tuple[str, ...]] = ("class_head", "class_heads")  # one row per class; fine-tuning matches names
+    SLOT_PARTS: ClassVar[tuple[str, ...]] = ()  # one row per slot; fine-tuning copies the first rows if the numbers differ
+    PROPOSAL_PARTS: ClassVar[tuple[str, ...]] = ()  # as CLASS_PARTS, but row 0 is objectness: fine-tuning copies the first rows
+    FITTED_PARTS: ClassVar[tuple[str, ...]] = ()  # fitted by `prepare`, unless fine-tuning copies them
 
     config: SystemConfig
     categories: tuple[Category, ...]
@@ -200,7 +219,7 @@ class System(nn.Module, ABC):
         self.config, self.categories, self.input, self.num_slots = config, categories, config.input, num_slots
 
     def prepare(self, targets: Iterable[Instances]) -> None:
-        """Fit to the data, before training, what cannot be trained (`FITTED_PARTS`). Most systems have nothing to fit.
+        """Fit the parts that are not trained (`FITTED_PARTS`) to the data, before training. By default there are none.
 
         Args:
             targets: the annotated objects of each training image.
@@ -208,10 +227,10 @@ class System(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: ImageBatch) -> ModelOutput:
-        """Return raw predictions for normalised pixels.
+        """Return raw predictions for normalized pixels.
 
         Raises:
-            MasksetError: the pixels are not normalised, or the canvas is not a multiple of `input.divisor`.
+            MasksetError: the pixels are not normalized, or the canvas is not a multiple of `input.divisor`.
         """
 
     @abstractmethod
@@ -246,6 +265,6 @@ class System(nn.Module, ABC):
         """
 
 
-def belongs(name: str, parts: Sequence[str]) -> bool:
-    """Return whether a tensor of a model belongs to one of the parts, see `System`."""
+def in_parts(name: str, parts: Sequence[str]) -> bool:
+    """Return whether a tensor is in one of the parts: `codec.mean` is in `codec`, `decoder.0.codec.bias` too."""
     return not set(name.split(".")).isdisjoint(parts)

@@ -2,8 +2,8 @@
 
 Each query predicts a class and a kernel: D = 256 numbers, of which the last two are the query's reference point. All masks of
 an image are drawn on one map of mask features, each by the 1x1 convolution with its kernel. There are no boxes: objects are
-matched by class and mask alone. Built on Deformable DETR. From top to bottom this file follows the paper's overview: backbone
-and neck, mask feature head, deformable transformer, mask head, then matching, loss and results.
+matched by class and mask alone. ISDA is built on Deformable DETR. From top to bottom this file follows the paper's overview:
+backbone and neck, mask feature head, deformable transformer, mask head, then matching, loss and results.
 """
 
 import math
@@ -29,9 +29,9 @@ from maskset.masks.targets import central_means
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
-_CANVAS = 32  # pixels; on multiples of it the levels, doubled, meet
-_CANDIDATES = 100  # best pairs of query and class, by class alone, that are scored with their masks
-_CELLS = 2**22  # of masks that are drawn at a time for the matching
+_CANVAS = 32  # pixels; on multiples of it each pyramid level is exactly twice as large as the next
+_CANDIDATES = 100  # number of pairs of query and class, best by class probability, whose masks are drawn and scored
+_MAX_CELLS = 2**22  # cells of the masks that are in memory at a time in the matching
 _MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
 
 
@@ -40,7 +40,6 @@ class IsdaConfig(SystemConfig):
     """Settings of ISDA; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["isda"] = "isda"
-    num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
     backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
     hidden_dim: PositiveInt = setting(256, "width C of neck and transformer")
@@ -115,7 +114,7 @@ class Isda(System):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Set the official start (backbone, P3 ... P6 and mask feature head have set theirs; the kernel head keeps torch's)."""
+        """Initialize as the official code does. Backbone, P3 ... P6 and mask feature head initialize themselves."""
         for convolution in self.project_finest.convolutions:
             assert isinstance(convolution, nn.Conv2d)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
@@ -132,7 +131,7 @@ class Isda(System):
         paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
         memory = self.encoder(flatten_levels(levels, paddings, self.level_embedding))
         position, content = (query.expand(len(images), -1, -1) for query in (self.query_position, self.query_content))
-        reference = self.reference_points(position).float().sigmoid()  # where a query looks: the same in every image and layer
+        reference = self.reference_points(position).float().sigmoid()  # the same for every image and layer
         layers = []
         for layer in self.decoder:
             content = layer(content, position, reference, memory)  # [B N C]
@@ -140,7 +139,7 @@ class Isda(System):
         return ModelOutput(layers, mask_features=mask_features)
 
     def _mask_features(self, levels: Sequence[Float[Tensor, "B C _ _"]]) -> Float[Tensor, "B D h w"]:
-        """Return the mask feature representation of P2 ... P5; the coarsest level tells where in the canvas it is."""
+        """Return the mask features from P2 ... P5; the coarsest level gets two channels with its coordinates in the canvas."""
         *finer, coarsest = levels
         return self.mask_feature_head([*finer, with_coordinates(coarsest) if self.config.feature_coordinates else coarsest])
 
@@ -153,7 +152,7 @@ class Isda(System):
         """Return two terms for every layer: class (focal) and mask (dice), each divided by the number of matched slots.
 
         Only the masks of matched slots are drawn, in the memory of one layer, on the whole canvas with its padding. The paper
-        has 1 - IoU as mask loss; the official code has it in the matching only. Computed in float32.
+        has 1 - IoU as mask loss; the official code uses it in the matching only. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
             return self._terms(output, targets)
@@ -190,21 +189,21 @@ class Isda(System):
     ) -> list[Instances]:
         """Return the `limit` best pairs of query and class of each image; a query may appear with several classes.
 
-        The pairs that are best by class are scored anew with their masks; the official code leaves them in the old order.
+        The best pairs by class probability are rescored with their masks and sorted; the official code does not sort again.
         """
         last = output.layers[-1]
         assert last.mask_params is not None
         assert output.mask_features is not None
         detections = []
         with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
-            parts = zip(last.class_logits, last.mask_params, output.mask_features, images.sizes.tolist(), sizes, strict=True)
-            for logits, kernels, features, input_size, size in parts:
+            each_image = zip(last.class_logits, last.mask_params, output.mask_features, images.sizes.tolist(), sizes, strict=True)
+            for logits, kernels, features, input_size, size in each_image:
                 count = max(limit, _CANDIDATES)
-                scores, labels, slots, drawn = _candidates(logits.float(), kernels.float(), features.float(), count, threshold)
+                scores, labels, mask_of, drawn = _candidates(logits.float(), kernels.float(), features.float(), count, threshold)
                 best = scores.argsort(descending=True, stable=True)[:limit]
                 best = best[scores[best] >= threshold]
-                once, again = slots[best].unique(return_inverse=True)  # paint a query once, however many classes it has
-                masks = paint_probabilities(drawn[once], self.config.mask_stride, input_size, size)[again.tolist()]
+                painted, mask_of = mask_of[best].unique(return_inverse=True)  # a query's mask once, for all its classes
+                masks = paint_probabilities(drawn[painted], self.config.mask_stride, input_size, size)[mask_of.tolist()]
                 detections.append(Instances(labels[best].cpu(), masks.boxes(), masks, scores[best].cpu(), self.categories))
         return detections
 
@@ -214,12 +213,12 @@ def _mask_cost(
 ) -> Float[Tensor, "L B N T"]:
     """Return 1 - soft IoU of the mask of every slot and every object of its image, drawing a few masks at a time."""
     layers, batch, slots, _ = kernels.shape
-    few = max(1, _CELLS // features[0, 0].numel())
+    chunk_size = max(1, _MAX_CELLS // features[0, 0].numel())
     cost = kernels.new_zeros(batch, layers * slots, max(map(len, masks)))
     for i, image_masks in enumerate(masks):
-        for start in range(0, layers * slots if len(image_masks) else 0, few):
-            drawn = dynamic_conv(features[i], kernels[:, i].flatten(0, 1)[start : start + few]).sigmoid_()
-            cost[i, start : start + few, : len(image_masks)] = soft_iou_cost(drawn, image_masks)
+        for start in range(0, layers * slots if len(image_masks) else 0, chunk_size):
+            drawn = dynamic_conv(features[i], kernels[:, i].flatten(0, 1)[start : start + chunk_size]).sigmoid_()
+            cost[i, start : start + chunk_size, : len(image_masks)] = soft_iou_cost(drawn, image_masks)
     return cost.unflatten(1, (layers, slots)).transpose(0, 1)
 
 
@@ -229,15 +228,15 @@ def _mask_loss(
     masks: Sequence[Float[Tensor, "_ h w"]],
     pairs: Matches,
 ) -> Float[Tensor, "L"]:
-    """Return the dice loss of each layer's matched slots, summed, in the memory of one layer."""
+    """Return the sum of the dice losses of each layer's matched slots, in the memory of one layer."""
     layers, counts = len(kernels), [*pairs.counts]
     matched = kernels[pairs.layer, pairs.image, pairs.slot].unflatten(0, (layers, sum(counts)))
     objects = pairs.object.unflatten(0, (layers, sum(counts)))
 
     def values(layer: int, kernels: Float[Tensor, "m D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
         losses = []
-        parts = zip(features.unbind(), kernels.split(counts), masks, objects[layer].split(counts), strict=True)
-        for image_features, image_kernels, image_masks, index in parts:
+        each_image = zip(features.unbind(), kernels.split(counts), masks, objects[layer].split(counts), strict=True)
+        for image_features, image_kernels, image_masks, index in each_image:
             drawn = dynamic_conv(image_features, image_kernels).sigmoid()
             losses.append(squared_dice_loss(drawn, image_masks[index], eps=0.002))
         return torch.cat(losses).sum()[None]
@@ -248,13 +247,14 @@ def _mask_loss(
 def _candidates(
     logits: Float[Tensor, "N K"], kernels: Float[Tensor, "N D"], features: Float[Tensor, "D h w"], count: int, threshold: float
 ) -> tuple[Float[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "m h w"]]:
-    """Return scores and labels of the pairs of query and class that are best by class, which of the masks is theirs, and those.
+    """Return the `count` pairs of query and class with the highest class probabilities: scores, labels, mask indices and masks.
 
-    A score is the class's probability times the mean probability of the cells that belong to the mask; 0 where there is none.
+    A score is the class probability times the mean probability of the cells inside the mask, 0 for an empty mask. Each
+    query's mask is drawn once; the mask indices say which of the m masks belongs to each of the n pairs.
     """
-    candidates, labels, scores = top_k_detections(logits, count, threshold)  # its mask can only lower a score
-    queries, slots = candidates.unique(return_inverse=True)
+    slots, labels, scores = top_k_detections(logits, count, threshold)  # a mask can only lower the score
+    queries, mask_of = slots.unique(return_inverse=True)
     drawn = dynamic_conv(features, kernels[queries]).sigmoid()
     inside = drawn > _MASK_THRESHOLD
     confidence = (drawn * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-5)
-    return scores * confidence[slots], labels, slots, drawn
+    return scores * confidence[mask_of], labels, mask_of, drawn

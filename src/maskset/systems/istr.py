@@ -1,11 +1,11 @@
 """ISTR: End-to-End Instance Segmentation with Transformers (Hu et al., 2021, arXiv:2105.00637).
 
-Each of 300 learned query boxes stands for at most one object. In each of six stages, features of the box are read from the
-feature pyramid, an object feature attends to them and to the other objects, and predicts class, mask embedding and a refined
-box for the next stage. A mask embedding is 60 numbers: principal components of the mask inside its box on 28 x 28 pixels. From
-top to bottom this file follows figure 2 and section 3.3: backbone, image features, stages with encoder and heads; then section
-3.2: matching cost and set prediction loss; then results. This is the model of the paper (the official code of May 2021); the
-official code of 2022 has another mask head and is in `istr_smt.py`.
+Each of 300 learned query boxes predicts at most one object. In each of six stages, features of the box are read from the
+feature pyramid; the query's object feature attends to them and to the other object features, and predicts class, mask code
+(which the paper calls mask embedding) and a refined box for the next stage. A mask code is 60 numbers: principal components of
+the mask inside its box on 28 x 28 pixels. From top to bottom this file follows figure 2 and section 3.3: backbone, image
+features, stages with encoder and heads; then section 3.2: matching cost and set prediction loss; then results. This is the
+model of the paper (official code of May 2021); `istr_smt.py` is that of the official code of 2022, with another mask head.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,9 +41,18 @@ from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.paint import paste_soft
 from maskset.masks.targets import crop
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
+from maskset.systems.base import (
+    BackboneConfig,
+    InputConfig,
+    System,
+    SystemConfig,
+    check_canvas,
+    check_codec,
+    check_divisor,
+    check_heads,
+)
 
-_CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
+_CANVAS = 32  # pixels; on multiples of it each pyramid level is exactly twice as large as the next
 _MASK_THRESHOLD = 0.5
 
 
@@ -52,15 +61,14 @@ class IstrConfig(SystemConfig):
     """Settings of ISTR; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["istr"] = "istr"
-    num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
     backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
     hidden_dim: PositiveInt = setting(256, "d of the paper, width of pyramid and object features")
     image_feature: Literal["mean", "max", "none"] = setting("mean", "Table 1e: pooling for the initial object features")
     masked_pooling: bool = setting(
-        False, "the image feature leaves out padding; officially it does not, and depends on the batch"
+        False, "exclude padding from the image feature; officially included, so that results depend on the batch"
     )
-    position_embedding: bool = setting(True, "Table 1e: a learned embedding of each query initialises its object feature")
+    position_embedding: bool = setting(True, "Table 1e: add a learned embedding of each query to its initial object feature")
     num_queries: PositiveInt = setting(300, "k of the paper, number of queries: the maximum number of objects per image")
     stages: PositiveInt = setting(6, "N of the paper, number of refinement stages")
     num_heads: PositiveInt = setting(8, "attention heads")
@@ -72,7 +80,7 @@ class IstrConfig(SystemConfig):
     codec: Literal["logit-pca", "flatten"] = setting("logit-pca", "Table 1a: principal components, or the pixels themselves")
     mask_size: PositiveInt = setting(28, "s of the paper, side S of the box-local mask, pixels")
     code_length: int = setting(60, "Table 1a: l of the paper, D numbers for a mask")
-    codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
+    codec_weights: str | None = setting(None, "file of a codec fitted by `maskset codecs fit`; None: fit it, or take --init's")
     target_noise: bool = setting(True, "logit-pca: draw the label smoothing of the target pixels at random at every call")
     mask_cost: Literal["cosine", "l1", "dice", "none"] = setting("cosine", "Table 1b: mask cost in the matching")
     mask_losses: Literal["both", "code", "dice"] = setting(
@@ -80,7 +88,7 @@ class IstrConfig(SystemConfig):
     )
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
     l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
-    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")
+    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalized IoU loss, and in the matching")
     mask_weight: NonNegativeFloat = setting(2.0, "weight of each mask loss, and in the matching")
 
     def __post_init__(self) -> None:
@@ -90,15 +98,7 @@ class IstrConfig(SystemConfig):
             raise ConfigError("model.image_feature none needs model.position_embedding: else all object features start as zero.")
         if self.mask_size > MAX_SIZE:
             raise ConfigError(f"model.mask_size must be at most {MAX_SIZE}, got {self.mask_size}.")
-        pixels = self.mask_size**2
-        if not 1 <= self.code_length <= pixels or (self.codec == "flatten" and self.code_length != pixels):
-            allowed = pixels if self.codec == "flatten" else f"1 ... {pixels}"
-            raise ConfigError(
-                f"model.code_length must be {allowed} with codec {self.codec} and mask_size {self.mask_size}, "
-                f"got {self.code_length}."
-            )
-        if self.codec_weights is not None and self.codec == "flatten":
-            raise ConfigError("model.codec_weights is for the code logit-pca; flatten is not fitted.")
+        check_codec(self, fitted=("logit-pca",))
         check_divisor(self, _CANVAS)
 
     def build(self, categories: tuple[Category, ...]) -> "Istr":
@@ -107,7 +107,7 @@ class IstrConfig(SystemConfig):
 
 
 class Stage(nn.Module):
-    """One stage of figure 2: the transformer encoder, and the class (but its last layer), box and mask heads."""
+    """One stage of figure 2: the transformer encoder, the box and mask heads, and the class head without its last layer."""
 
     def __init__(self, config: IstrConfig) -> None:
         super().__init__()
@@ -135,29 +135,24 @@ class Istr(System):
         # Backbone with FPN: P2 ... P5
         self.backbone = config.backbone.build(finest=4)
         self.pyramid = FeaturePyramid(self.backbone.channels, config.hidden_dim)
-        # Query boxes, cx cy w h in fractions of the image, which at first they cover; and position embeddings
+        # Query boxes, cx cy w h in fractions of the image, initially the whole image; and position embeddings
         self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))
         if config.position_embedding:
             self.query_position = nn.Parameter(torch.randn(config.num_queries, config.hidden_dim))
-        # Stages, which start alike; the class heads' last layers are apart, for fine-tuning
+        # Stages, with equal initial weights; the last layers of the class heads are separate, for fine-tuning
         stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
         reset_stage(stage, class_head)
         self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
-        # The fixed mask encoder and decoder
+        # Mask encoder and decoder, which are not trained
         pca = config.codec == "logit-pca"
         self.codec = LogitPcaCodec(config.mask_size, config.code_length) if pca else FlattenCodec(config.mask_size)
 
     def prepare(self, targets: Iterable[Instances]) -> None:
-        """Fit the mask embedding (section 3.1) to the masks of the data, or read it from a file."""
-        if isinstance(self.codec, FlattenCodec):
-            return
-        if self.config.codec_weights is None:
-            self.codec.fit(crop(instances.masks, instances.boxes, self.codec.size) for instances in targets if len(instances))
-        else:
-            codec_files.load(self.codec, self.config.codec_weights)
+        """Fit the mask code (section 3.1) to the masks of the data, or read it from a file; flattening needs no fit."""
+        codec_files.fit_or_load(self.codec, targets, self.config.codec_weights)
 
     def forward(self, images: ImageBatch) -> ModelOutput:
-        """Return, for every stage, class logits [B N K], boxes [B N 4] and mask embeddings [B N D]."""
+        """Return, for every stage, class logits [B N K], boxes [B N 4] and mask codes [B N D]."""
         check_canvas(images, self.input.divisor)
         dtype = self.query_boxes.dtype
         box_dtype = torch.promote_types(dtype, torch.float32)  # pixel coordinates need more than 8 or 11 bits
@@ -179,18 +174,18 @@ class Istr(System):
 
     def _object_features(self, levels: list[Tensor], images: ImageBatch) -> Float[Tensor, "B N C"]:
         """Return the initial object features: image features P plus position embeddings E."""
-        start = levels[0].new_zeros(len(images), self.config.num_queries, self.config.hidden_dim)
+        features = levels[0].new_zeros(len(images), self.config.num_queries, self.config.hidden_dim)
         if self.config.image_feature != "none":
             paddings = None
             if self.config.masked_pooling:
                 paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
-            start = start + image_feature(levels, self.config.image_feature, paddings)[:, None]
-        return start + self.query_position if self.config.position_embedding else start
+            features = features + image_feature(levels, self.config.image_feature, paddings)[:, None]
+        return features + self.query_position if self.config.position_embedding else features
 
     def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the terms of equation 8 for every stage: class (focal), box_l1, box_giou, mask_code (L2) and mask_dice.
 
-        All are divided by the number of objects, mask_code by D as well. Every stage is matched on its own. Computed in float32.
+        All are divided by the number of objects, mask_code also by D. Every stage is matched separately. Computed in float32.
 
         Raises:
             MatchingError: a prediction is NaN or infinite.
@@ -219,14 +214,14 @@ class Istr(System):
         return name_by_layer({name: value / count for name, value in sums.items()}, len(layers))
 
     def _encode(self, masks: Float[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
-        """Return target codes; with principal components the softness of their pixels is drawn at every call."""
+        """Return target codes; with logit-pca the label smoothing of the pixels is drawn at random at every call."""
         if isinstance(self.codec, LogitPcaCodec):
             return self.codec.encode(masks, noisy=self.config.target_noise)
         return self.codec.encode(masks)
 
     @torch.no_grad()
     def _mask_cost(self, codes: Float[Tensor, "L B N D"], masks: Float[Tensor, "B T S S"]) -> Float[Tensor, "L B N T"]:
-        """Return the cost of table 1b between every slot and every object of its image; cosine is equation 7."""
+        """Return the mask cost of table 1b (cosine: equation 7) between every slot and every object of its image."""
         if self.config.mask_cost == "none":
             return codes.new_zeros(*codes.shape[:3], masks.shape[1])
         if self.config.mask_cost == "dice":
@@ -244,9 +239,9 @@ class Istr(System):
         limit: int = 100,
         threshold: float = 0.0,
     ) -> list[Instances]:
-        """Return the `limit` best pairs of query and class of each image, less those whose box is outside of it.
+        """Return the `limit` best pairs of query and class of each image, without those whose box is outside the image.
 
-        A query may appear with several classes. Boxes are cut to the image, and masks are stretched over what is left of them.
+        A query may appear with several classes. Boxes are clipped to the image, and masks are resized to the clipped boxes.
         """
         last = output.layers[-1]
         assert last.boxes is not None
@@ -254,8 +249,9 @@ class Istr(System):
         detections = []
         for logits, boxes, codes, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
             slots, labels, scores, corners = top_k_detections_in_image(logits, boxes, size, limit, threshold)
-            once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
+            queries, mask_of = slots.unique(return_inverse=True)  # decode a query once, however many classes it has
             with torch.autocast(codes.device.type, enabled=False):  # rounding would move the masks' edges
-                masks = paste_soft(self.codec.decode(codes[once].float()), corners[once], size, _MASK_THRESHOLD)
-            detections.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
+                masks = paste_soft(self.codec.decode(codes[queries].float()), corners[queries], size, _MASK_THRESHOLD)
+            boxes, masks = corners[slots].cpu(), masks[mask_of.tolist()]
+            detections.append(Instances(labels.cpu(), boxes, masks, scores.cpu(), self.categories))
         return detections

@@ -1,10 +1,10 @@
 """ISTR-SMT: the ISTR of 2022 (Hu et al., IEEE TIP 2024, vol. 33, 2895-2907; official code since March 2022).
 
 ISTR with finer masks, of 112 x 112 pixels. As in ISTR, object features refine 300 learned query boxes in six stages. But the mask
-embedding, 256 numbers, comes from a second, finer look at each predicted box, on 28 x 28 cells, and is drawn by the decoder of an
-autoencoder, which also sees that look. From top to bottom: backbone, image features, stages; then matching and loss, where masks
-are compared inside the predicted boxes; then results, whose scores are means over stages. What it shares with `istr.py` is in
-`layers/refinement.py`, `layers/roi.py` and `detection.py`.
+code, 256 numbers, is predicted from features that are read again from each refined box, on 28 x 28 cells; the decoder of an
+autoencoder draws the mask from the code and from context features of the same cells. From top to bottom: backbone, image
+features, stages; then matching and loss, where masks are compared inside the predicted boxes; then results, whose class logits
+are means over stages. The parts shared with `istr.py` are in `layers/refinement.py`, `layers/roi.py` and `detection.py`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config, setting
+from maskset.config import Bounds, Fraction, NonNegativeFloat, PositiveInt, config, setting
 from maskset.detection import Matches, cosine_cost, match_and_corner_losses, pad, top_k_detections_in_image
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
@@ -35,10 +35,19 @@ from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.masks.paint import paste_soft
 from maskset.masks.targets import crop
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
+from maskset.systems.base import (
+    BackboneConfig,
+    InputConfig,
+    System,
+    SystemConfig,
+    check_canvas,
+    check_codec,
+    check_divisor,
+    check_heads,
+)
 from maskset.tensors import register
 
-_CANVAS = 32  # pixels; on multiples of it the levels of the pyramid, doubled, meet
+_CANVAS = 32  # pixels; on multiples of it each pyramid level is exactly twice as large as the next
 _MASK_THRESHOLD = 0.45
 
 
@@ -47,12 +56,11 @@ class IstrSmtConfig(SystemConfig):
     """Settings of ISTR-SMT; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["istr-smt"] = "istr-smt"
-    num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
     backbone: BackboneConfig = setting(BackboneConfig(frozen_stages=0), "the backbone")
     hidden_dim: PositiveInt = setting(256, "width C of pyramid and object features")
     masked_pooling: bool = setting(
-        False, "the image feature leaves out padding; officially it does not, and depends on the batch"
+        False, "exclude padding from the image feature; officially included, so that results depend on the batch"
     )
     num_queries: PositiveInt = setting(300, "N, number of object queries: the maximum number of objects per image")
     stages: PositiveInt = setting(6, "number of refinement stages")
@@ -67,26 +75,22 @@ class IstrSmtConfig(SystemConfig):
     )
     mask_size: int = setting(112, "side S of the box-local mask, pixels; features for it are read on a quarter of it, cells")
     code_length: PositiveInt = setting(256, "D numbers for a mask")
-    codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
-    autoencoder_steps: PositiveInt = setting(3000, "batches of 64 masks to fit the autoencoder, where it has to be fitted")
+    codec_weights: str | None = setting(None, "file of a codec fitted by `maskset codecs fit`; None: fit it, or take --init's")
+    autoencoder_steps: PositiveInt = setting(3000, "batches of 64 masks to fit the autoencoder, if no weights are given")
     target_noise: bool = setting(True, "logit-pca: draw the label smoothing of the target pixels at random at every call")
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
     l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
-    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")
+    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalized IoU loss, and in the matching")
     code_weight: NonNegativeFloat = setting(1.0, "weight of the loss of the codes, and of their cosine in the matching")
     dice_weight: NonNegativeFloat = setting(5.0, "weight of the dice loss of the masks")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_heads(self, "hidden_dim", "num_heads")
-        check_between(self, "model", "averaged_stages", 1, self.stages)
+        Bounds(1, self.stages).check("model.averaged_stages", self.averaged_stages)
         if not 32 <= self.mask_size <= MAX_SIZE or self.mask_size % 16:
-            most = MAX_SIZE
-            raise ConfigError(f"model.mask_size must be 32, 48, 64 or another multiple of 16 up to {most}, got {self.mask_size}.")
-        if self.code_length > self.mask_size**2:
-            raise ConfigError(f"model.code_length must be 1 ... {self.mask_size**2}, got {self.code_length}.")
-        if self.codec_weights is not None and self.codec == "dct":
-            raise ConfigError("model.codec_weights is for the codes autoencoder and logit-pca; dct is not fitted.")
+            raise ConfigError(f"model.mask_size must be a multiple of 16 from 32 to {MAX_SIZE}, got {self.mask_size}.")
+        check_codec(self, fitted=("autoencoder", "logit-pca"))
         check_divisor(self, _CANVAS)
 
     def build(self, categories: tuple[Category, ...]) -> "IstrSmt":
@@ -99,7 +103,7 @@ class StagePredictions(SlotPredictions):
     """Predictions of one stage.
 
     Attributes:
-        mask_context: features of each slot's box, which the autoencoder decodes together with the code.
+        mask_context: features of each slot's box, from which the autoencoder decodes the mask together with the code.
     """
 
     mask_context: Float[Tensor, "B N c s s"] | None = None
@@ -109,9 +113,9 @@ register(StagePredictions, ["class_logits", "mask_params", "boxes", "mask_contex
 
 
 class Stage(nn.Module):
-    """One stage: ISTR's transformer encoder, class (but its last layer) and box head, and a convolutional mask head.
+    """One stage: ISTR's transformer encoder, box head and class head without its last layer, and a convolutional mask head.
 
-    The mask head sees the region alone, not the object's feature. It gives a code, and for the autoencoder context beside it.
+    The mask head reads the features of the region, not the object feature. It predicts a code, and for the autoencoder context.
     """
 
     def __init__(self, config: IstrSmtConfig) -> None:
@@ -121,8 +125,8 @@ class Stage(nn.Module):
         self.encoder = RegionEncoder(width, config.num_heads, config.feedforward_dim, config.dropout, attention)
         self.class_tower = Tower(width)
         self.box_head = nn.Sequential(Tower(width), nn.Linear(width, 4))
-        halves = [*_convolution(width, width, 4, 2), *_convolution(width, width, 4, 2)]
-        self.mask_head = nn.Sequential(*halves, nn.Conv2d(width, config.code_length, config.mask_size // 16))
+        quarter = [*_convolution(width, width, 4, 2), *_convolution(width, width, 4, 2)]
+        self.mask_head = nn.Sequential(*quarter, nn.Conv2d(width, config.code_length, config.mask_size // 16))
         if config.codec == "autoencoder":
             widths = [(width, 2 * context), (2 * context, 2 * context), (2 * context, context), (context, context)]
             self.context_head = nn.Sequential(*(layer for pair in widths for layer in _convolution(*pair, 3, 1)))
@@ -133,7 +137,7 @@ def _convolution(before: int, after: int, size: int, stride: int) -> list[nn.Mod
 
 
 class IstrSmt(System):
-    """ISTR with a finer look at each box for its mask. See `IstrSmtConfig` for its parts."""
+    """ISTR with finer features for the mask of each box. See `IstrSmtConfig` for its parts."""
 
     SLOT_PARTS = ("query_boxes", "query_position")
     FITTED_PARTS = ("codec",)
@@ -145,34 +149,26 @@ class IstrSmt(System):
         # Backbone with FPN: P2 ... P5
         self.backbone = config.backbone.build(finest=4)
         self.pyramid = FeaturePyramid(self.backbone.channels, config.hidden_dim)
-        # Query boxes, cx cy w h in fractions of the image, which at first they cover; and position embeddings
+        # Query boxes, cx cy w h in fractions of the image, initially the whole image; and position embeddings
         self.query_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_queries, 1))
         self.query_position = nn.Parameter(torch.randn(config.num_queries, config.hidden_dim))
-        # Stages, which start alike; the class heads' last layers are apart, for fine-tuning
+        # Stages, with equal initial weights; the last layers of the class heads are separate, for fine-tuning
         stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
         reset_stage(stage, class_head)
         self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
-        # Mask encoder, which is fixed, and decoder, which an autoencoder trains on
+        # Mask encoder, which is not trained, and decoder, which is trained further only in an autoencoder
         codecs = {"autoencoder": AutoencoderCodec, "dct": DctCodec, "logit-pca": LogitPcaCodec}
         self.codec: AutoencoderCodec | DctCodec | LogitPcaCodec = codecs[config.codec](config.mask_size, config.code_length)
 
     def prepare(self, targets: Iterable[Instances]) -> None:
-        """Fit the mask code to the masks of the data, or read it from a file; the cosine transform needs no fit."""
-        if isinstance(self.codec, DctCodec):
-            return
-        if self.config.codec_weights is not None:
-            codec_files.load(self.codec, self.config.codec_weights)
-            return
-        crops = (crop(instances.masks, instances.boxes, self.codec.size) for instances in targets if len(instances))
-        if isinstance(self.codec, AutoencoderCodec):
-            self.codec.fit(crops, steps=self.config.autoencoder_steps)
-        else:
-            self.codec.fit(crops)
+        """Fit the codec to the masks of the data, or read it from a file; DCT needs no fit."""
+        options = {"steps": self.config.autoencoder_steps} if isinstance(self.codec, AutoencoderCodec) else {}
+        codec_files.fit_or_load(self.codec, targets, self.config.codec_weights, **options)
 
     def forward(self, images: ImageBatch) -> ModelOutput:
         """Return class logits [B N K] and boxes [B N 4] for every stage, codes [B N D] and context [B N c s s].
 
-        Results need codes and context of the last stage only: in evaluation mode the others have none.
+        In evaluation mode only the last stage has codes and context, since results do not need the others.
         """
         check_canvas(images, self.input.divisor)
         dtype = self.query_boxes.dtype
@@ -199,7 +195,7 @@ class IstrSmt(System):
     def _masks(
         self, stage: Stage, levels: Sequence[Float[Tensor, "B C _ _"]], boxes: Float[Tensor, "B N 4"]
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N c s s"] | None]:
-        """Return codes, and context for the autoencoder, from a second look at the boxes that the stage has predicted."""
+        """Return codes, and context for the autoencoder, from features read again inside the boxes that the stage predicts."""
         regions = pyramid_roi_align(levels, boxes, self.config.mask_size // 4).to(self.query_boxes.dtype)  # [B*N C s s]
         codes = stage.mask_head(regions)[:, :, 0, 0].unflatten(0, boxes.shape[:2])
         if self.config.codec != "autoencoder":
@@ -209,12 +205,12 @@ class IstrSmt(System):
     def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return five terms for every stage: class (focal), box_l1, box_giou, mask_code (smooth L1) and mask_dice.
 
-        All are divided by the number of objects, mask_code by D as well. Every stage is matched on its own, with masks as they
-        are in their annotated boxes; matched masks are compared as they are in the predicted boxes. Computed in float32.
+        All are divided by the number of objects, mask_code also by D. Every stage is matched separately. Matching compares codes
+        of masks cropped to their annotated boxes; the losses compare masks cropped to the predicted boxes. Computed in float32.
 
         Raises:
             MatchingError: a prediction is NaN or infinite.
-            ValueError: the output is one of evaluation mode.
+            MasksetError: the output was computed in evaluation mode.
         """
         if any(layer.mask_params is None for layer in output.layers):
             raise MasksetError(
@@ -230,7 +226,7 @@ class IstrSmt(System):
         boxes = [box_ops.fractions(instances.boxes, instances.masks.size) for instances in targets]
         codes = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
-        cost = settings.code_weight * cosine_cost(codes, self._codes_in_own_boxes(targets, codes.device))
+        cost = settings.code_weight * cosine_cost(codes, self._target_codes(targets, codes.device))
         pairs, sums = match_and_corner_losses(layers, labels, boxes, weights, cost)
         masks = self._masks_in_predicted_boxes(layers, pairs, targets)
         errors = [
@@ -241,7 +237,7 @@ class IstrSmt(System):
         return name_by_layer({name: value / count for name, value in sums.items()}, len(layers))
 
     def _encode(self, masks: Bool[Tensor, "n S S"]) -> Float[Tensor, "n D"]:
-        """Return target codes. An autoencoder in training mode normalises by the masks of this call."""
+        """Return target codes. In training mode an autoencoder's batch norms use the statistics of these masks."""
         with torch.no_grad():
             if isinstance(self.codec, LogitPcaCodec):
                 return self.codec.encode(masks.float(), noisy=self.config.target_noise)
@@ -250,8 +246,8 @@ class IstrSmt(System):
     def _decode(self, codes: Float[Tensor, "n D"], context: Float[Tensor, "n c s s"] | None) -> Float[Tensor, "n S S"]:
         return self.codec.decode(codes, context) if isinstance(self.codec, AutoencoderCodec) else self.codec.decode(codes)
 
-    def _codes_in_own_boxes(self, targets: Sequence[Instances], device: torch.device) -> Float[Tensor, "B T D"]:
-        """Return the target codes of the objects in their annotated boxes."""
+    def _target_codes(self, targets: Sequence[Instances], device: torch.device) -> Float[Tensor, "B T D"]:
+        """Return the codes of the objects' masks, cropped to their annotated boxes."""
         masks = torch.cat([crop(instances.masks, instances.boxes, self.codec.size) for instances in targets]).to(device)
         return pad(list(self._encode(masks).split([len(instances) for instances in targets])))
 
@@ -259,19 +255,19 @@ class IstrSmt(System):
     def _masks_in_predicted_boxes(
         self, layers: Sequence[SlotPredictions], pairs: Matches, targets: Sequence[Instances]
     ) -> Bool[Tensor, "M S S"]:
-        """Return what each matched pair's object looks like inside the predicted box, cut to the image."""
+        """Return the mask of each matched pair's object, cropped to the predicted box, which is clipped to the image."""
         predicted = torch.stack([layer.boxes for layer in layers if layer.boxes is not None])
         corners = box_ops.to_corners(predicted[pairs.layer, pairs.image, pairs.slot])
-        host = torch.cat([corners, pairs.object[:, None]], 1).cpu()  # where the masks are: one copy for all stages
-        parts, crops = iter(host.split([*pairs.counts] * len(layers))), []
-        for instances in [*targets] * len(layers):
-            own, size = next(parts), instances.masks.size
-            inside = box_ops.clip(own[:, :4] * box_ops.scale_of(size, own), size)
-            crops.append(crop(instances.masks[own[:, 4].int().tolist()], inside, self.codec.size))
+        rows = torch.cat([corners, pairs.object[:, None]], 1).cpu()  # masks are on the CPU: one copy for all stages
+        each_image, crops = rows.split([*pairs.counts] * len(layers)), []
+        for image_rows, instances in zip(each_image, [*targets] * len(layers), strict=True):
+            size = instances.masks.size
+            boxes = box_ops.clip(image_rows[:, :4] * box_ops.scale_of(size, image_rows), size)
+            crops.append(crop(instances.masks[image_rows[:, 4].int().tolist()], boxes, self.codec.size))
         return torch.cat(crops).to(corners.device)
 
     def _mask_errors(self, layer: SlotPredictions, pairs: Matches, masks: Bool[Tensor, "M S S"]) -> Float[Tensor, "2"]:
-        """Return the summed errors of one stage's matched pairs: of the codes, divided by D, and of the masks."""
+        """Return the sums over one stage's matched pairs of the code errors, divided by D, and of the mask errors."""
         assert layer.mask_params is not None
         codes, context = layer.mask_params[pairs.image, pairs.slot].float(), _context(layer)
         context = None if context is None else context[pairs.image, pairs.slot].float()
@@ -288,9 +284,9 @@ class IstrSmt(System):
         limit: int = 100,
         threshold: float = 0.0,
     ) -> list[Instances]:
-        """Return the `limit` best pairs of query and class of each image, less those whose box is outside of it.
+        """Return the `limit` best pairs of query and class of each image, without those whose box is outside the image.
 
-        A query may appear with several classes. Boxes are cut to the image, and masks are stretched over what is left of them.
+        A query may appear with several classes. Boxes are clipped to the image, and masks are resized to the clipped boxes.
         """
         last = output.layers[-1]
         assert last.boxes is not None
@@ -299,13 +295,14 @@ class IstrSmt(System):
         detections = []
         for i, (logits, boxes, size) in enumerate(zip(mean_logits, last.boxes, sizes, strict=True)):
             slots, labels, scores, corners = top_k_detections_in_image(logits, boxes, size, limit, threshold)
-            once, again = slots.unique(return_inverse=True)  # decode and paste a query once, however many classes it has
+            queries, mask_of = slots.unique(return_inverse=True)  # decode a query once, however many classes it has
             with torch.autocast(logits.device.type, enabled=False):  # rounding would move the masks' edges
                 context = _context(last)
-                context = None if context is None else context[i, once].float()
-                drawn = self._decode(last.mask_params[i, once].float(), context)
-                masks = paste_soft(drawn, corners[once], size, _MASK_THRESHOLD)
-            detections.append(Instances(labels.cpu(), corners[slots].cpu(), masks[again.tolist()], scores.cpu(), self.categories))
+                context = None if context is None else context[i, queries].float()
+                drawn = self._decode(last.mask_params[i, queries].float(), context)
+                masks = paste_soft(drawn, corners[queries], size, _MASK_THRESHOLD)
+            boxes, masks = corners[slots].cpu(), masks[mask_of.tolist()]
+            detections.append(Instances(labels.cpu(), boxes, masks, scores.cpu(), self.categories))
         return detections
 
 
@@ -314,7 +311,7 @@ def _context(layer: SlotPredictions) -> Float[Tensor, "B N c s s"] | None:
 
 
 def _by_layer(pairs: Matches, masks: Bool[Tensor, "M S S"], layers: int) -> list[tuple[Matches, Bool[Tensor, "_ S S"]]]:
-    """Return the pairs of each layer and their masks: an autoencoder's batch norms must see those alone."""
-    each = sum(pairs.counts)
-    split = (part.split([each] * layers) for part in (pairs.layer, pairs.image, pairs.slot, pairs.object, masks))
-    return [(Matches(layer, image, slot, of, pairs.counts), own) for layer, image, slot, of, own in zip(*split, strict=True)]
+    """Return the pairs and masks of each layer: the statistics of an autoencoder's batch norms are those of one layer."""
+    parts = (pairs.layer, pairs.image, pairs.slot, pairs.object, masks)
+    by_layer = zip(*(part.split([sum(pairs.counts)] * layers) for part in parts), strict=True)
+    return [(Matches(layer, image, slot, target, pairs.counts), own) for layer, image, slot, target, own in by_layer]

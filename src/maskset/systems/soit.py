@@ -1,8 +1,8 @@
 """SOIT: Segmenting Objects with Instance-Aware Transformers (Yu et al., AAAI 2022, arXiv:2112.11037).
 
 Each query predicts a class, a box and D = 441 numbers: the weights of a small transformer for this instance alone, which
-attends to a feature map of the whole image and draws the mask. Built on two-stage Deformable DETR with box refinement. From top
-to bottom this file follows figure 2: backbone and encoder, mask encoder, decoder with its three heads, instance-aware
+attends to a feature map of the whole image and draws the mask. SOIT is built on two-stage Deformable DETR with box refinement.
+From top to bottom this file follows figure 2: backbone and encoder, mask encoder, decoder with its three heads, instance-aware
 transformer, then loss and results.
 """
 
@@ -18,15 +18,7 @@ from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import (
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    check_between,
-    config,
-    setting,
-)
+from maskset.config import Bounds, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, config, setting
 from maskset.detection import Matches, match_and_box_losses, top_k_detections
 from maskset.instances import Category, Instances, Masks
 from maskset.layers.backbone import LevelProjection
@@ -38,10 +30,10 @@ from maskset.masks.paint import paint
 from maskset.masks.resize import align_corners, aligned_bilinear, resample
 from maskset.masks.targets import resize_by_corners
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_heads
+from maskset.systems.base import BackboneConfig, System, SystemConfig, check_canvas, check_heads
 
 _UPSAMPLING = 4  # masks are predicted at stride 8 and upsampled to stride 2
-_SAMPLES_AT_ONCE = 2**22  # of the instance-aware transformer: about 200 MB while it is trained
+_MAX_SAMPLES = 2**22  # sampling points of the instance-aware transformer in memory at a time: about 200 MB in training
 
 
 @config
@@ -49,8 +41,6 @@ class SoitConfig(SystemConfig):
     """Settings of SOIT; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["soit"] = "soit"
-    num_classes: int = setting(80, "class channels; training sets it from the data")
-    input: InputConfig = setting(InputConfig(), "how images become the network's input")
     backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
     hidden_dim: PositiveInt = setting(256, "width C of the transformer")
     num_heads: PositiveInt = setting(8, "attention heads")
@@ -71,7 +61,7 @@ class SoitConfig(SystemConfig):
     mask_loss_layers: int = setting(6, "Table 5: number of last decoder layers with mask losses")
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
     l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
-    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")
+    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalized IoU loss, and in the matching")
     dice_weight: NonNegativeFloat = setting(8.0, "weight of the masks' dice loss")
     bce_weight: NonNegativeFloat = setting(2.0, "weight of the masks' binary cross-entropy")
 
@@ -79,7 +69,7 @@ class SoitConfig(SystemConfig):
         super().__post_init__()
         check_heads(self, "hidden_dim", "num_heads", 4)
         check_heads(self, "mask_channels", "mask_heads", 4)
-        check_between(self, "model", "mask_loss_layers", 1, self.decoder_layers)
+        Bounds(1, self.decoder_layers).check("model.mask_loss_layers", self.mask_loss_layers)
 
     def build(self, categories: tuple[Category, ...]) -> "Soit":
         """Return an untrained SOIT."""
@@ -102,7 +92,7 @@ class Soit(System):
         self.project = LevelProjection(self.backbone.channels, width, config.num_levels, bias=False)
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
         self.encoder = Encoder(config.encoder_layers, width, *deformable, *rest)
-        # Mask encoder ("Shared Mask Features"): the finest level once more, with one head, then few channels
+        # Mask encoder ("Shared Mask Features"): encodes the finest level again, with one head, then reduces its channels
         self.mask_encoder = Encoder(config.mask_encoder_layers, width, 1, 1, 4, *rest)
         self.mask_projection = nn.Linear(width, config.mask_channels)
         self.mask_norm = nn.LayerNorm(config.mask_channels)
@@ -110,14 +100,14 @@ class Soit(System):
         self.proposals = Proposals(width)
         self.decoder = nn.ModuleList(DecoderLayer(width, *deformable, *rest) for _ in range(config.decoder_layers))
         self.class_heads = copies(nn.Linear(width, config.num_classes), config.decoder_layers)
-        self.proposal_class_head = copy.deepcopy(self.class_heads[0])  # channel 0 tells any object from background
+        self.proposal_class_head = copy.deepcopy(self.class_heads[0])  # channel 0 is objectness
         self.box_heads = copies(Mlp(width, width, width, 4), config.decoder_layers + 1)
         numbers = parameter_count(config.mask_channels, config.mask_heads, config.mask_points)
         self.mask_head = Mlp(width, width, width, numbers)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Set the official start (the backbone's and the projection's are theirs)."""
+        """Initialize as the official code does. Backbone and projection initialize themselves."""
         reset_transformer(self.encoder, self.mask_encoder, self.mask_projection, self.proposals, self.decoder)
         for class_head, box_head in zip([*self.class_heads, self.proposal_class_head], self.box_heads, strict=True):
             assert isinstance(class_head, nn.Linear)
@@ -144,7 +134,7 @@ class Soit(System):
         return ModelOutput(layers, mask_features, proposals)
 
     def _mask_features(self, memory: Memory) -> Float[Tensor, "B C h w"]:
-        """Return what the instance-aware transformers look at: the finest level of the memory, encoded once more."""
+        """Return the feature map that instance-aware transformers attend to: the finest level of the memory, encoded again."""
         height, width = memory.shapes[0]
         cells = height * width
         finest = Memory(
@@ -160,16 +150,16 @@ class Soit(System):
     def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the terms of every layer: class (focal), box_l1, box_giou, mask_dice and mask_bce; proposals have no masks.
 
-        Each is divided by the number of matched pairs of its layer, the cross-entropy also by the pixels of the image. As in
-        the official code, pixels of the padding count as background in the masks' terms. Computed in float32.
+        Each is divided by the number of matched pairs of its layer, the cross-entropy also by the number of pixels of the image.
+        As in the official code, padding counts as background in the mask terms. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
             labels = [instances.labels for instances in targets]
             boxes = [box_ops.fractions(instances.boxes, instances.masks.size) for instances in targets]
             pairs, terms = self._detection_terms(output.layers, labels, boxes)
-            assert output.proposals is not None  # the first stage only tells objects from background
-            anything = [torch.zeros_like(label) for label in labels]
-            first = self._detection_terms([output.proposals], anything, boxes)[1]
+            assert output.proposals is not None  # the first stage only separates objects from background
+            objectness = [torch.zeros_like(label) for label in labels]
+            first = self._detection_terms([output.proposals], objectness, boxes)[1]
             terms |= self._mask_terms(output, images, targets, pairs)  # last: matching waits for the device, this does not
             return name_by_layer(terms, len(output.layers)) | {f"{name}/proposals": term[0] for name, term in first.items()}
 
@@ -186,7 +176,7 @@ class Soit(System):
     ) -> dict[str, Float[Tensor, "_"]]:
         """Return dice and cross-entropy of the masks of the matched queries, for the layers that have mask losses.
 
-        The masks are drawn a few at a time and forgotten before the next: memory does not grow with layers and objects.
+        The masks are drawn in chunks, whose memory is freed before the next: memory does not grow with layers and objects.
         """
         assert output.mask_features is not None
         settings, features = self.config, output.mask_features.float()
@@ -194,7 +184,7 @@ class Soit(System):
 
         def draw_and_compare(i: int, weights: Float[Tensor, "n D"], features: Float[Tensor, "B C h w"]) -> Float[Tensor, "2"]:
             image, objects = chunks[i].image, chunks[i].objects
-            logits = self._draw(features[image], mask_targets.padding[image], weights, chunks[i].centres)
+            logits = self._draw(features[image], mask_targets.padding[image], weights, chunks[i].centers)
             rows, columns = (aligned_bilinear(cells, _UPSAMPLING) for cells in features.shape[2:])
             logits, masks = resample(logits, rows, columns), mask_targets.masks[image][objects]
             dice = squared_dice_loss(logits.sigmoid(), masks, 1e-5).sum()
@@ -208,35 +198,35 @@ class Soit(System):
         return {"mask_dice": dice / count, "mask_bce": entropy / count}
 
     def _chunks(self, output: ModelOutput, pairs: Matches) -> Iterator["_Chunk"]:
-        """Yield the matched queries of the layers with mask losses, as many at once as memory allows; at least one chunk."""
+        """Yield the matched queries of the layers with mask losses in chunks of one layer and image, at least one chunk."""
         assert output.mask_features is not None
-        at_once = max(1, _SAMPLES_AT_ONCE // self._samples(output.mask_features))
-        of_slots, of_objects = (part.split([*pairs.counts] * len(output.layers)) for part in (pairs.slot, pairs.object))
+        size = self._chunk_size(output.mask_features)
+        slots_of, objects_of = (part.split([*pairs.counts] * len(output.layers)) for part in (pairs.slot, pairs.object))
         for number in range(len(output.layers) - self.config.mask_loss_layers, len(output.layers)):
             layer = output.layers[number]
             assert layer.mask_params is not None
             assert layer.boxes is not None
             for image in range(len(layer.class_logits)):
-                mine = number * len(pairs.counts) + image
-                for slots, objects in zip(of_slots[mine].split(at_once), of_objects[mine].split(at_once), strict=True):
-                    weights, centres = layer.mask_params[image, slots].float(), layer.boxes[image, slots, :2].detach()
-                    yield _Chunk(number, image, objects, weights, centres)
+                part = number * len(pairs.counts) + image
+                for slots, objects in zip(slots_of[part].split(size), objects_of[part].split(size), strict=True):
+                    weights, centers = layer.mask_params[image, slots].float(), layer.boxes[image, slots, :2].detach()
+                    yield _Chunk(number, image, objects, weights, centers)
 
-    def _samples(self, features: Float[Tensor, "B C h w"]) -> int:
-        """Return how many places one instance looks at."""
-        return features.shape[2] * features.shape[3] * self.config.mask_heads * self.config.mask_points
+    def _chunk_size(self, features: Float[Tensor, "B C h w"]) -> int:
+        """Return the number of instances whose sampling points fit into memory together."""
+        samples = features.shape[2] * features.shape[3] * self.config.mask_heads * self.config.mask_points
+        return max(1, _MAX_SAMPLES // samples)
 
     def _draw(
         self,
         features: Float[Tensor, "C h w"],
         padding: Bool[Tensor, "h w"],
         weights: Float[Tensor, "n D"],
-        centres: Float[Tensor, "n 2"],
+        centers: Float[Tensor, "n 2"],
     ) -> Float[Tensor, "n h w"]:
         """Return the mask logits of instances of one image, at stride 8."""
-        settings = self.config
-        how = (settings.mask_heads, settings.mask_points, settings.mask_positions)
-        return instance_transformer(features, padding, weights, centres, *how)
+        settings = (self.config.mask_heads, self.config.mask_points, self.config.mask_positions)
+        return instance_transformer(features, padding, weights, centers, *settings)
 
     @torch.no_grad()
     def postprocess(
@@ -254,20 +244,20 @@ class Soit(System):
         detections = []
         for i, size in enumerate(sizes):
             slots, labels, scores = top_k_detections(last.class_logits[i], limit, threshold)
-            once, again = slots.unique(return_inverse=True)  # draw a query once, however many classes it has
+            queries, mask_of = slots.unique(return_inverse=True)  # draw a query once, however many classes it has
             with torch.autocast(slots.device.type, enabled=False):  # rounding would move the masks' edges
-                masks = self._masks(output, images, i, once, size)
+                masks = self._masks(output, images, i, queries, size)
             corners = box_ops.to_corners(last.boxes[i][slots]) * box_ops.scale_of(size, last.boxes)
             boxes = box_ops.clip(corners, size).cpu()
-            detections.append(Instances(labels.cpu(), boxes, masks[again.tolist()], scores.cpu(), self.categories))
+            detections.append(Instances(labels.cpu(), boxes, masks[mask_of.tolist()], scores.cpu(), self.categories))
         return detections
 
     def _masks(
         self, output: ModelOutput, images: ImageBatch, image: int, slots: Int[Tensor, "n"], size: tuple[int, int]
     ) -> Masks:
-        """Return the masks of queries of one image: drawn on its part of the canvas, so that padding changes nothing.
+        """Return the masks of queries of one image, drawn on its part of the canvas, so that padding has no effect.
 
-        The order is the official one: sigmoid at stride 2, resize to the network's input, resize to `size`, then 0.5.
+        In the official order: sigmoid at stride 2, resize to the size of the network's input, resize to `size`, threshold 0.5.
         """
         last, features = output.layers[-1], output.mask_features
         assert features is not None
@@ -275,10 +265,10 @@ class Soit(System):
         assert last.mask_params is not None
         padding = images.padding((features.shape[2], features.shape[3]))[image]
         height, width = int((~padding).any(1).sum()), int((~padding).any(0).sum())
-        own = features[image, :, :height, :width].float()
+        unpadded = features[image, :, :height, :width].float()
         parts = [
-            self._draw(own, padding[:height, :width], last.mask_params[image, few].float(), last.boxes[image, few, :2])
-            for few in slots.split(max(1, _SAMPLES_AT_ONCE // self._samples(features)))
+            self._draw(unpadded, padding[:height, :width], last.mask_params[image, chunk].float(), last.boxes[image, chunk, :2])
+            for chunk in slots.split(self._chunk_size(features))
         ]
         rows, columns = (
             (aligned_bilinear(cells, _UPSAMPLING), align_corners(cells * _UPSAMPLING, length), align_corners(length, pixels))
@@ -289,13 +279,13 @@ class Soit(System):
 
 
 class _Chunk(NamedTuple):
-    """A few matched queries of one layer and image."""
+    """Matched queries of one layer and image: their objects, and the weights and box centers that their masks are drawn with."""
 
     layer: int
     image: int
     objects: Int[Tensor, "n"]
     weights: Float[Tensor, "n D"]
-    centres: Float[Tensor, "n 2"]
+    centers: Float[Tensor, "n 2"]
 
 
 class _MaskTargets(NamedTuple):
@@ -310,6 +300,6 @@ def _mask_targets(images: ImageBatch, targets: Sequence[Instances], features: Fl
     height, width = features.shape[2:]
     canvas, size = (images.pixels.shape[2], images.pixels.shape[3]), (height * _UPSAMPLING, width * _UPSAMPLING)
     padding = images.padding((height, width)).to(features.device)
-    beyond = resample(padding.float(), align_corners(height, size[0]), align_corners(width, size[1])) > 0
+    padded = resample(padding.float(), align_corners(height, size[0]), align_corners(width, size[1])) > 0
     masks = [resize_by_corners(instances.masks, canvas, size, features.device) for instances in targets]
-    return _MaskTargets(padding, masks, (~beyond).float().sum((1, 2)))
+    return _MaskTargets(padding, masks, (~padded).float().sum((1, 2)))

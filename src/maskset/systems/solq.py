@@ -1,22 +1,22 @@
 """SOLQ: Segmenting Objects by Learning Queries (Dong et al., NeurIPS 2021, arXiv:2106.02351).
 
-Each query predicts a class, a box and D = 256 DCT coefficients of the mask, cropped to the box and resized to 128 x 128. Built
-on Deformable DETR. From top to bottom this file follows figures 1b and 2: feature extraction, decoder, unified query
-representation, then targets, loss and results.
+Each query predicts a class, a box and a mask code, which the paper calls mask vector: D = 256 DCT coefficients of the mask,
+cropped to the box and resized to 128 x 128. SOLQ is built on Deformable DETR. From top to bottom this file follows figures 1b
+and 2: feature extraction, decoder, unified query representation, then targets, loss and results.
 """
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.config import Fraction, NonNegativeFloat, PositiveInt, check_between, config, setting
+from maskset.config import Bounds, Fraction, NonNegativeFloat, PositiveInt, config, setting
 from maskset.detection import match_and_box_losses, top_k_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
@@ -32,7 +32,7 @@ from maskset.masks.codecs.sparse import SparseCodec
 from maskset.masks.paint import binarize, paste
 from maskset.masks.targets import crop
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
-from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_heads
+from maskset.systems.base import BackboneConfig, System, SystemConfig, check_canvas, check_codec, check_heads
 
 
 @config
@@ -40,8 +40,6 @@ class SolqConfig(SystemConfig):
     """Settings of SOLQ; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["solq"] = "solq"
-    num_classes: int = setting(80, "class channels; training sets it from the data")
-    input: InputConfig = setting(InputConfig(), "how images become the network's input")
     backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
     hidden_dim: PositiveInt = setting(384, "width C of the transformer (the paper does not say; the official code has 384)")
     num_heads: PositiveInt = setting(8, "attention heads")
@@ -53,32 +51,25 @@ class SolqConfig(SystemConfig):
     decoder_layers: PositiveInt = setting(6, "decoder layers")
     num_queries: PositiveInt = setting(300, "N, number of object queries: the maximum number of objects per image")
     box_refinement: bool = setting(True, "each decoder layer refines the boxes of the previous one, with its own heads")
-    two_stage: bool = setting(False, "queries start from the encoder's best proposals")
+    two_stage: bool = setting(False, "initialize the queries from the encoder's best proposals")
     codec: Literal["dct", "pca", "sparse", "flatten"] = setting("dct", "Table 3a: mask codec")
     mask_size: int = setting(128, "Table 3d: N of the paper, side S of the box-local mask, pixels")
     code_length: int = setting(256, "Table 3e: n_k of the paper, D numbers for a mask")
-    codec_weights: str | None = setting(None, "a code fitted by `maskset codecs fit`; None fits it; ignored if --init has a code")
+    codec_weights: str | None = setting(None, "file of a codec fitted by `maskset codecs fit`; None: fit it, or take --init's")
     mask_hidden_dim: PositiveInt = setting(1024, "hidden width of the mask head")
-    mask_loss_layers: int = setting(6, "Table 3c: number of last decoder layers with the vector loss")
-    mask_weight: NonNegativeFloat = setting(3.0, "Table 3b: weight of the vector loss")
+    mask_loss_layers: int = setting(6, "Table 3c: number of last decoder layers with a mask loss")
+    mask_weight: NonNegativeFloat = setting(3.0, "Table 3b: weight of the mask loss")
     class_weight: NonNegativeFloat = setting(2.0, "weight of the focal loss, and in the matching")
     l1_weight: NonNegativeFloat = setting(5.0, "weight of the L1 box loss, and in the matching")
-    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalised IoU loss, and in the matching")
+    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalized IoU loss, and in the matching")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_heads(self, "hidden_dim", "num_heads", 4)
-        check_between(self, "model", "mask_loss_layers", 1, self.decoder_layers)
+        Bounds(1, self.decoder_layers).check("model.mask_loss_layers", self.mask_loss_layers)
         if self.two_stage and not self.box_refinement:
             raise ConfigError("model.two_stage needs model.box_refinement: its queries start from boxes.")
-        if not 1 <= self.code_length <= self.mask_size**2 or (self.codec == "flatten" and self.code_length != self.mask_size**2):
-            allowed = self.mask_size**2 if self.codec == "flatten" else f"1 ... {self.mask_size**2}"
-            raise ConfigError(
-                f"model.code_length must be {allowed} with codec {self.codec} and mask_size {self.mask_size}, "
-                f"got {self.code_length}."
-            )
-        if self.codec_weights is not None and self.codec not in ("pca", "sparse"):
-            raise ConfigError(f"model.codec_weights is for the codes pca and sparse; {self.codec} is not fitted.")
+        check_codec(self, fitted=("pca", "sparse"))
 
     def build(self, categories: tuple[Category, ...]) -> "Solq":
         """Return an untrained SOLQ."""
@@ -102,7 +93,7 @@ class Solq(System):
         self.project = LevelProjection(self.backbone.channels, width, config.num_levels)
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
         self.encoder = Encoder(config.encoder_layers, width, *deformable, config.feedforward_dim, config.dropout)
-        # Object queries: where each looks at first, and with what
+        # Object queries: position embeddings, which give the first reference points, and initial states
         if config.two_stage:
             self.proposals = Proposals(width)
         else:
@@ -112,18 +103,18 @@ class Solq(System):
         self.decoder = nn.ModuleList(
             DecoderLayer(width, *deformable, config.feedforward_dim, config.dropout) for _ in range(config.decoder_layers)
         )
-        # Unified query representation (figure 2): class, box and mask vector from the same hidden state
+        # Unified query representation (figure 2): class, box and mask code from the same hidden state
         heads = config.decoder_layers if config.box_refinement else 1
         self.class_heads = copies(nn.Linear(width, config.num_classes), heads)
         self.box_heads = copies(Mlp(width, width, width, 4), heads + config.two_stage)
         if config.two_stage:
-            self.proposal_class_head = copy.deepcopy(self.class_heads[0])  # channel 0 tells any object from background
+            self.proposal_class_head = copy.deepcopy(self.class_heads[0])  # channel 0 is objectness
         self.mask_head = Mlp(width, config.mask_hidden_dim, config.mask_hidden_dim, config.code_length)
         self.codec = _codec(config)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Set the official start (the backbone's and the projection's are theirs)."""
+        """Initialize as the official code does. Backbone and projection initialize themselves."""
         reset_transformer(self.encoder, self.decoder, self.proposals if self.config.two_stage else self.reference_points)
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
@@ -142,18 +133,11 @@ class Solq(System):
             nn.init.constant_(self.mask_head.last.bias[2:], -2.0)  # meant for boxes, but part of the official recipe
 
     def prepare(self, targets: Iterable[Instances]) -> None:
-        """Fit the code to the masks of the data, or read it from a file, if it is a fitted one (PCA, sparse coding)."""
-        if isinstance(self.codec, (PcaCodec, SparseCodec)):
-            if self.config.codec_weights is None:
-                self.codec.fit(self._crops(targets))
-            else:
-                codec_files.load(self.codec, self.config.codec_weights)
-
-    def _crops(self, targets: Iterable[Instances]) -> Iterator[Bool[Tensor, "T S S"]]:
-        return (crop(instances.masks, instances.boxes, self.codec.size) for instances in targets if len(instances))
+        """Fit the codec to the masks of the data, or read it from a file; DCT and flattening need no fit."""
+        codec_files.fit_or_load(self.codec, targets, self.config.codec_weights)
 
     def forward(self, images: ImageBatch) -> ModelOutput:
-        """Return, for every decoder layer, class logits [B N K], boxes [B N 4] and mask vectors [B N D]."""
+        """Return, for every decoder layer, class logits [B N K], boxes [B N 4] and mask codes [B N D]."""
         check_canvas(images, self.input.divisor)
         levels = self.project(self.backbone(images.pixels))  # strides 8, 16, 32, 64; each [B C h w]
         paddings = [images.padding((level.shape[2], level.shape[3])) for level in levels]
@@ -170,24 +154,23 @@ class Solq(System):
         return ModelOutput(layers, proposals=proposals)
 
     def _queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, SlotPredictions | None]:
-        """Return position, content and reference of the queries, and the proposals where they start from those."""
+        """Return position, content and reference of the queries, and with two stages the proposals that they start from.
+
+        Two stages, where the cells of highest objectness become queries, were used for no published number.
+        """
         if self.config.two_stage:
-            return self._proposed_queries(memory)
+            proposals, best = self.proposals(memory, self.proposal_class_head, self.box_heads[-1], self.config.num_queries)
+            position, content = self.proposals.queries(best)
+            return position, content, best.sigmoid(), proposals
         batch = len(memory.cells)
         position = self.query_position.expand(batch, -1, -1)
         return position, self.query_content.expand(batch, -1, -1), self.reference_points(position).float().sigmoid(), None
 
-    def _proposed_queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, SlotPredictions]:
-        """Two stages (used for no published number): the cells that score best in class channel 0 become queries."""
-        proposals, best = self.proposals(memory, self.proposal_class_head, self.box_heads[-1], self.config.num_queries)
-        position, content = self.proposals.queries(best)
-        return position, content, best.sigmoid(), proposals
-
     def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the terms of equation 5 for every layer: class (focal), box_l1, box_giou and mask_code (L1).
 
-        Class and box terms are divided by the number of objects, mask_code by the number of matched pairs times D; the
-        official code takes the latter on each GPU alone, here it is the mean over processes. Computed in float32.
+        Class and box terms are divided by the number of objects, mask_code by the number of matched pairs times D. Both numbers
+        are means over processes; the official code counts the pairs on each GPU. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
             return self._terms(output, images, targets)
@@ -198,9 +181,9 @@ class Solq(System):
         boxes = [box_ops.fractions(instances.boxes, instances.masks.size) for instances in targets]
         codes = self._codes(targets, images.pixels.device)
         terms = self._layer_terms(output.layers, labels, boxes, codes, count)
-        if output.proposals is not None:  # the first stage only tells objects from background
-            anything = [torch.zeros_like(label) for label in labels]
-            first = self._layer_terms([output.proposals], anything, boxes, None, count)
+        if output.proposals is not None:  # the first stage only separates objects from background
+            objectness = [torch.zeros_like(label) for label in labels]
+            first = self._layer_terms([output.proposals], objectness, boxes, None, count)
             terms |= {f"{name}/proposals": term for name, term in first.items()}
         return terms
 
@@ -212,30 +195,30 @@ class Solq(System):
         codes: Float[Tensor, "M D"] | None,
         count: Tensor,
     ) -> dict[str, Tensor]:
-        """Return the weighted terms of the layers, all layers at once. `codes` are those of all objects, image after image."""
+        """Return the weighted terms of all layers. `codes` are the targets of all objects, in the order of the images."""
         settings = self.config
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
         pairs, sums = match_and_box_losses(layers, labels, boxes, weights)
         terms = {name: value / count for name, value in sums.items()}
         if codes is not None:
             starts = torch.tensor([0, *(len(label) for label in labels[:-1])], device=codes.device).cumsum(0)
-            vectors = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()
-            errors = self._code_loss(vectors[pairs.layer, pairs.image, pairs.slot], codes[starts[pairs.image] + pairs.object])
+            predicted = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()
+            errors = self._code_loss(predicted[pairs.layer, pairs.image, pairs.slot], codes[starts[pairs.image] + pairs.object])
             pairs_per_layer = distributed.divisor(len(pairs) / len(layers), like=errors)
             by_layer = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers)) / pairs_per_layer
             terms["mask_code"] = by_layer[-settings.mask_loss_layers :]
         return name_by_layer(terms, len(layers))
 
     def _codes(self, targets: Sequence[Instances], device: torch.device) -> Float[Tensor, "M D"]:
-        """Return the target mask vectors of the objects of all images (section 3.2)."""
+        """Return the target mask codes of the objects of all images (section 3.2)."""
         masks = torch.cat([crop(instances.masks, instances.boxes, self.codec.size) for instances in targets])
         return self.codec.encode(masks.to(device).float())
 
-    def _code_loss(self, vectors: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]) -> Float[Tensor, "M"]:
-        """Return the vector loss of each pair: mean absolute error; for flat masks squared error and dice (Table 3a)."""
+    def _code_loss(self, codes: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]) -> Float[Tensor, "M"]:
+        """Return the mask loss of each pair: mean absolute error; for flat masks squared error and dice (Table 3a)."""
         if self.config.codec == "flatten":
-            return (vectors - targets).square().mean(1) + dice_loss(vectors.clamp(0, 1), targets)
-        return (vectors - targets).abs().mean(1)
+            return (codes - targets).square().mean(1) + dice_loss(codes.clamp(0, 1), targets)
+        return (codes - targets).abs().mean(1)
 
     @torch.no_grad()
     def postprocess(
@@ -248,25 +231,25 @@ class Solq(System):
     ) -> list[Instances]:
         """Return the `limit` best pairs of query and class of each image; a query may appear with several classes.
 
-        Boxes are clipped to the image, masks are not resized for it; the official code leaves boxes as they are.
+        Boxes are clipped to the image after the masks are pasted into them; the official code does not clip boxes.
         """
         last = output.layers[-1]
         assert last.boxes is not None
         assert last.mask_params is not None
         detections = []
-        for logits, boxes, vectors, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
+        for logits, boxes, codes, size in zip(last.class_logits, last.boxes, last.mask_params, sizes, strict=True):
             slots, labels, scores = top_k_detections(logits, limit, threshold)
             corners = box_ops.to_corners(boxes).float() * box_ops.scale_of(size, boxes)
-            once, again = slots.unique(return_inverse=True)  # decode and paste each query once, however many classes it has
-            with torch.autocast(vectors.device.type, enabled=False):  # rounding would move the masks' edges
-                masks = paste(binarize(self.codec.decode(vectors[once].float())), corners[once], size)
+            queries, mask_of = slots.unique(return_inverse=True)  # decode a query once, however many classes it has
+            with torch.autocast(codes.device.type, enabled=False):  # rounding would move the masks' edges
+                masks = paste(binarize(self.codec.decode(codes[queries].float())), corners[queries], size)
             inside = box_ops.clip(corners[slots], size).cpu()
-            detections.append(Instances(labels.cpu(), inside, masks[again.tolist()], scores.cpu(), self.categories))
+            detections.append(Instances(labels.cpu(), inside, masks[mask_of.tolist()], scores.cpu(), self.categories))
         return detections
 
 
 def _codec(config: SolqConfig) -> DctCodec | PcaCodec | SparseCodec | FlattenCodec:
-    """Return the code that Table 3a compares under the config's name."""
+    """Return the codec that the config names; Table 3a compares them."""
     if config.codec == "flatten":
         return FlattenCodec(config.mask_size)
     codecs = {"dct": DctCodec, "pca": PcaCodec, "sparse": SparseCodec}

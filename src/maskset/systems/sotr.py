@@ -1,12 +1,13 @@
 """SOTR: Segmenting Objects with Transformers (Guo, Niu, Qu, Li, ICCV 2021, arXiv:2108.06747).
 
-Each cell of five grids predicts a class and a kernel of 256 numbers for the object whose centre falls into it. All masks of an
+Each cell of five grids predicts a class and a kernel of 256 numbers for the object whose center falls into it. All masks of an
 image are drawn on one map of mask features, each by the 1x1 convolution with its kernel. There are no queries, no boxes and no
-matching: an object belongs to the cells around its centre, on the grids for its size, and duplicates are suppressed by Matrix
-NMS. SOTR is SOLOv2 with one transformer in the place of its towers of convolutions. From top to bottom this file follows figure
-2: backbone, transformer, functional heads, multi-level upsampling, then targets, loss and results.
+matching: an object is assigned to the cells around its center, on the grids for its size, and Matrix NMS suppresses duplicates.
+SOTR is SOLOv2 with a transformer in place of its convolutional towers. From top to bottom this file follows figure 2: backbone,
+transformer, functional heads, multi-level upsampling, then targets, loss and results.
 
-The paper and its code differ in the transformer. The published weights belong to the code's, which is `transformer="released"`.
+The transformer of the paper differs from that of the released code, to which the published weights belong: the default,
+`transformer="released"`.
 """
 
 import math
@@ -34,13 +35,13 @@ from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
 _LEVELS = 5
-_CANVAS = 32  # pixels; on multiples of it the levels, doubled, meet
+_CANVAS = 32  # pixels; on multiples of it each pyramid level is exactly twice as large as the next
 _STRIDE = 4  # pixels per cell of the mask features
-_LEAST_AREAS = (8, 8, 16, 32, 32)  # cells of the mask features that a mask of each grid must exceed: the strides of its levels
-_CELLS = 2**22  # of masks that are drawn at a time
+_MIN_AREAS = (8, 8, 16, 32, 32)  # a mask of each grid must cover more cells of the mask features than this: the level's stride
+_MAX_CELLS = 2**22  # cells of the masks that are in memory at a time
 _MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
-_GREEDY_IOU = 0.5  # above which greedy NMS drops a mask
-_INPUT = InputConfig(  # what MSRA's weights expect, and the size that the official models are tested at
+_GREEDY_IOU = 0.5  # IoU above which greedy NMS drops a mask
+_INPUT = InputConfig(  # the normalization of MSRA's weights, and the image size of the official tests
     mean=(103.53 / 255, 116.28 / 255, 123.675 / 255),
     std=(1 / 255, 1 / 255, 1 / 255),
     channel_order="bgr",
@@ -54,7 +55,6 @@ class SotrConfig(SystemConfig):
     """Settings of SOTR; the defaults are those of the official ResNet-50 model."""
 
     system: Literal["sotr"] = "sotr"
-    num_classes: int = setting(80, "class channels; training sets it from the data")
     input: InputConfig = setting(_INPUT, "how images become the network's input")
     backbone: BackboneConfig = setting(BackboneConfig(stride_in_first=True, drop_path=0.0), "the backbone")
     hidden_dim: PositiveInt = setting(256, "width C of pyramid and transformer")
@@ -64,15 +64,15 @@ class SotrConfig(SystemConfig):
     )
     depth: NonNegativeInt = setting(12, "layers of the transformer (table 3)")
     substituted: Literal["none", "p5", "p4+p5"] = setting(
-        "p5", "levels of the mask features that come from the transformer (table 4)"
+        "p5", "pyramid levels that the transformer processes before they enter the mask features (table 4)"
     )
-    grids: tuple[int, ...] = setting((40, 36, 24, 16, 12), "cells along each side of the five grids")
-    scale_from: tuple[int, ...] = setting(
+    grids: tuple[PositiveInt, ...] = setting((40, 36, 24, 16, 12), "cells along each side of the five grids")
+    scale_from: tuple[PositiveInt, ...] = setting(
         (1, 48, 96, 192, 384), "smallest object of each grid, square root of the box area, pixels ..."
     )
-    scale_to: tuple[int, ...] = setting((96, 192, 384, 768, 2048), "... and largest, pixels")
+    scale_to: tuple[PositiveInt, ...] = setting((96, 192, 384, 768, 2048), "... and largest, pixels")
     centre_share: Probability = setting(
-        0.2, "size of the region around the centre of mass whose cells are assigned, relative to the box"
+        0.2, "size of the region around the center of mass whose cells are assigned, relative to the box"
     )
     mask_hidden_dim: PositiveInt = setting(128, "width inside the multi-level upsampling")
     mask_dim: PositiveInt = setting(256, "D, width of the mask features and length of a kernel")
@@ -82,15 +82,15 @@ class SotrConfig(SystemConfig):
     nms: Literal["gaussian", "linear", "greedy"] = setting(
         "gaussian", "Matrix NMS with this decay, or greedy suppression of masks"
     )
-    nms_candidates: PositiveInt = setting(500, "number of best masks that enter NMS: the maximum number of results per image")
-    kept_threshold: Probability = setting(0.05, "minimum score after Matrix NMS")
+    nms_candidates: PositiveInt = setting(500, "number of best masks that enter NMS: the maximum number of detections per image")
+    kept_threshold: Probability = setting(0.05, "minimum score of a detection after Matrix NMS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_heads(self, "hidden_dim", "num_heads")
         for name in ("grids", "scale_from", "scale_to"):
-            if len(getattr(self, name)) != _LEVELS or min(getattr(self, name)) < 1:
-                raise ConfigError(f"model.{name} must be {_LEVELS} numbers of at least 1, got {getattr(self, name)}.")
+            if len(getattr(self, name)) != _LEVELS:
+                raise ConfigError(f"model.{name} must be {_LEVELS} numbers, got {getattr(self, name)}.")
         if any(low > high for low, high in zip(self.scale_from, self.scale_to, strict=True)):
             raise ConfigError(f"model.scale_from must not exceed scale_to ({self.scale_to}), got {self.scale_from}.")
         if any(low > high for low, high in zip(sorted(self.scale_from)[1:], sorted(self.scale_to), strict=False)):
@@ -146,29 +146,29 @@ class Sotr(System):
         return ModelOutput([predictions], mask_features=self._mask_features(levels))
 
     def _levels(self, levels: Sequence[Float[Tensor, "B C _ _"]]) -> list[Float[Tensor, "B C _ _"]]:
-        """Return what the five grids are made of: P2 at half its size, P3, P4, P5, and P6 at the size of P5."""
+        """Return the maps that are resized to the five grids: P2 at half its size, P3, P4, P5, and P6 at the size of P5."""
         p2, p3, p4, p5 = levels
         p6 = F.max_pool2d(p5, 1, stride=2)
-        shrunk = F.interpolate(p2, scale_factor=0.5, mode="bilinear")
-        return [shrunk, p3, p4, p5, F.interpolate(p6, size=(p5.shape[2], p5.shape[3]), mode="bilinear")]
+        half_p2 = F.interpolate(p2, scale_factor=0.5, mode="bilinear")
+        return [half_p2, p3, p4, p5, F.interpolate(p6, size=(p5.shape[2], p5.shape[3]), mode="bilinear")]
 
     def _mask_features(self, levels: Sequence[Float[Tensor, "B C _ _"]]) -> Float[Tensor, "B D h w"]:
-        """Return the unified map of P2 ... P5 at stride 4, the coarser of them from the transformer; none is negative.
+        """Return the mask features at stride 4, none of them negative, from P2 ... P5; the transformer processes the coarsest.
 
-        The paper upsamples it to the image's size; in the code only masks are.
+        The paper upsamples the mask features to the size of the image; the official code upsamples only the masks.
         """
-        untouched = {"none": 4, "p5": 3, "p4+p5": 2}[self.config.substituted]
-        return self.mask_feature_head([*levels[:untouched], *(self.transformer(level) for level in levels[untouched:])])
+        first = {"none": 4, "p5": 3, "p4+p5": 2}[self.config.substituted]  # index of the first level for the transformer
+        return self.mask_feature_head([*levels[:first], *(self.transformer(level) for level in levels[first:])])
 
     def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """Return two terms: class (focal, divided by the number of the objects' cells + 1) and mask (dice, the mean over pairs).
+        """Return two terms: class (focal, divided by the number of assigned cells + 1) and mask (dice, the mean over all pairs).
 
-        Only masks of pairs of cell and object are drawn, few at a time, on the whole canvas with its padding. Without any pair
-        the mask term is 0, where the official code stops. Computed in float32.
+        Only the masks of assigned cells are drawn, a few at a time, on the whole canvas with its padding. Without any pair
+        the mask term is 0; the official code fails. Computed in float32.
         """
         with torch.autocast(images.pixels.device.type, enabled=False):
-            # Compress polygons once for all targets.
-            targets = [replace(each, masks=Masks(each.masks.rle(), each.masks.size)) for each in targets]
+            # Rasterize polygons once: targets and mask losses both read run lengths.
+            targets = [replace(instances, masks=Masks(instances.masks.rle(), instances.masks.size)) for instances in targets]
             return self._terms(output, targets)
 
     def _terms(self, output: ModelOutput, targets: Sequence[Instances]) -> dict[str, Tensor]:
@@ -178,14 +178,14 @@ class Sotr(System):
         logits, kernels, features = layer.class_logits.float(), layer.mask_params.float(), output.mask_features.float()
         pairs = [assign(instances, (features.shape[2], features.shape[3]), self.config) for instances in targets]
         class_targets, positive = torch.zeros_like(logits), 0
-        for expected, own, instances in zip(class_targets, pairs, targets, strict=True):
-            owners = own.owners(len(expected))
-            cells = (owners >= 0).nonzero()[:, 0]
-            expected[cells, instances.labels.cpu()[owners[cells]]] = 1
+        for expected, image_pairs, instances in zip(class_targets, pairs, targets, strict=True):
+            objects = image_pairs.object_of_slot(len(expected))
+            cells = (objects >= 0).nonzero()[:, 0]
+            expected[cells, instances.labels.cpu()[objects[cells]]] = 1
             positive += len(cells)
         # (cells of all processes + 1) / processes, and likewise the pairs
         cell_count = distributed.divisor(positive + 1 / distributed.world_size(), like=logits)
-        pair_count = distributed.divisor(sum(len(own.cells) for own in pairs), like=logits)
+        pair_count = distributed.divisor(sum(len(image_pairs.cells) for image_pairs in pairs), like=logits)
         return {
             "class": self.config.class_weight * focal_loss(logits, class_targets).sum() / cell_count,
             "mask": self.config.mask_weight * _mask_loss(kernels, features, pairs, targets) / pair_count,
@@ -200,9 +200,9 @@ class Sotr(System):
         limit: int = 100,
         threshold: float = 0.0,
     ) -> list[Instances]:
-        """Return the best masks of each image after Matrix NMS; a cell may appear with several classes.
+        """Return the best masks of each image after NMS; a cell may appear with several classes.
 
-        Boxes are those around the masks; the official code leaves them zero.
+        Boxes are the bounding boxes of the masks; the official code returns boxes of zeros.
         """
         (layer,) = output.layers
         assert layer.mask_params is not None
@@ -210,43 +210,44 @@ class Sotr(System):
         detections = []
         with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
             scores = point_nms(layer.class_logits.float().sigmoid(), self.config.grids)
-            parts = zip(
+            each_image = zip(
                 scores, layer.mask_params.float(), output.mask_features.float(), images.sizes.tolist(), sizes, strict=True
             )
-            for own, kernels, features, input_size, size in parts:
-                best = self._suppress(self._candidates(own.nan_to_num(0), kernels, features, self.config.nms_candidates))
+            for image_scores, kernels, features, input_size, size in each_image:
+                candidates = self._candidates(image_scores.nan_to_num(0), kernels, features, self.config.nms_candidates)
+                best = self._suppress(candidates)
                 best = best[best.scores >= threshold][:limit]
-                once, again = best.cells.unique(return_inverse=True)  # paint a cell's mask once, however many classes it has
-                drawn = dynamic_conv(features, kernels[once]).sigmoid()
-                masks = paint_probabilities(drawn, _STRIDE, input_size, size)[again.tolist()]
+                cells, mask_of = best.cells.unique(return_inverse=True)  # paint a cell once, however many classes it has
+                drawn = dynamic_conv(features, kernels[cells]).sigmoid()
+                masks = paint_probabilities(drawn, _STRIDE, input_size, size)[mask_of.tolist()]
                 detections.append(Instances(best.labels.cpu(), masks.boxes(), masks, best.scores.cpu(), self.categories))
         return detections
 
     def _candidates(
         self, scores: Float[Tensor, "N K"], kernels: Float[Tensor, "N D"], features: Float[Tensor, "D h w"], count: int
     ) -> "Candidates":
-        """Return the `count` best pairs of cell and class, by probability times the mean probability inside of the mask.
+        """Return the `count` best pairs of cell and class, by class probability times the mean probability inside the mask.
 
-        A cell's mask is drawn once, a few masks at a time, those of the best classes first. The mean is at most 1, so the drawing
-        stops when `count` pairs are better than the best class that is left: no mask that is left can be among them.
+        Masks are drawn in chunks, in the order of the cells' best class probabilities. Since the mean is at most 1, no later
+        mask can be among the best once `count` pairs exceed the next class probability; drawing stops there.
         """
         scores = scores * (scores > self.config.score_threshold)
-        by_class, cells = scores.amax(1).sort(descending=True, stable=True)
+        class_scores, cells = scores.amax(1).sort(descending=True, stable=True)
         sides = torch.tensor(self.config.grids, device=scores.device)
-        least = torch.tensor(_LEAST_AREAS, device=scores.device).repeat_interleave(sides**2)
-        scored, inside = torch.zeros_like(scores), [features[:0] > 0]
-        for some in cells[by_class > 0].split(max(1, _CELLS // features[0].numel())):
-            if len(some) == 0 or int((scored > scores[some[0]].max()).sum()) >= count:
+        min_areas = torch.tensor(_MIN_AREAS, device=scores.device).repeat_interleave(sides**2)
+        mask_scores, masks = torch.zeros_like(scores), [features[:0] > 0]
+        for chunk in cells[class_scores > 0].split(max(1, _MAX_CELLS // features[0].numel())):
+            if len(chunk) == 0 or int((mask_scores > scores[chunk[0]].max()).sum()) >= count:
                 break
-            drawn = dynamic_conv(features, kernels[some]).sigmoid()
-            inside.append(drawn > _MASK_THRESHOLD)
-            areas = inside[-1].sum((1, 2))
-            confidence = (drawn * inside[-1]).sum((1, 2)) / areas.clamp(min=1) * (areas > least[some])
-            scored[some] = scores[some] * confidence[:, None]
-        best, pairs = scored.flatten().sort(descending=True, stable=True)
+            drawn = dynamic_conv(features, kernels[chunk]).sigmoid()
+            masks.append(drawn > _MASK_THRESHOLD)
+            areas = masks[-1].sum((1, 2))
+            confidence = (drawn * masks[-1]).sum((1, 2)) / areas.clamp(min=1) * (areas > min_areas[chunk])
+            mask_scores[chunk] = scores[chunk] * confidence[:, None]
+        best, pairs = mask_scores.flatten().sort(descending=True, stable=True)
         best, pairs = best[best > 0][:count], pairs[best > 0][:count]
         slots, labels = pairs // scores.shape[1], pairs % scores.shape[1]
-        return Candidates(slots, labels, best, torch.cat(inside)[cells.argsort()[slots]])
+        return Candidates(slots, labels, best, torch.cat(masks)[cells.argsort()[slots]])
 
     def _suppress(self, candidates: "Candidates") -> "Candidates":
         """Return the candidates that NMS keeps, best first."""
@@ -269,12 +270,12 @@ class Candidates:
     masks: Bool[Tensor, "n h w"]
 
     def __getitem__(self, index: Int[Tensor, "_"] | Bool[Tensor, "_"] | slice) -> "Candidates":
-        """Return some of them."""
+        """Return the candidates at the given positions."""
         return Candidates(self.cells[index], self.labels[index], self.scores[index], self.masks[index])
 
 
 def point_nms(scores: Float[Tensor, "B N K"], grids: Sequence[int]) -> Float[Tensor, "B N K"]:
-    """Return the scores of cells that are no worse than those above, to the left and to the upper left, and 0 for others."""
+    """Return the scores, with 0 where the cell above, to the left or to the upper left has a higher score of the same class."""
     maxima = []
     for grid, side in zip(scores.split([side**2 for side in grids], 1), grids, strict=True):
         square = grid.transpose(1, 2).unflatten(2, (side, side))
@@ -285,56 +286,63 @@ def point_nms(scores: Float[Tensor, "B N K"], grids: Sequence[int]) -> Float[Ten
 
 @dataclass(frozen=True)
 class Pairs:
-    """Assigned cells and objects of one image, grid by grid, object by object; a cell may be assigned several times."""
+    """Pairs of cell and object of one image, in the order of grids, then objects; a cell may occur with several objects."""
 
     cells: Int[Tensor, "P"]
     objects: Int[Tensor, "P"]
 
-    def owners(self, slots: int) -> Int[Tensor, "N"]:
-        """Return the object whose class each slot should predict, the last of its pairs; -1 where it has none."""
+    def object_of_slot(self, slots: int) -> Int[Tensor, "N"]:
+        """Return the object whose class each of `slots` slots should predict: its last object, or -1 if it has none."""
         return torch.full((slots,), -1).scatter_reduce(0, self.cells, self.objects, "amax")
 
 
 def assign(targets: Instances, size: tuple[int, int], settings: SotrConfig) -> Pairs:
-    """Return the pairs of one image, on the CPU.
+    """Return the pairs of cell and object of one image, on the CPU.
 
-    An object is on every grid for its size. There its cells are those in the region around its centre of mass, `centre_share`
-    of the box's sides long, but no further than the neighbours of the centre's own cell: at the most 3 x 3.
+    An object is assigned on every grid for its size, to the cells that a region around its center of mass touches. The region
+    has `centre_share` of the box's height and width; at most the cell of the center and its eight neighbors are assigned.
 
     Args:
-        targets: objects of one image, boxes in pixels; an object whose mask is empty has no cell.
-        size: of the mask features; the grids span the whole canvas.
-        settings: grids, their scales, and the region.
+        targets: objects of one image, boxes in pixels; an object with an empty mask is assigned to no cell.
+        size: height and width of the mask features; the grids cover the whole canvas.
+        settings: the grids, the object sizes of each, and the size of the region.
     """
     boxes = targets.boxes.cpu()
-    areas, centres = centers_of_mass(targets.masks)  # y, x; all in float32, since a centre may lie on the border of two cells
+    areas, centers = centers_of_mass(targets.masks)  # y, x; in float32 as officially: a center may lie on a border of cells
     sides = (boxes[:, 2:] - boxes[:, :2]).flip(1)  # height, width
     scales = sides.prod(1).sqrt()
-    cells, objects, before = [], [], 0
+    cells, objects, offset = [], [], 0
     for side, low, high in zip(settings.grids, settings.scale_from, settings.scale_to, strict=True):
         on_grid = ((scales >= low) & (scales <= high) & (areas > 0)).nonzero()[:, 0]
         (rows, in_rows), (columns, in_columns) = (
-            _neighbours(centres[on_grid, axis], 0.5 * sides[on_grid, axis] * settings.centre_share, _STRIDE * size[axis], side)
+            _cells_around(centers[on_grid, axis], 0.5 * sides[on_grid, axis] * settings.centre_share, _STRIDE * size[axis], side)
             for axis in (0, 1)
         )
         inside = in_rows[:, :, None] & in_columns[:, None]
-        cells.append((before + side * rows[:, :, None] + columns[:, None])[inside])
+        cells.append((offset + side * rows[:, :, None] + columns[:, None])[inside])
         objects.append(on_grid[:, None, None].expand(inside.shape)[inside])
-        before += side**2
+        offset += side**2
     return Pairs(torch.cat(cells), torch.cat(objects))
 
 
-def _neighbours(
-    centres: Float[Tensor, "n"], reach: Float[Tensor, "n"], length: int, side: int
+def _cells_around(
+    centers: Float[Tensor, "n"], reach: Float[Tensor, "n"], length: int, side: int
 ) -> tuple[Int[Tensor, "n 3"], Bool[Tensor, "n 3"]]:
-    """Return, along one axis, up to three indices of cells for each object, and which of them there are."""
+    """Return, along one axis, the indices of up to three cells for each object, and which of the three are assigned.
+
+    Args:
+        centers: centers of mass, pixels.
+        reach: half the size of the region, pixels.
+        length: size of the canvas, pixels.
+        side: number of cells.
+    """
 
     def cell(position: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
         return (position / length // (1 / side)).long()
 
-    own = cell(centres)
-    first = torch.maximum(cell(centres - reach).clamp(min=0), own - 1)
-    last = torch.minimum(cell(centres + reach).clamp(max=side - 1), own + 1)
+    middle = cell(centers)
+    first = torch.maximum(cell(centers - reach).clamp(min=0), middle - 1)
+    last = torch.minimum(cell(centers + reach).clamp(max=side - 1), middle + 1)
     index = first[:, None] + torch.arange(3)
     return index, index <= last[:, None]
 
@@ -342,14 +350,14 @@ def _neighbours(
 def _mask_loss(
     kernels: Float[Tensor, "B N D"], features: Float[Tensor, "B D h w"], pairs: Sequence[Pairs], targets: Sequence[Instances]
 ) -> Float[Tensor, ""]:
-    """Return the dice losses of all pairs, summed, in the memory of a few masks."""
-    few, device = max(1, _CELLS // features[0, 0].numel()), features.device
+    """Return the sum of the dice losses of all pairs, in the memory of a few masks."""
+    chunk_size, device = max(1, _MAX_CELLS // features[0, 0].numel()), features.device
     chunks, expected = [], []
-    for i, (own, instances) in enumerate(zip(pairs, targets, strict=True)):
-        objects, mask_of = own.objects.unique(return_inverse=True)
+    for i, (image_pairs, instances) in enumerate(zip(pairs, targets, strict=True)):
+        objects, mask_of = image_pairs.objects.unique(return_inverse=True)
         masks = quarter_masks(instances.masks[objects], (features.shape[2], features.shape[3])).to(device)
-        chunks += kernels[i, own.cells.to(device)].split(few)
-        expected += [(i, masks, some) for some in mask_of.to(device).split(few)]
+        chunks += kernels[i, image_pairs.cells.to(device)].split(chunk_size)
+        expected += [(i, masks, index) for index in mask_of.to(device).split(chunk_size)]
 
     def values(chunk: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
         image, masks, index = expected[chunk]

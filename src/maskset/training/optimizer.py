@@ -7,7 +7,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from maskset.recipe import TrainConfig
 from maskset.systems import System
-from maskset.systems.base import belongs
+from maskset.systems.base import in_parts
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 _FUSED = {"cpu", "cuda", "xpu", "mps"}  # device types on which one kernel updates all parameters
@@ -51,9 +51,9 @@ def _norms(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _group_of(model: System, name: str) -> str:
-    if belongs(name, model.BACKBONE_PARTS):
+    if in_parts(name, model.BACKBONE_PARTS):
         return "backbone"
-    return "offsets" if belongs(name, model.OFFSET_PARTS) else "rest"
+    return "offsets" if in_parts(name, model.OFFSET_PARTS) else "rest"
 
 
 def learning_rate_scale(config: TrainConfig) -> float:

@@ -28,7 +28,7 @@ from maskset.messages import pluralize
 from maskset.progress import track
 from maskset.recipe import Recipe, TrainConfig
 from maskset.systems import System, build
-from maskset.systems.base import belongs
+from maskset.systems.base import in_parts
 from maskset.training.log import Log, check_trackers
 from maskset.training.optimizer import build_optimizer, learning_rate_advice, step_count
 from maskset.training.state import (
@@ -256,17 +256,17 @@ def _initialize(
         check_weights(weights, model, path)
         if _stride_in_first(metadata.recipe) != _stride_in_first(recipe):
             lines.append("the weights of the backbone are not copied: its ResNet has the stride in another convolution.")
-            weights = {name: value for name, value in weights.items() if not belongs(name, model.BACKBONE_PARTS)}
+            weights = {name: value for name, value in weights.items() if not in_parts(name, model.BACKBONE_PARTS)}
         done = transfer(model, train_data.categories, weights, metadata.categories)
         if not done.copied:
             raise CheckpointError(f"nothing in {path} fits the model.")
         lines += [f"start from {path}", *(f"  {line}" for line in str(done).split("\n"))]
         fresh = set(done.initial)
     backbone = recipe.model.backbone
-    if backbone is not None and backbone.pretrained and any(belongs(name, model.BACKBONE_PARTS) for name in fresh):
+    if backbone is not None and backbone.pretrained and any(in_parts(name, model.BACKBONE_PARTS) for name in fresh):
         with accelerator.local_main_process_first():  # one process per machine downloads
             lines.append(load_pretrained(model.get_submodule("backbone"), backbone.weights))  # type: ignore[arg-type]
-    if any(belongs(name, model.FITTED_PARTS) for name in fresh):  # a mask code is copied completely or fitted again
+    if any(in_parts(name, model.FITTED_PARTS) for name in fresh):  # a mask code is copied completely or fitted again
         numbers = range(len(train_data))
         images = track(numbers, len(train_data), "fitting the mask code") if progress else numbers
         model.prepare(train_data.targets(index) for index in images)

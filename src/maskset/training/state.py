@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from maskset import config
-from maskset.checkpoint import opened, write_tensors
+from maskset.checkpoint import open_safetensors, write_tensors
 from maskset.errors import CheckpointError, ConfigError
 from maskset.recipe import Recipe
 from maskset.systems import System
@@ -116,7 +116,7 @@ def load_state(folder: Path, state: TrainingState, data: dict[str, Any]) -> Prog
         ConfigError: the run was started with other training data.
         CheckpointError: the file is damaged or does not fit.
     """
-    with opened(folder / STATE) as file:
+    with open_safetensors(folder / STATE) as file:
         facts = {key: json.loads(text) for key, text in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if facts["data"] != data:

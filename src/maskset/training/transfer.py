@@ -12,7 +12,7 @@ from torch import Tensor
 from maskset.instances import Category
 from maskset.messages import first_names
 from maskset.systems import System
-from maskset.systems.base import belongs
+from maskset.systems.base import in_parts
 
 
 @dataclass
@@ -77,7 +77,9 @@ def transfer(
         if source is None:
             report.initial[name] = "not in the file"
         elif (
-            belongs(name, model.CLASS_PARTS) and source.shape == (len(old), *tensor.shape[1:]) and tensor.shape[:1] == (len(new),)
+            in_parts(name, model.CLASS_PARTS)
+            and source.shape == (len(old), *tensor.shape[1:])
+            and tensor.shape[:1] == (len(new),)
         ):
             rows, source_rows = ([names.index(shared) for shared in report.classes] for names in (new, old))
             tensor[rows] = source[source_rows].to(tensor)
@@ -85,7 +87,7 @@ def transfer(
         elif source.shape == tensor.shape:
             tensor.copy_(source)
             report.copied.append(name)
-        elif belongs(name, (*model.SLOT_PARTS, *model.PROPOSAL_PARTS)) and source.shape[1:] == tensor.shape[1:]:
+        elif in_parts(name, (*model.SLOT_PARTS, *model.PROPOSAL_PARTS)) and source.shape[1:] == tensor.shape[1:]:
             count = min(len(source), len(tensor))
             tensor[:count] = source[:count].to(tensor)
             report.by_row[name] = (len(source), len(tensor))

@@ -1,9 +1,15 @@
 """Files of fitted codecs: `maskset codecs fit` writes them, `--model.codec-weights` and `load` read them."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from maskset.errors import ConfigError
+from maskset.instances import Instances
 from maskset.masks.codecs.fittable import FittableCodec
+from maskset.masks.targets import crop
 
 FORMAT = "maskset codec 1"
 
@@ -37,3 +43,20 @@ def load(codec: FittableCodec, path: str | Path) -> None:
     if differences:
         raise ConfigError(f"{path} holds another mask codec: {', '.join(differences)}.")
     codec.load_state_dict(weights)
+
+
+def fit_or_load(codec: nn.Module, targets: Iterable[Instances], path: str | None, **options: Any) -> None:
+    """Fit a system's codec to the masks of its training data, or read it from a file; a fixed codec needs neither.
+
+    Args:
+        codec: any codec.
+        targets: the annotated objects of each training image.
+        path: the file, see `load`; None fits the codec.
+        options: further arguments of the codec's `fit`.
+    """
+    if not isinstance(codec, FittableCodec):
+        return
+    if path is not None:
+        load(codec, path)
+    else:
+        codec.fit((crop(each.masks, each.boxes, codec.size) for each in targets if len(each)), **options)
