@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskset.errors import ConversionError
+from maskset.messages import first_names
 
 Rule = tuple[str, str | None]  # a pattern for the whole name and its replacement; None: the entry is not needed
 RESNETS = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}  # by the number of blocks in the third stage
@@ -67,10 +68,12 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], use_last_copy: bo
             different.append(f"{origin[target]} and {name}")
         renamed[target], origin[target] = value, name
     if unknown:
-        raise ConversionError(f"unknown entries: {_join(unknown)}. Is this a checkpoint of another system, or of a variant?")
+        raise ConversionError(
+            f"unknown entries: {first_names(unknown, 5)}. Is this a checkpoint of another system, or of a variant?"
+        )
     if different and not use_last_copy:
         raise ConversionError(
-            f"copies of one tensor differ: {_join(different)}. Official loading uses the last one, as --use-last-copy does."
+            f"copies of one tensor differ: {first_names(different, 5)}. Official loading uses the last one, as --use-last-copy does."
         )
     return renamed
 
@@ -144,7 +147,3 @@ def resnet_name(state: Mapping[str, Tensor], alternatives: Sequence[str] = ()) -
         allowed = ", ".join([*RESNETS.values(), *alternatives])
         raise ConversionError(f"the backbone is none of {allowed}: its third stage has {blocks} blocks.")
     return RESNETS[blocks]
-
-
-def _join(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
