@@ -73,7 +73,7 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], use_last_copy: bo
         )
     if different and not use_last_copy:
         raise ConversionError(
-            f"copies of one tensor differ: {first_names(different, 5)}. Official loading uses the last one, as --use-last-copy does."
+            f"copies of one tensor differ: {first_names(different, 5)}. Official loading uses the last, as --use-last-copy does."
         )
     return renamed
 
