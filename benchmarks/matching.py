@@ -1,4 +1,4 @@
-"""The cost of matching slots with objects (focal, L1 and generalised IoU) for all decoder layers, against DETR's way.
+"""The cost of matching slots with objects (focal, L1 and generalized IoU) for all decoder layers, against DETR's way.
 
 16 images of 7 to 50 objects, 459 in all, 300 slots, 91 classes, 6 layers. DETR's way computes, layer by layer, the cost of every
 slot of the batch with every object of the batch, and then uses those of the same image. Solving the assignment is told apart.

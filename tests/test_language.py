@@ -18,7 +18,16 @@ TEXTS = [
 ]
 # Participles and pronouns; a name that only starts or ends with them is another name.
 NAMES = ("found", "kept", "judging", "learnt", "chosen", "given", "wanted", "one", "shown", "seen", "taken", "told", "others")
-WORDS = ("shall", "licence")
+WORDS = (
+    "shall",
+    "licence",
+    "learnt",
+    r"colour\w*",
+    r"centres?",
+    r"neighbour\w*",
+    r"behaviour",
+    r"\w*(normal|optim|initial|general|binar|raster|recogn|serial|minim|maxim)is(e|es|ed|er|ers|ing|ation)",
+)
 
 
 def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
