@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "systems": {"systems", "config", "errors", "instances", "structures"},
     "systems.base": GROUND | {"layers"},
     "systems.*": PARTS | {"systems.base"},
-    "recipe": GROUND | {"systems"},
+    "recipe": GROUND | {"systems", "data"},
     "recipes": GROUND | {"systems", "recipe", "recipes"},
     "data": GROUND | {"data"},
     "checkpoint": GROUND | {"systems", "recipe", "recipes"},

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from torch.utils import _pytree as pytree  # not public: see tests/evaluation/te
 from torch.utils.data import DataLoader, get_worker_info
 
 from maskset.data.dataset import Dataset
-from maskset.data.transforms import Augmentation, augment
+from maskset.data.settings import DataConfig
+from maskset.data.transforms import augment
 from maskset.errors import DataError, ResourceError
 from maskset.instances import Instances
 from maskset.structures import ImageBatch
@@ -34,19 +34,9 @@ _TOO_LITTLE_SHARED_MEMORY = (
 )
 
 
-@runtime_checkable
-class Loading(Augmentation, Protocol):
-    """The settings of `training_batches`, see `maskset.recipe.DataConfig`."""
-
-    @property
-    def group_by_aspect(self) -> bool: ...
-    @property
-    def workers(self) -> int: ...
-
-
 def training_batches(
     dataset: Dataset,
-    config: Loading,
+    config: DataConfig,
     batch_size: int,
     divisor: int,
     seed: int,
@@ -155,7 +145,7 @@ class _Reader:
     """Reads the images of a batch, in the main process or in a worker."""
 
     dataset: Dataset
-    config: Augmentation
+    config: DataConfig
     divisor: int
     seed: int
     epoch: int

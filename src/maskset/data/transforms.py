@@ -1,7 +1,6 @@
 """Augmentation of images and targets. Pixels stay uint8, masks stay run lengths or polygons."""
 
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,36 +9,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from maskset import boxes
+from maskset.data.settings import DataConfig
 from maskset.instances import Instances
 from maskset.pictures import MAX_SIDE
 
 Pixels = UInt8[Tensor, "3 h w"]
 
 
-@runtime_checkable
-class Augmentation(Protocol):
-    """The settings that `augment` reads, see `maskset.recipe.DataConfig`."""
-
-    @property
-    def augmentation(self) -> str: ...
-    @property
-    def short_sides(self) -> tuple[int, ...]: ...
-    @property
-    def long_side(self) -> int: ...
-    @property
-    def crop_short_sides(self) -> tuple[int, ...]: ...
-    @property
-    def crop_range(self) -> tuple[int, int]: ...
-    @property
-    def crop_share(self) -> float: ...
-    @property
-    def jitter_size(self) -> int: ...
-    @property
-    def jitter_scale(self) -> tuple[float, float]: ...
-
-
 def augment(
-    pixels: Pixels, objects: Instances, config: Augmentation, rng: np.random.Generator
+    pixels: Pixels, objects: Instances, config: DataConfig, rng: np.random.Generator
 ) -> tuple[UInt8[Tensor, "3 new_h new_w"], Instances]:
     """Return an augmented image with its targets.
 
@@ -113,7 +91,7 @@ def fitted_size(size: tuple[int, int], short_side: int, long_side: int | None = 
     return (short_side, new_long) if size[0] <= size[1] else (new_long, short_side)
 
 
-def _jitter(pixels: Tensor, objects: Instances, config: Augmentation, rng: np.random.Generator) -> tuple[Tensor, Instances]:
+def _jitter(pixels: Tensor, objects: Instances, config: DataConfig, rng: np.random.Generator) -> tuple[Tensor, Instances]:
     height, width = pixels.shape[1:]
     scale = rng.uniform(*config.jitter_scale) * config.jitter_size / max(height, width)
     pixels, objects = _scale(pixels, objects, (max(1, round(height * scale)), max(1, round(width * scale))))
@@ -121,7 +99,7 @@ def _jitter(pixels: Tensor, objects: Instances, config: Augmentation, rng: np.ra
     return _random_crop(pixels, objects, (min(side, pixels.shape[1]), min(side, pixels.shape[2])), rng)
 
 
-def _crop_side(side: int, config: Augmentation, rng: np.random.Generator) -> int:
+def _crop_side(side: int, config: DataConfig, rng: np.random.Generator) -> int:
     if config.crop_share:
         return max(1, int(side * config.crop_share + 0.5))
     least, greatest = config.crop_range
