@@ -14,14 +14,18 @@ from maskset.files import check_folder
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark and return the exit code: 0 done, 1 implementations disagree, 2 invalid input."""
     options = parse(arguments)
+    try:
+        if options.out is not None:
+            check_folder(options.out)
+    except ConfigError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
     if options.name == "gpu":
         return _gpu(options)
     from benchmarks.report import Disagreement
     from benchmarks.run import run
 
     try:
-        if options.out is not None:
-            check_folder(options.out)
         run(options.name, quick=options.quick, threads=options.threads, out=options.out, images=options.images)
     except (ConfigError, OSError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)

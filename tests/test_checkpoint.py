@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import resource
 import stat
 from dataclasses import replace
 
@@ -246,6 +245,7 @@ def test_tensors_of_every_type_and_shape_come_back(tmp_path):
 
 
 def test_a_disk_that_is_full_is_an_error_that_names_the_file(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # a file cannot grow further, as on a full disk

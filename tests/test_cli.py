@@ -17,6 +17,7 @@ from PIL import Image
 from maskset import cli
 from maskset.arguments import FIRST_SETTINGS
 from maskset.commands import SYSTEMS
+from maskset.distributed import launched
 from maskset.errors import MasksetError, Terminated
 from maskset.recipe import DataConfig, TrainConfig
 from maskset.systems import CONFIGS
@@ -83,6 +84,14 @@ def test_every_command_explains_itself_on_24_lines(capsys, monkeypatch, name):
     assert f"usage: maskset {name}" in text
     assert text.count("\n") <= 24
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_overview_and_the_help_of_a_recipe_fit_on_the_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["--help"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["train", "solq-small", "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_a_mistyped_command_is_answered_with_the_nearest(capsys):
@@ -274,6 +283,11 @@ def test_an_environment_variable_that_is_not_a_number_is_named(capsys, monkeypat
     monkeypatch.setenv(name, "abc")
     message = refusal(capsys, "train", "solq-tiny", "--data", "shapes:", "--out", str(tmp_path / "run"))
     assert re.match(f"the environment variable {name} must be a whole number, got 'abc'", message)
+
+
+def test_a_negative_rank_means_that_there_is_one_process(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    assert launched("LOCAL_RANK", 0) == 0
 
 
 @pytest.mark.parametrize("flag", ["--limit", "--max-detections"])

@@ -33,6 +33,7 @@ def test_a_lock_is_taken_while_its_last_holder_removes_file_and_folder(tmp_path,
     def open_once_in_vain(*arguments):
         opened.append(arguments)
         if gone == "folder" and len(opened) == 1:
+            os.rmdir(tmp_path / "run")
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(arguments[0]))
         return open_file(*arguments)
 
@@ -63,3 +64,18 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, name, message):
     with pytest.raises(ConfigError, match=message):
         check_file(tmp_path / name)
     check_file(tmp_path / "a.json")
+
+
+def test_a_lock_file_that_cannot_be_removed_hides_no_error_and_is_released(tmp_path, monkeypatch):
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path.name == LOCK_FILE:
+            raise PermissionError(errno.EACCES, "The file is in use", str(path))  # as on Windows
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(KeyboardInterrupt), lock_folder(tmp_path / "run"):
+        raise KeyboardInterrupt
+    with lock_folder(tmp_path / "run"):
+        pass

@@ -147,6 +147,13 @@ def test_sources_keep_their_order(tmp_path):
     assert [file.name for file in expand_files([tmp_path / "z.png", tmp_path / "more"])] == ["z.png", "a.png", "b.png"]
 
 
+def test_one_file_name_is_a_source_and_an_empty_one_is_not(tmp_path):
+    touch(tmp_path, "a.png")
+    assert expand_files(str(tmp_path / "a.png")) == [tmp_path / "a.png"]
+    with pytest.raises(SourceError, match="the name of an image file, a folder or a pattern is needed, got ''"):
+        expand_files([""])
+
+
 def test_one_picture_is_told_from_several(tmp_path):
     touch(tmp_path, "a.png")
     assert all(map(is_single, (RGB, torch.zeros(3, 5, 7), Image.fromarray(RGB), tmp_path / "a.png", str(tmp_path / "a.png"))))

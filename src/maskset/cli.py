@@ -157,7 +157,7 @@ def _overview() -> str:
     lines = ["usage: maskset COMMAND ... [--debug]", "", "End-to-end instance segmentation with transformers."]
     for group in GROUPS:
         lines += ["", group, *_listing([name for name, command in COMMANDS.items() if command.group == group])]
-    return "\n".join([*lines, "", "`maskset COMMAND --help` lists a command's options. New here? Try `maskset demo`."])
+    return "\n".join([*lines, "", "`maskset COMMAND --help` lists its options. New here? Try `maskset demo`."])
 
 
 @contextmanager

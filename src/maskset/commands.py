@@ -25,7 +25,7 @@ def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _demo(options: Namespace) -> None:
-    """Train a small model on generated images and draw its predictions (about 10 minutes on a CPU)."""
+    """Train a small model on generated images (10 minutes on a CPU)."""
     from maskset.demo import demo
 
     demo(options.out)
@@ -68,10 +68,10 @@ def _train_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 def _first_settings(recipe: str, defaults: Mapping[str, str]) -> str:
     """Return the text about the settings that matter first, with their values in the recipe."""
-    lines = [f"settings (all of them, with their defaults: maskset train {recipe} --help-all):"]
+    lines = [f"settings (all, with their defaults: maskset train {recipe} --help-all):"]
     for name, (value, help) in FIRST_SETTINGS.items():
         default = f" (default: {defaults[name]})" if defaults else ""
-        lines.append(f"  {'--' + name.replace('_', '-')} {value}".ljust(36) + help + default)
+        lines.append(f"  {'--' + name.replace('_', '-')} {value}".ljust(35) + help + default)
     return "\n".join(lines)
 
 
@@ -98,7 +98,7 @@ def _evaluate_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _evaluate(options: Namespace) -> None:
-    """Print the average precision of a model on annotated images, as defined by COCO."""
+    """Print COCO's average precision of a model on annotated images."""
     from maskset.evaluation.evaluate import evaluate
 
     arguments = vars(options)
@@ -131,7 +131,7 @@ def _predict_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _predict(options: Namespace) -> None:
-    """Detect objects in images; write COCO results, drawings and label images."""
+    """Detect objects in images; write COCO results and drawings."""
     from maskset.inference.predict import predict_files
     from maskset.instances.saving import save_predictions
 
@@ -161,7 +161,7 @@ def _compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _compare(options: Namespace) -> None:
-    """Compare recipes, trained with one budget, and models in one table."""
+    """Train recipes with one budget; compare them and models."""
     with _before_training():
         from maskset.comparison.compare import compare
 
@@ -199,7 +199,7 @@ def _codecs_compare_flags(parser: ArgumentParser, arguments: Sequence[str]) -> N
 
 
 def _codecs_compare(options: Namespace) -> None:
-    """Print how well each mask codec reconstructs real masks: an upper bound for networks that use it."""
+    """Print how well each mask codec reconstructs real masks."""
     from maskset.codec_tools.compare import compare_codecs
 
     arguments = vars(options)
@@ -255,7 +255,7 @@ def _show_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _show(options: Namespace) -> None:
-    """Print the settings of a recipe or a model, and a model's classes, source and license."""
+    """Print the settings of a recipe or a model."""
     from maskset import checkpoint, config, flags, recipes
 
     if checkpoint.is_model(options.what) and not recipes.known(options.what):
@@ -268,7 +268,7 @@ def _show(options: Namespace) -> None:
 
 
 def _info(options: Namespace) -> None:
-    """Print versions, devices and the fast paths that work on this machine."""
+    """Print versions, devices and which fast paths work here."""
     from maskset.info import info
 
     print(info())

@@ -70,10 +70,11 @@ def check_bounds(settings: Any, part: str) -> None:
     """
     bounds = _bounds(type(settings))
     for name, value in vars(settings).items():
-        for number in value if isinstance(value, tuple) else (value,):
+        optional = type(settings).__dataclass_fields__[name].default is None
+        for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{part}.{name} must be a finite number, got {number}.")
-            if name in bounds and number is not None:
+            if name in bounds and not (optional and number is None):
                 bounds[name].check(f"{part}.{name}", number)
 
 

@@ -12,13 +12,15 @@ from maskset.errors import ConfigError
 def launched(variable: str, default: int) -> int:
     """Return the number in an environment variable that a launcher of processes sets, such as RANK or WORLD_SIZE.
 
+    A negative number means "not set", as in accelerate.
+
     Raises:
-        ConfigError: it is no whole number.
+        ConfigError: it is not a whole number.
     """
     text = os.environ.get(variable, "")
-    if text and not text.isdecimal():
+    if text and not text.removeprefix("-").isdecimal():
         raise ConfigError(f"the environment variable {variable} must be a whole number, got {text!r}: unset or correct it.")
-    return int(text or default)
+    return int(text) if text and int(text) >= 0 else default
 
 
 def active() -> bool:

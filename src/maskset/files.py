@@ -32,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         with name_in_errors(path, part):
             yield part
-            with part.open("rb") as file:
+            with part.open("r+b") as file:  # Windows syncs only files that are open for writing
                 os.fsync(file.fileno())
             os.replace(part, path)
     finally:
@@ -67,9 +67,7 @@ def lock_folder(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (path / LOCK_FILE).unlink(missing_ok=True)
-        _held.discard(descriptor)
-        os.close(descriptor)
+        _unlock(path / LOCK_FILE, descriptor)
         with suppress(OSError):  # not empty, or gone
             for folder in made:
                 folder.rmdir()
@@ -101,6 +99,17 @@ def _lock(file: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 return descriptor
         os.close(descriptor)
+
+
+def _unlock(file: Path, descriptor: int) -> None:
+    """Remove the file and release its lock, in this order where the system can remove open files."""
+    with suppress(OSError):
+        file.unlink()
+    _held.discard(descriptor)
+    os.close(descriptor)
+    if fcntl is None:
+        with suppress(OSError):
+            file.unlink()
 
 
 def _release_in_child() -> None:

@@ -131,14 +131,18 @@ def expand(source: Any) -> list[Picture]:
     return [image for picture in pictures for image in (_files(picture) if isinstance(picture, (str, Path)) else [picture])]
 
 
-def expand_files(sources: Iterable[str | Path]) -> list[Path]:
+def expand_files(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return the image files that files, folders and patterns such as "photos/**/*.jpg" stand for, in order.
 
     A folder stands for the images directly in it, sorted by name. A file that is named itself may have any ending.
 
     Raises:
-        SourceError: a file or folder does not exist or is a device, or a folder or pattern has no image.
+        SourceError: a file or folder does not exist or is a device, a folder or pattern has no image, or a source is not a name.
     """
+    sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    for source in sources:
+        if not isinstance(source, (str, Path)) or not str(source):
+            raise SourceError(f"the name of an image file, a folder or a pattern is needed, got {source!r}.")
     return [file for source in sources for file in _files(source)]
 
 

@@ -67,11 +67,11 @@ def convert(system: str, state_dict: Mapping[str, Tensor], use_last_copy: bool =
 
 def convert_file(
     system: str,
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     *,
     coco80: bool = False,
-    classes: Path | None = None,
+    classes: str | Path | None = None,
     use_last_copy: bool = False,
     license: str = "unknown",
 ) -> Conversion:
@@ -92,7 +92,7 @@ def convert_file(
             have as many class channels as `classes` has names.
         ConfigError: `out` exists already, or cannot be written.
     """
-    converter = _converter(system)
+    converter, source, out = _converter(system), Path(source), Path(out)
     check_new(out, ".safetensors")
     weights = read_weights(source)
     config, state = _apply(converter.convert, weights, use_last_copy, source)
@@ -119,10 +119,10 @@ def convert_file(
 
 def initialize_file(
     system: str,
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     *,
-    classes: Path | None = None,
+    classes: str | Path | None = None,
     use_last_copy: bool = False,
     license: str = "unknown",
 ) -> Initialization:
@@ -140,6 +140,7 @@ def initialize_file(
         ConversionError: the file is not such a checkpoint, or holds objects that are not read for safety.
     """
     _converter(system)
+    source, out = Path(source), Path(out)
     check_new(out, ".safetensors")
     recipe = recipes.get(f"{system}-r50")
     weights = read_weights(source)

@@ -41,7 +41,7 @@ def _numbered(channels: int) -> tuple[Category, ...]:
     return tuple(Category(f"class {i}", i) for i in range(channels))
 
 
-def read_class_names(file: Path, channels: int) -> tuple[Category, ...]:
+def read_class_names(file: str | Path, channels: int) -> tuple[Category, ...]:
     """Return one category for each line of a text file; its COCO id is the position of its channel.
 
     Args:
@@ -52,7 +52,7 @@ def read_class_names(file: Path, channels: int) -> tuple[Category, ...]:
         ConversionError: the file cannot be read, a line is empty, a name occurs twice, or the numbers differ.
     """
     try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+        names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConversionError(f"the class names in {file} cannot be read: {reason}.") from None

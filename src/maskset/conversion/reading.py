@@ -14,6 +14,7 @@ from torch import Tensor
 
 from maskset import recipes
 from maskset.errors import ConversionError
+from maskset.messages import first_names
 
 # Names that contain the weights, as the key of a dict or as a prefix of names, in order of preference: averaged weights first.
 WRAPPERS = ("model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "ema", "model", "state_dict", "module", "_orig_mod")
@@ -40,7 +41,7 @@ class OfficialWeights:
         return where + (f" (not used: {', '.join(self.unused)})" if self.unused else "")
 
 
-def read_weights(source: Path) -> OfficialWeights:
+def read_weights(source: str | Path) -> OfficialWeights:
     """Return the weights in a .pth file. Averaged weights are preferred.
 
     Only tensors, plain containers, NumPy numbers and arrays, paths, and the settings objects of common libraries are read, by
@@ -49,31 +50,29 @@ def read_weights(source: Path) -> OfficialWeights:
     Raises:
         ConversionError: the file is missing, is not a PyTorch file, holds another kind of object, or holds no state dict.
     """
+    source = Path(source)
     if source.is_dir():
         raise ConversionError(f"{source} is a folder: name the .pth file.")
     if not source.is_file():
         hint = " It is the name of a recipe: name an official .pth file." if recipes.known(source) else ""
         raise ConversionError(f"{source} {'is not a regular file' if source.exists() else 'does not exist'}.{hint}")
     content = _load(source)
-    try:
-        weights = unwrap(content)
-    except ConversionError as error:
-        raise ConversionError(f"{source} {error}") from None
+    weights = unwrap(content, str(source))
     if not weights.state:
         raise ConversionError(f"{source} does not contain a state dict: it has no tensors.")
     return weights
 
 
-def read_state_dict(source: Path) -> dict[str, Tensor]:
+def read_state_dict(source: str | Path) -> dict[str, Tensor]:
     """Return the state dict in a .pth file, see `read_weights`."""
     return read_weights(source).state
 
 
-def unwrap(content: Any) -> OfficialWeights:
+def unwrap(content: Any, source: str = "the checkpoint") -> OfficialWeights:
     """Return the weights inside a checkpoint's content.
 
     `{"ema": {"module": {...}}, "model": {...}}`, names that start with "module." (DistributedDataParallel), "_orig_mod."
-    (torch.compile) or "model." (Lightning) are all wrappers; averaged weights are preferred.
+    (torch.compile) or "model." (Lightning) are all wrappers; averaged weights are preferred. `source` is the name of the checkpoint in errors.
 
     Raises:
         ConversionError: there are dicts with tensors, but under other names.
@@ -93,8 +92,8 @@ def unwrap(content: Any) -> OfficialWeights:
     content = {name: value for name, value in content.items() if _has_tensors(value)}
     if not all(isinstance(value, Tensor) for value in content.values()):
         raise ConversionError(
-            f"does not contain a state dict, at the top or under {', '.join(WRAPPERS)}; its tensors are under "
-            f"{', '.join(map(repr, content))}. Save the dict of weights alone as a .pth file and convert that."
+            f"{source} does not contain a state dict, at the top or under {', '.join(WRAPPERS)}; its tensors are under "
+            f"{first_names([repr(name) for name in content])}. Save the dict of weights alone as a .pth file and convert that."
         )
     return OfficialWeights(content, tuple(path), tuple(unused))
 

@@ -30,7 +30,9 @@ class ImageRecord:
 
 
 class Dataset(ABC):
-    """Annotated images, indexed from 0. A subclass sets the attributes and has `image` and `targets`; the rest is derived.
+    """Annotated images, indexed from 0.
+
+    A subclass calls `super().__init__(categories, images)` and defines `image` and `targets`; the rest is derived.
 
     Attributes:
         categories: the classes, in the order of the labels and of their COCO ids.

@@ -24,13 +24,13 @@ from maskset.instances import Instances
 from maskset.structures import ImageBatch
 
 READER_KILLED = (
-    "a process that reads images was killed, maybe for lack of memory. Use fewer of them (--data.workers, or 0 to read in the "
-    "training process); the same command with --resume continues the run from its last checkpoint."
+    "a process that reads images was killed, maybe for lack of memory. Use fewer of them (data.workers, or 0 to read in the "
+    "training process). A run can be resumed from its last checkpoint."
 )
 _SHARED_MEMORY = Path("/dev/shm")  # on Linux
 _TOO_LITTLE_SHARED_MEMORY = (
     f"shared memory ({_SHARED_MEMORY}) is too small for {{}} ({{}}). Give a container more with docker run --shm-size=8g, "
-    "or read the images in the training process with --data.workers 0."
+    "or read the images in the training process with data.workers 0."
 )
 
 

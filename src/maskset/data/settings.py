@@ -2,14 +2,7 @@
 
 from typing import Annotated, Literal
 
-from maskset.config import (
-    Bounds,
-    PositiveInt,
-    Probability,
-    check_bounds,
-    config,
-    setting,
-)
+from maskset.config import Bounds, PositiveInt, Probability, check_bounds, config, setting
 from maskset.errors import ConfigError
 
 Augmentation = Literal["detr", "mmdet", "flip", "lsj", "none"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, UInt8
+from jaxtyping import Bool, Float64, Int, UInt8
 from torch import Tensor
 
 from maskset.data.dataset import Dataset, ImageRecord
@@ -64,6 +64,10 @@ class ShapesDataset(Dataset):
         masks = Masks.from_dense(torch.from_numpy(scene.visible))
         labels = torch.tensor([shape.label for shape in scene.shapes], dtype=torch.int64)
         return Instances(labels, masks.boxes(), masks, None, CATEGORIES)
+
+    def counts(self) -> Int[np.ndarray, "images"]:
+        """Return the number of targets in each image, without their masks."""
+        return np.array([len(self._scene(index).shapes) for index in range(len(self))], dtype=np.int64)
 
     def _scene(self, index: int) -> "Scene":
         if not 0 <= index < len(self):

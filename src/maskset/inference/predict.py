@@ -111,7 +111,7 @@ def predict(
 
 def predict_files(
     model: System | str | Path,
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     *,
     threshold: float = 0.5,
     limit: int = 100,

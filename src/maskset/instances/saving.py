@@ -17,8 +17,8 @@ def save_predictions(
 
     `results.json` is one COCO file of all images, whose names are relative to their common folder. `drawings/` gets a drawing
     of each image, and `labels/` a label image of each (see `Instances.save`), named like the image files; a number is appended
-    to names that are taken. The folder is created when the first image is done. Earlier predictions in it are replaced when
-    all images are done.
+    to names that are taken. The folder is created when the first image is done. Of earlier predictions in it, drawings and
+    label images of the same names are replaced one by one; results.json is replaced, and the others are removed, at the end.
 
     Args:
         predictions: image files and their objects, as from `maskset.inference.predict.predict_files`.

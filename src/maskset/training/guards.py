@@ -50,8 +50,8 @@ def explain_shortages() -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [""])[-1][:200]  # an error in a reader process includes its traceback
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in reason for text in _OUT_OF_MEMORY):
             raise ResourceError(
-                "not enough memory: use a smaller --train.batch-size, or a larger --train.accumulate, "
-                f"--train.checkpoint-activations true, smaller images (--data.long-side), or a smaller model. {reason}"
+                "not enough memory: use a smaller train.batch_size, a larger train.accumulate, "
+                f"train.checkpoint_activations, smaller images (data.long_side), or a smaller model. {reason}"
             ) from error
         if "DataLoader worker (pid" in str(error):  # raised at any place by torch's handler of SIGCHLD
             raise ResourceError(READER_KILLED) from error
