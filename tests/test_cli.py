@@ -400,7 +400,7 @@ def test_sigterm_ends_a_prediction_with_one_line_and_143(tmp_path, untrained):
     command = [sys.executable, "-m", "maskset", "predict", str(untrained), str(pictures), "--out", str(tmp_path / "out")]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/drawings/*.jpg")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out/.unfinished/drawings/*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.05)
     run.terminate()
     _, error = run.communicate(timeout=60)

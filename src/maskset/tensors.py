@@ -33,6 +33,17 @@ def check_device(device: Device) -> torch.device:
     return checked
 
 
+def _exists(device: Device) -> bool:
+    """Return whether the machine has a device, whether or not computing on it works."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        return False
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    is_gpu = gpu is not None and device.type == gpu.type and (device.index or 0) < torch.accelerator.device_count()
+    return device.type in ("cpu", "meta") or is_gpu
+
+
 class TensorRecord:
     """Base of dataclasses whose fields are tensors, other TensorRecords, or lists of them."""
 
@@ -45,7 +56,8 @@ class TensorRecord:
         try:
             return self._to(torch.device(device), non_blocking)
         except (RuntimeError, AssertionError, TypeError):
-            check_device(device)  # raises an error that says which devices there are
+            if not _exists(device):
+                check_device(device)  # raises an error that says which devices there are
             raise
 
     def _to(self: Same, device: torch.device, non_blocking: bool) -> Same:

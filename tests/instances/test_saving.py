@@ -165,6 +165,24 @@ def test_drawings_can_be_sources_of_the_next_run(tmp_path):
     assert sorted((out / "drawings").iterdir()) == drawings
 
 
+def test_a_drawing_does_not_replace_an_image_that_is_not_read_yet(tmp_path):
+    drawing = tmp_path / "out" / "drawings" / "a.jpg"
+    drawing.parent.mkdir(parents=True)
+    for file in (tmp_path / "a.png", drawing):
+        Image.new("RGB", (50, 40)).save(file)
+    before, seen = drawing.read_bytes(), []
+
+    def predictions():
+        yield tmp_path / "a.png", objects([0.9, 0.8])
+        seen.append(drawing.read_bytes())
+        yield drawing, objects([0.9, 0.8])
+
+    save_predictions(predictions(), tmp_path / "out")
+    assert seen == [before]
+    assert drawing.read_bytes() != before
+    assert sorted(path.name for path in drawing.parent.iterdir()) == ["a.jpg", "a_2.jpg"]
+
+
 @pytest.mark.parametrize("content", ["[]", '{"images": [{"file_name": 5}]}', "no json"])
 def test_a_results_json_of_another_program_is_replaced(tmp_path, content):
     (tmp_path / "results.json").write_text(content)

@@ -157,6 +157,13 @@ def test_later_blocks_are_dropped_more_often():
     assert skip == pytest.approx([0.1 * i for i in range(8)])
 
 
+def test_a_branch_is_skipped_for_whole_images():
+    block = SwinTransformer(SMALL, drop_path=0.7).train().stages[-1].blocks[-1]
+    kept = block.drop_path(torch.ones(64, 2, 3)).flatten(1)
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    assert sorted(set(kept[:, 0].tolist())) == pytest.approx([0, 1 / 0.3])
+
+
 def test_the_authors_names_and_timms_differ_in_where_patches_are_merged():
     ours = "stages.1.merge.reduction.weight"
     value = torch.zeros(1)

@@ -72,7 +72,11 @@ def unwrap(content: Any, source: str = "the checkpoint") -> OfficialWeights:
     """Return the weights inside a checkpoint's content.
 
     `{"ema": {"module": {...}}, "model": {...}}`, names that start with "module." (DistributedDataParallel), "_orig_mod."
-    (torch.compile) or "model." (Lightning) are all wrappers; averaged weights are preferred. `source` is the name of the checkpoint in errors.
+    (torch.compile) or "model." (Lightning) are all wrappers; averaged weights are preferred.
+
+    Args:
+        content: what the file contains.
+        source: name of the checkpoint, for errors.
 
     Raises:
         ConversionError: there are dicts with tensors, but under other names.

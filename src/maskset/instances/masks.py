@@ -226,6 +226,8 @@ def positions(index: Any, length: int) -> list[int]:
         return list(range(length))[index]
     try:
         selected = torch.as_tensor(index).cpu()
+        if selected.layout != torch.strided:
+            raise TypeError("a sparse tensor")
     except (TypeError, ValueError, RuntimeError):  # not numbers, or too large ones
         raise IndexError(f"an index must be whole numbers, booleans or a slice, got {index!r:.50}.") from None
     if selected.dtype == torch.bool:

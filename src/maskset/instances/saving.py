@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -17,8 +19,8 @@ def save_predictions(
 
     `results.json` is one COCO file of all images, whose names are relative to their common folder. `drawings/` gets a drawing
     of each image, and `labels/` a label image of each (see `Instances.save`), named like the image files; a number is appended
-    to names that are taken. The folder is created when the first image is done. Of earlier predictions in it, drawings and
-    label images of the same names are replaced one by one; results.json is replaced, and the others are removed, at the end.
+    to names that are taken. The folder is created when the first image is done. Everything is written aside, in `.unfinished`,
+    and earlier predictions in the folder are replaced when all images are done: an image may be a drawing of them.
 
     Args:
         predictions: image files and their objects, as from `maskset.inference.predict.predict_files`.
@@ -33,25 +35,38 @@ def save_predictions(
     first = next(predictions, None)  # may fail, for example for a broken file: nothing is written before
     images: list[tuple[Path, Instances]] = []
     stems: set[str] = set()
-    written: set[Path] = set()
-    with lock_folder(folder):
+    with lock_folder(folder), _unfinished_folder(folder) as unfinished:
         earlier = _earlier_files(folder)
-        for name, enabled in (("drawings", drawings), ("labels", labels)):
-            if enabled and first is not None:
-                (folder / name).mkdir(exist_ok=True)
         for file, instances in chain([] if first is None else [first], predictions):
             stem = _unused(file.stem, stems)
             if drawings:
-                written.add(instances.save(folder / "drawings" / f"{stem}.jpg", file))
+                instances.save(unfinished / "drawings" / f"{stem}.jpg", file)
             if labels:
-                written.add(instances.save(folder / "labels" / f"{stem}.png"))
+                instances.save(unfinished / "labels" / f"{stem}.png")
             images.append((Path(os.path.abspath(file)), instances))
         common = os.path.commonpath([file.parent for file, _ in images]) if images else ""
         named = [(file.relative_to(common).as_posix(), instances) for file, instances in images]
         write_json(coco_file(named, images[0][1].categories if images else ()), folder / "results.json")
-        for file in earlier - written:
+        for file in earlier:
             file.unlink(missing_ok=True)
+        for file in unfinished.glob("*/*"):
+            target = folder / file.relative_to(unfinished)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
     return folder
+
+
+@contextmanager
+def _unfinished_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder inside a locked one for what is not finished, and remove it at the end."""
+    path = folder / ".unfinished"
+    shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
+    for name in ("drawings", "labels"):
+        (path / name).mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _earlier_files(folder: Path) -> set[Path]:

@@ -25,7 +25,7 @@ def paste(fields: Float32[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: t
     fields_paste, bound = library.function("fields_paste"), _just_below(threshold)
 
     def write(out: Tensor, starts: Tensor, needed: Tensor, first: int, end: int) -> None:
-        scratch = torch.empty(7 * height + 4 * width)
+        scratch = torch.empty(7 * height + 4 * width, dtype=torch.float32)
         fields_paste(fields, boxes, side, bound, height, width, out, starts, needed, scratch, first, end)
 
     covered = (boxes[:, 2] - boxes[:, 0]).nan_to_num(0).clamp(0, width)
@@ -60,10 +60,12 @@ def resize(
     rows, columns = check_taps("rows", rows), check_taps("columns", columns)
     cells, parts = _check_parts(cells, parts, rows, columns)
     starts = runs.starts_of((parts[:, 5] - parts[:, 4]) * (parts[:, 7] - parts[:, 6]))
-    out, fields_resize, widest = torch.empty(int(starts[-1])), library.function("fields_resize"), int(columns[1][-1:].sum()) + 1
+    out, widest = torch.empty(int(starts[-1]), dtype=torch.float32), int(columns[1][-1:].sum()) + 1
+    fields_resize = library.function("fields_resize")
 
     def write(first: int, end: int) -> None:
-        fields_resize(cells, parts, *rows, *columns, out, starts, torch.empty(widest), first, end)
+        scratch = torch.empty(widest, dtype=torch.float32)
+        fields_resize(cells, parts, *rows, *columns, out, starts, scratch, first, end)
 
     library.parallel_for(write, len(parts), MIN_MASKS_PER_THREAD)
     return out, starts[:-1]
@@ -77,7 +79,7 @@ def cut(cells: Float32[Tensor, "_"], parts: Int64[Tensor, "n 8"], rows: Taps, co
     fields_cut, bound = library.function("fields_cut"), torch.tensor([threshold], dtype=torch.float32)
 
     def write(out: Tensor, starts: Tensor, needed: Tensor, first: int, end: int) -> None:
-        scratch = torch.empty(5 * height)
+        scratch = torch.empty(5 * height, dtype=torch.float32)
         fields_cut(cells, parts, *rows, *columns, bound, height, width, out, starts, needed, scratch, first, end)
 
     return runs.collect(write, runs.estimated_counts(parts[:, 7] - parts[:, 6]))

@@ -265,7 +265,7 @@ def resize(view: View, rows: Taps, columns: Taps) -> Float[Tensor, "T h w"]:
         columns: the taps of each column.
     """
     rows, columns = check_taps("rows", rows), check_taps("columns", columns)
-    means = torch.zeros(len(view), len(rows[0]), len(columns[0]))
+    means = torch.zeros(len(view), len(rows[0]), len(columns[0]), dtype=torch.float32)
     _sample("targets_mean", view, rows, columns, means)
     return means
 

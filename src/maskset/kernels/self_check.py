@@ -57,12 +57,13 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def _example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return grad, value, locations and weights. No location is near the center of a cell, where the gradient jumps."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
     batch, queries, heads, points, width = 2, 9, 2, 2, 8
     samples = batch, queries, heads, len(_SHAPES), points
-    sizes = torch.tensor([(w, h) for h, w in _SHAPES])[:, None]
-    cells = (torch.rand(*samples, 2, generator=generator) * (sizes + 3) - 2).floor()
-    locations = (cells + 0.6 + 0.8 * torch.rand(*samples, 2, generator=generator)) / sizes
-    value = torch.randn(batch, sum(h * w for h, w in _SHAPES), heads, width, generator=generator).to(dtype)
-    grad = torch.randn(batch, queries, heads * width, generator=generator).to(dtype)
-    return grad, value, locations, torch.rand(*samples, generator=generator)
+    sizes = torch.tensor([(w, h) for h, w in _SHAPES], device="cpu")[:, None]
+    cells = (torch.rand(*samples, 2, **options) * (sizes + 3) - 2).floor()
+    locations = (cells + 0.6 + 0.8 * torch.rand(*samples, 2, **options)) / sizes
+    value = torch.randn(batch, sum(h * w for h, w in _SHAPES), heads, width, **options).to(dtype)
+    grad = torch.randn(batch, queries, heads * width, **options).to(dtype)
+    return grad, value, locations, torch.rand(*samples, **options)

@@ -65,8 +65,8 @@ def valid_fractions(padding: Bool[Tensor, "B h w"], offset: float) -> tuple[Floa
 
 def cell_grid(height: int, width: int, like: Tensor) -> Float[Tensor, "cells 2"]:
     """Return x and y of the center of every cell of a map, row by row, in cells: 0.5, 1.5, ..."""
-    y = torch.arange(0.5, height, dtype=like.dtype, device=like.device)
-    x = torch.arange(0.5, width, dtype=like.dtype, device=like.device)
+    y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
+    x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
     return torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)
 
 

@@ -61,10 +61,11 @@ def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size
             "pasting needs square fields [n S S] of at least one cell and a box x0 y0 x1 y1 for each [n 4], "
             f"got shapes {list(fields.shape)} and {list(boxes.shape)}."
         )
+    fields, boxes = fields.float(), boxes if boxes.is_floating_point() else boxes.float()
     low, high = fields.amin((1, 2)), fields.amax((1, 2))  # NaN if there is one; faster than isfinite() of all
     boxes = boxes.masked_fill(~(low.isfinite() & high.isfinite())[:, None], 0.0)  # an empty box gives an empty mask
     if library.handle() is not None:  # Fast path: kernels/csrc/fields.c, fields_paste; results of a GPU go to the CPU anyway
-        return Masks(c_fields.paste(fields.float().cpu(), boxes.cpu(), size, threshold), size)
+        return Masks(c_fields.paste(fields.cpu(), boxes.cpu(), size, threshold), size)
     counts = []
     for field, (x0, y0, x1, y1) in zip(fields, boxes.tolist(), strict=True):
         # A sample half a cell outside of the box still reads half of the outermost cell, hence the margin.

@@ -78,16 +78,16 @@ def central_means(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Ten
     """
     if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_mean
         rows, columns = (factor * torch.arange(cells) + factor // 2 for cells in size)
-        half = [torch.full((cells,), 0.5) for cells in size]
+        half = [torch.full((cells,), 0.5, dtype=torch.float32) for cells in size]
         return runs.resize(masks.view(), (rows - 1, rows, half[0], half[0]), (columns - 1, columns, half[1], half[1]))
     central = slice(factor // 2 - 1, None, factor), slice(factor // 2, None, factor)
     chunk = max(1, _MAX_PIXELS // max(1, masks.size[0] * masks.size[1]))
-    sums = torch.zeros(len(masks), *size, device=masks.device)
+    sums = torch.zeros(len(masks), *size, dtype=torch.float32, device=masks.device)
     for start in range(0, len(masks), chunk):
         pixels = masks[start : start + chunk].dense()
         for rows in central:
             for columns in central:
-                part = pixels[:, rows, columns]
+                part = pixels[:, rows, columns][:, : size[0], : size[1]]
                 sums[start : start + chunk, : part.shape[1], : part.shape[2]] += part
     return sums / 4
 
@@ -106,7 +106,7 @@ def resize_by_corners(
     rows, columns = align_corners(canvas[0], size[0]), align_corners(canvas[1], size[1])
     if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_mean
         return runs.resize(masks.view(), taps(rows, canvas[0]), taps(columns, canvas[1])).to(device)
-    resized = torch.zeros(len(masks), *size, device=device)
+    resized = torch.zeros(len(masks), *size, dtype=torch.float32, device=device)
     for i in range(len(masks)):  # one mask at full size at a time
         dense = masks[i].dense().to(device)
         padded = F.pad(dense, (0, canvas[1] - dense.shape[2], 0, canvas[0] - dense.shape[1])).float()

@@ -33,7 +33,7 @@ class LogitPcaCodec(FittableCodec):
     means: Float[Tensor, "P"]
 
     def __init__(self, size: int = 28, length: int = 60) -> None:
-        pca.check_size_and_length(size, length)
+        pca.check_size_and_length("logit-PCA", size, length)
         super().__init__(size, length)
         self.register_buffer("components", torch.zeros(length, size * size))
         self.register_buffer("explained_variances", torch.ones(length))

@@ -30,7 +30,7 @@ class PcaCodec(FittableCodec):
     basis: Float[Tensor, "P D"]
 
     def __init__(self, size: int = 28, length: int = 60) -> None:
-        check_size_and_length(size, length)
+        check_size_and_length("PCA", size, length)
         super().__init__(size, length)
         self.register_buffer("basis", torch.zeros(size * size, length))
 
@@ -56,16 +56,16 @@ class PcaCodec(FittableCodec):
         return (codes @ self.basis.T).unflatten(1, (self.size, self.size))
 
 
-def check_size_and_length(size: int, length: int) -> None:
-    """Check that masks of a size can have a number of principal components.
+def check_size_and_length(kind: str, size: int, length: int) -> None:
+    """Check that a codec of this kind can have a size of the masks and a number of principal components.
 
     Raises:
         ConfigError: they cannot.
     """
     if not 1 <= size <= MAX_SIZE:
-        raise ConfigError(f"a PCA codec can have a size of 1 to {MAX_SIZE}, got {size}.")
+        raise ConfigError(f"a {kind} codec can have a size of 1 to {MAX_SIZE}, got {size}.")
     if not 1 <= length <= size * size:
-        raise ConfigError(f"a PCA codec of {size} x {size} masks can have a length of 1 to {size * size}, got {length}.")
+        raise ConfigError(f"a {kind} codec of {size} x {size} masks can have a length of 1 to {size * size}, got {length}.")
 
 
 def principal_components(
