@@ -40,7 +40,7 @@ def weights(entries: list) -> dict[str, Tensor]:
 
 
 def image(name: str, height: int, width: int) -> Tensor:
-    """Return a normalised reference image [3 h w]."""
+    """Return a normalized reference image [3 h w]."""
     pixels = torch.from_numpy(recipe.image(name, height, width))
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 

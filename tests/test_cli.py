@@ -123,7 +123,7 @@ def test_a_flag_is_not_guessed_from_its_first_letters(capsys):
     [["predict", "m", ""], ["predict", "", "x.png"], ["predict", "m", "x.png", "--out", ""], ["predict", "m", "x.png", "--out="]],
 )
 def test_an_empty_argument_does_not_stand_for_the_current_folder(capsys, arguments):
-    assert "is empty: is a variable of the shell not set?" in refusal(capsys, *arguments)
+    assert "is empty: is a shell variable unset?" in refusal(capsys, *arguments)
 
 
 def test_a_file_name_that_begins_with_a_hyphen_is_answered_with_how_to_write_it(capsys, monkeypatch, tmp_path):

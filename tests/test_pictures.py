@@ -115,7 +115,7 @@ def test_postscript_under_another_name_starts_no_interpreter(tmp_path, monkeypat
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript would run"))
     Image.fromarray(RGB).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    with pytest.raises(DataError, match="EPS is a program"):
+    with pytest.raises(DataError, match="EPS files contain programs"):
         read(tmp_path / "a.png")
 
 

@@ -56,7 +56,7 @@ def test_the_meaning_of_every_augmentation_is_in_its_help():
         ({"jitter_scale": (2.0, 0.1)}, "jitter_scale must be .low, high. with 0 < low"),
         ({"crop_range": (600, 384)}, "crop_range must be .low, high. with low <= high"),
         ({"crop_range": (0, 384)}, r"data\.crop_range must be at least 1, got 0"),
-        ({"crop_share": 1.5}, r"crop_share must be in \[0, 1\]"),
+        ({"crop_fraction": 1.5}, r"crop_fraction must be in \[0, 1\]"),
         ({"workers": 10**20}, r"data\.workers must be in \[0, 1024\], got 1"),
         ({"short_sides": ()}, "short_sides needs one or more"),
     ],

@@ -66,6 +66,6 @@ def shapes(count: int, seed_split: str = "train", size: tuple[int, int] = (64, 8
 
 
 def batch(examples: list[tuple[torch.Tensor, Instances]], config: SystemConfig) -> tuple[ImageBatch, list[Instances]]:
-    """Return examples as a normalised batch and its objects."""
+    """Return examples as a normalized batch and its objects."""
     images = ImageBatch.from_images([pixels for pixels, _ in examples], config.input.divisor)
     return images.normalized(config.input), [objects for _, objects in examples]

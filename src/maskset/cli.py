@@ -113,7 +113,7 @@ class _Parser(argparse.ArgumentParser):
         for argument in _before_separator(arguments):
             flag, equals, value = argument.partition("=")
             if not flag or (equals and not value and flag in known):
-                self.error(f"the value of {flag or 'an argument'} is empty: is a variable of the shell not set?")
+                self.error(f"the value of {flag or 'an argument'} is empty: is a shell variable unset?")
             if re.match("--.|-[^-0-9.]", flag) and flag not in known:
                 path = f"; a file of this name is written ./{argument}" if os.path.exists(argument) else ""
                 self.error(f"there is no flag {flag}{path or _nearest(flag, known)}")

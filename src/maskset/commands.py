@@ -250,7 +250,7 @@ def _recipes(options: Namespace) -> None:
 
 
 def _show_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("what", metavar="RECIPE|MODEL", help="name of a recipe, recipe.json, checkpoint or run folder")
+    parser.add_argument("recipe_or_model", metavar="RECIPE|MODEL", help="name of a recipe, recipe.json, checkpoint or run folder")
     parser.add_argument("--json", action="store_true", help="print a recipe.json to edit and train")
 
 
@@ -258,12 +258,12 @@ def _show(options: Namespace) -> None:
     """Print the settings of a recipe or a model."""
     from maskset import checkpoint, config, flags, recipes
 
-    if checkpoint.is_model(options.what) and not recipes.known(options.what):
-        metadata = checkpoint.read_metadata(checkpoint.find(options.what))
+    if checkpoint.is_model(options.recipe_or_model) and not recipes.known(options.recipe_or_model):
+        metadata = checkpoint.read_metadata(checkpoint.find(options.recipe_or_model))
         recipe, names = metadata.recipe, ", ".join(category.name for category in metadata.categories)
         about = f"classes: {names}\nsource: {metadata.source or 'trained here'}\nlicense: {metadata.license}\n\n"
     else:
-        recipe, about = recipes.get(options.what), ""
+        recipe, about = recipes.get(options.recipe_or_model), ""
     print(json.dumps(config.to_dict(recipe), indent=2) if options.json else about + flags.table(recipe))
 
 

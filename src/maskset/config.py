@@ -23,7 +23,7 @@ def setting(default: Value, help: str) -> Value:
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[Settings]) -> type[Settings]:
     """Return the class as a frozen, keyword-only dataclass that refuses unknown settings when read from a file."""
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # without it pydantic drops typos in silence
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # without it pydantic silently ignores unknown names
     return dataclass(frozen=True, kw_only=True)(cls)
 
 

@@ -1,4 +1,4 @@
-"""One process or many: the few things that differ. On one process everything here does nothing."""
+"""Helpers for training in several processes; in a single process they have no effect."""
 
 import os
 
@@ -39,7 +39,7 @@ def divisor(count: float | Tensor, like: Tensor) -> Tensor:
     With gradients averaged over processes, N processes then equal one process with the same global batch.
 
     Args:
-        count: how many this process has.
+        count: number of objects or pairs in this process.
         like: a tensor whose device and type (float) the result takes.
     """
     total = torch.as_tensor(count, dtype=torch.float32, device=like.device).clone()

@@ -76,7 +76,7 @@ def lock_folder(path: Path) -> Iterator[None]:
 def _lock(file: Path) -> int:
     """Return the descriptor of the locked file, made with its folder; closing it releases the lock.
 
-    Whoever held the lock before removes the file, and maybe the folder, at any moment: then try again.
+    The previous holder may delete the file or its folder at any moment; then try again.
     """
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,7 @@ def _files(source: str | Path) -> list[Path]:
     elif path.is_file():
         return [path]
     elif path.exists():
-        raise SourceError(f"{source} is not a regular file or a folder.")  # reading a pipe could wait for ever
+        raise SourceError(f"{source} is not a regular file or a folder.")  # reading a pipe could wait forever
     elif _is_pattern(source):
         candidates = sorted(Path(name) for name in glob.glob(str(source), recursive=True))
     else:
@@ -186,10 +186,10 @@ def read_image(file: str | Path, size: tuple[int, int] | None = None) -> UInt8[T
 def _decode(file: str | Path | io.IOBase, name: str, size: tuple[int, int] | None) -> UInt8[Tensor, "3 h w"]:
     try:
         if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise DataError("it is not a regular file.")  # reading a pipe could wait for ever
+            raise DataError("it is not a regular file.")  # reading a pipe could wait forever
         with Image.open(file) as picture:  # type: ignore[arg-type]  # Pillow's stubs do not know io.IOBase
             if picture.format == "EPS":
-                raise DataError("EPS is a program, which is not run.")
+                raise DataError("EPS files contain programs and are not supported.")
             check_image_size((picture.height, picture.width))
             pixels = np.array(_rgb(_upright(picture, size)))
     except MemoryError:

@@ -14,7 +14,9 @@ def report(message: str, *details: str) -> None:
     print(message, *(f"  {detail}" for detail in details), sep="\n", file=sys.stderr, flush=True)
 
 
-def track(items: Iterable[Item], total: int, what: str, unit: str = "images", note: Callable[[], str] = str) -> Iterator[Item]:
+def track(
+    items: Iterable[Item], total: int, description: str, unit: str = "images", note: Callable[[], str] = str
+) -> Iterator[Item]:
     """Yield the items and show progress on stderr: a bar on a terminal, else a line every 30 seconds and at the end.
 
     Of several processes on a machine, only the first shows it.
@@ -22,7 +24,7 @@ def track(items: Iterable[Item], total: int, what: str, unit: str = "images", no
     Args:
         items: the items to process.
         total: number of items.
-        what: description of the work, such as "predicting".
+        description: description of the work, such as "predicting".
         unit: what is counted, in the plural.
         note: returns text to append to the description.
     """
@@ -35,10 +37,10 @@ def track(items: Iterable[Item], total: int, what: str, unit: str = "images", no
     console = Console(stderr=True)
     if console.is_terminal:
         with Progress(console=console) as bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(description, total=total)
             for item in items:
                 yield item
-                bar.update(task, advance=1, description=what + note())
+                bar.update(task, advance=1, description=description + note())
         return
     start = last_report = time.monotonic()
     count = 0
@@ -46,5 +48,5 @@ def track(items: Iterable[Item], total: int, what: str, unit: str = "images", no
         yield item
         if count < total and time.monotonic() - last_report > 30:
             last_report = time.monotonic()
-            report(f"{what}: {count} of {total} {unit} in {last_report - start:.0f} s{note()}")
-    report(f"{what}: {count} of {total} {unit} in {time.monotonic() - start:.0f} s")
+            report(f"{description}: {count} of {total} {unit} in {last_report - start:.0f} s{note()}")
+    report(f"{description}: {count} of {total} {unit} in {time.monotonic() - start:.0f} s")

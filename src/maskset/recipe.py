@@ -34,7 +34,7 @@ class TrainConfig:
     offset_learning_rate: NonNegativeFloat = setting(2e-5, "learning rate of sampling offsets and reference points")
     reference_batch_size: PositiveInt = setting(32, "batch size for which the learning rates are tuned")
     scale_learning_rate: bool = setting(False, "multiply the learning rates by batch_size / reference_batch_size")
-    optimizer: Literal["adamw", "sgd"] = setting("adamw", "adamw: AdamW; sgd: with momentum, and no decay of norms")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "adamw, or sgd with momentum and without weight decay of norm layers")
     momentum: Fraction = setting(0.9, "sgd: momentum")
     weight_decay: NonNegativeFloat = setting(1e-4, "weight decay, relative to the learning rate")
     schedule: Literal["step", "cosine"] = setting(

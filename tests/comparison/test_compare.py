@@ -272,7 +272,7 @@ def test_a_budget_that_is_not_possible_is_refused(tmp_path, options, message):
 
 def test_several_processes_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(ConfigError, "a comparison is one process", ["solq-tiny"], tmp_path)
+    refused(ConfigError, "maskset compare runs in one process", ["solq-tiny"], tmp_path)
 
 
 def test_a_model_that_knows_no_class_of_the_data_is_refused_before_anything_is_trained(monkeypatch, untrained, tmp_path):

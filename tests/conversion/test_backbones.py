@@ -94,7 +94,7 @@ def test_a_swin_starts_from_classifiers_but_for_its_output_norms(tmp_path, monke
 @pytest.mark.parametrize(
     ("name", "other", "message"),
     [
-        ("resnet18", "resnet34", r"layer1\.2\.[\w.]+ has no place"),
+        ("resnet18", "resnet34", r"layer1\.2\.[\w.]+ is not part of the backbone"),
         ("resnet34", "resnet18", r"layer1\.2\.conv1\.weight is missing"),
         ("resnet10t", "resnet18", r"conv1\.0\.weight is missing.*and \d+ more"),
         ("convnext_atto", "convnext_femto", r"is \[\d+, .*\] instead of \[\d+, "),
@@ -115,7 +115,7 @@ def test_weights_of_a_deeper_swin_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(backbones.SWIN_SIZES, "swin_tiny", TINY_SWIN)
     state = timm_weights("swin_tiny_patch4_window7_224", embed_dim=16, depths=(2, 2, 3, 2), num_heads=(1, 2, 4, 8))
     save_file(state, tmp_path / "deeper.safetensors")
-    with pytest.raises(ConfigError, match=r"stages\.2\.blocks\.2\.[\w.]+ has no place"):
+    with pytest.raises(ConfigError, match=r"stages\.2\.blocks\.2\.[\w.]+ is not part of the backbone"):
         load_pretrained(build_backbone("swin_tiny", "frozen", 0, 0.0), str(tmp_path / "deeper.safetensors"))
 
 

@@ -105,7 +105,7 @@ def test_a_resnet_with_strides_elsewhere_is_refused_though_the_shapes_fit():
 def test_another_file_is_refused():
     with pytest.raises(ConversionError, match="unknown entries: fc"):
         initialize(IsdaConfig(), {"fc": torch.zeros(1)})
-    with pytest.raises(ConversionError, match="there is no entry for our query"):
+    with pytest.raises(ConversionError, match="the checkpoint has no tensor for maskset's query"):
         initialize(IsdaConfig(), {name: value for name, value in official().items() if "query" not in name})
 
 

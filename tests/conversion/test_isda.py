@@ -64,7 +64,7 @@ def test_an_entry_of_another_system_is_named():
 def test_a_missing_entry_is_named(name):
     state = official()
     del state[name]
-    with pytest.raises(ConversionError, match="there is no entry for our (mask_feature_head.branches.3.0|query)"):
+    with pytest.raises(ConversionError, match="has no tensor for maskset's (mask_feature_head.branches.3.0|query)"):
         convert("isda", state)
 
 

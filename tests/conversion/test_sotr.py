@@ -92,7 +92,7 @@ def test_an_entry_of_another_system_is_named():
 def test_a_missing_entry_is_named(name, ours):
     state = official(depth=1)
     del state[name]
-    with pytest.raises(ConversionError, match=f"there is no entry for our {ours}"):
+    with pytest.raises(ConversionError, match=f"the checkpoint has no tensor for maskset's {ours}"):
         convert("sotr", state)
 
 

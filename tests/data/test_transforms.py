@@ -160,7 +160,7 @@ def test_a_crop_range_beyond_the_image_is_cut_to_it() -> None:
 
 
 def test_a_crop_may_be_a_share_of_the_image() -> None:
-    config = replace(DETR, augmentation="mmdet", crop_short_sides=(30,), crop_share=0.7, short_sides=(60,))
+    config = replace(DETR, augmentation="mmdet", crop_short_sides=(30,), crop_fraction=0.7, short_sides=(60,))
     heights = set()
     for seed in range(9):
         _, objects = augment(*square((30, 40), (18, 13, 22, 17)), config, np.random.default_rng(seed))

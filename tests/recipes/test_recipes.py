@@ -62,8 +62,8 @@ def test_istr_has_the_official_schedule():
         assert (train.batch_size, train.clip_norm, train.weight_decay, train.warmup_steps) == (16, 1.0, 1e-4, 1000)
         factors = [rate_factor(step, 7330, train) for step in (209_999, 210_000, 249_999, 250_000, 269_999)]
         assert factors == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
-    assert (recipes.istr_r50().data.crop_share, recipes.istr_r50().data.short_sides[-1]) == (0.7, 800)
-    assert (recipes.istr_smt_r50().data.crop_share, recipes.istr_smt_r50().data.short_sides[-1]) == (0.0, 1088)
+    assert (recipes.istr_r50().data.crop_fraction, recipes.istr_r50().data.short_sides[-1]) == (0.7, 800)
+    assert (recipes.istr_smt_r50().data.crop_fraction, recipes.istr_smt_r50().data.short_sides[-1]) == (0.0, 1088)
 
 
 def test_sotr_has_the_official_schedule():

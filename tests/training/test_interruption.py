@@ -33,7 +33,7 @@ def test_where_nothing_would_be_lost_the_first_one_stops_at_once():
     with (
         Interruption() as interruption,
         pytest.raises(KeyboardInterrupt, match="so you know"),
-        interruption.at_once("so you know"),
+        interruption.raise_immediately("so you know"),
     ):
         press()
 
@@ -41,13 +41,13 @@ def test_where_nothing_would_be_lost_the_first_one_stops_at_once():
 def test_a_signal_from_before_counts_there_too():
     with Interruption() as interruption:
         press()
-        with pytest.raises(KeyboardInterrupt, match="so you know"), interruption.at_once("so you know"):
+        with pytest.raises(KeyboardInterrupt, match="so you know"), interruption.raise_immediately("so you know"):
             pytest.fail("goes on")
 
 
 def test_afterwards_signals_wait_again():
     with Interruption() as interruption:
-        with interruption.at_once(""):
+        with interruption.raise_immediately(""):
             pass
         press()
         assert interruption.requested
@@ -78,7 +78,7 @@ def test_the_error_says_which_signal_it_was(number, error):
     with Interruption() as interruption:
         press(number)
         assert interruption.error is error
-        with pytest.raises(error, match="stopped"), interruption.at_once("stopped"):
+        with pytest.raises(error, match="stopped"), interruption.raise_immediately("stopped"):
             pytest.fail("goes on")
 
 

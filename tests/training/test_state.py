@@ -42,7 +42,7 @@ def trained(seed, steps=0, **model):
 
 def test_everything_comes_back(tmp_path):
     before, after = trained(0, steps=2), trained(1)
-    progress = Progress(epoch=3, step=17, best=0.25, stale=1, log_bytes=99)
+    progress = Progress(epoch=3, step=17, best=0.25, evaluations_since_best=1, log_bytes=99)
     save_state(tmp_path, before, progress, DATA)
     assert load_state(tmp_path, after, DATA) == progress
     for old, new in ((before.model, after.model), (before.averaged, after.averaged)):

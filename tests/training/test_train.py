@@ -234,11 +234,11 @@ def test_what_is_left_out_as_broken_is_told(tmp_path, capsys):
     settings = replace(settings, data=replace(settings.data, skip_broken=True))
     train(settings, broken(tmp_path / "data", "train"), tmp_path / "run")
     said = capsys.readouterr().out.splitlines()
-    (before,) = (line for line in said if "left out as broken" in line)
-    assert "1 to train on, 0 to evaluate on. The first: " in before
+    (before,) = (line for line in said if "skipped broken images" in line)
+    assert "1 for training, 0 for evaluation. The first: " in before
     assert "instances_train.json: annotation 9999" in before
-    (after,) = (line for line in said if "unreadable" in line)
-    assert after.startswith("warning: unreadable, and left out: 1 image. The first: ")
+    (after,) = (line for line in said if "could not be read" in line)
+    assert after.startswith("warning: skipped 1 image that could not be read. The first: ")
     assert after.count("cannot be read as an image") == 1
 
 

@@ -126,7 +126,9 @@ def _check_arguments(epochs: int | None, minutes: float | None, max_detections: 
     if max_detections < 1:
         raise ConfigError(f"max_detections must be at least 1, got {max_detections}.")
     if launched("WORLD_SIZE", 1) > 1:
-        raise ConfigError("a comparison is one process: train on several with maskset train, and compare the run folders.")
+        raise ConfigError(
+            "maskset compare runs in one process: train on several with maskset train, and compare the run folders."
+        )
 
 
 def _plan_entries(models: Sequence[str | Path], dataset: Dataset, skip_broken: bool) -> dict[str, ComparisonEntry]:

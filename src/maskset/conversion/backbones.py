@@ -12,6 +12,7 @@ from maskset.conversion.reading import read_weights
 from maskset.errors import ConfigError
 from maskset.layers.backbone import Backbone, FrozenBatchNorm, GroupNorm
 from maskset.layers.swin import SWIN_SIZES
+from maskset.messages import first_names
 
 PRETRAINED_SWIN = {  # which of timm's weights a Swin starts from
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
@@ -57,8 +58,8 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
     if weights is None and backbone.stride_in_first:
         raise ConfigError(
             f"timm's hub has no weights for the backbone {backbone.name} with strides in the first convolutions of its blocks: "
-            "give a file, such as detectron2's ImageNetPretrained/MSRA/R-50.pkl, with --model.backbone.weights FILE, or do "
-            "without with --model.backbone.pretrained false."
+            "give a file, such as detectron2's ImageNetPretrained/MSRA/R-50.pkl, with --model.backbone.weights FILE, or train "
+            "from random weights with --model.backbone.pretrained false."
         )
     source = weights or "timm's hub"
     state = _fetch(backbone.name, len(backbone.strides)) if weights is None else _read(Path(weights))
@@ -82,10 +83,9 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
             wrong.append(f"{key} is {list(value.shape)} instead of {list(expected[key].shape)}")
         # The classifier is not needed; any other entry without a place shows that the file is of a larger network.
         if key not in own and key.partition(".")[0] in modules and key.rpartition(".")[0] not in norms:
-            wrong.append(f"{key} has no place")
+            wrong.append(f"{key} is not part of the backbone")
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {'; '.join(wrong[:3])}{more}.")
+        raise ConfigError(f"the weights of {source} are not those of the backbone {backbone.name}: {first_names(wrong, 3)}.")
     backbone.body.load_state_dict({key: state[key] for key in expected}, strict=False)
     kinds = {"sampling offsets" if ".offset." in key else "norms" for key in fresh}
     rest = f"; the other {len(fresh)}, {' and '.join(sorted(kinds))}, keep their initial values" if fresh else ""
@@ -114,7 +114,7 @@ def _fetch(name: str, maps: int) -> dict[str, Tensor]:
     except Exception as error:  # no network, no such file, a proxy's answer: each library in between raises its own
         raise ConfigError(
             f"the ImageNet weights of the backbone {name} cannot be fetched from timm's hub ({type(error).__name__}): "
-            "give a file with --model.backbone.weights FILE, or do without with --model.backbone.pretrained false."
+            "give a file with --model.backbone.weights FILE, or train from random weights with --model.backbone.pretrained false."
         ) from None
 
 

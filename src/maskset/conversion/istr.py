@@ -70,7 +70,7 @@ def shared_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the settings of ISTR and ISTR-SMT that the shapes of our state dict show; all official models have 8 heads."""
     queries, width = require(state, "query_position", 2).shape
     if not width:
-        raise ConversionError("the entry for our query_position has no columns: the file is damaged.")
+        raise ConversionError("the tensor for maskset's query_position has no columns: the file is damaged.")
     return {
         "backbone": BackboneConfig(name=resnet_name(state)),
         "num_classes": require(state, "class_heads.0.weight", 2).shape[0],

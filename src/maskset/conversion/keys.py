@@ -93,9 +93,13 @@ def rename_known(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str
 def require(state: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
     """Return an entry with `dims` dimensions, or raise a ConversionError that names it."""
     if name not in state:
-        raise ConversionError(f"there is no entry for our {name}. Is this a checkpoint of another system, or of a variant?")
+        raise ConversionError(
+            f"the checkpoint has no tensor for maskset's {name}. Is this a checkpoint of another system, or of a variant?"
+        )
     if state[name].dim() != dims:
-        raise ConversionError(f"the entry for our {name} has the shape {list(state[name].shape)}, expected {dims} dimensions.")
+        raise ConversionError(
+            f"the tensor for maskset's {name} has the shape {list(state[name].shape)}, expected {dims} dimensions."
+        )
     return state[name]
 
 

@@ -60,7 +60,7 @@ def convert(state: Mapping[str, Tensor], use_last_copy: bool = False) -> tuple[S
             key_value = require(ours, f"{part}.key_value.weight", 2)
             if len(key_value) < 2:
                 raise ConversionError(
-                    f"the entry for our {part}.key_value.weight has {len(key_value)} rows, not twice the width."
+                    f"the tensor for maskset's {part}.key_value.weight has {len(key_value)} rows, not twice the width."
                 )
             ours[f"{part}.key.weight"], ours[f"{part}.value.weight"] = key_value.chunk(2)
             del ours[f"{part}.key_value.weight"]

@@ -18,7 +18,7 @@ from maskset.pictures import check_image_size
 
 _NO_BOX = "have an empty or invalid bbox, so the box of their mask is used"
 _NO_MASK = "have neither a box nor a mask inside the image, so they are left out"
-_OTHER_BOX = "have a bbox (used as it is) that contradicts their mask; it should be x, y, width, height"
+_MISMATCHED_BOX = "have a bbox (used as it is) that contradicts their mask; it should be x, y, width, height"
 _LEAST_IOU = 0.5  # of an annotated box and the box of its mask; fewer than 1 in 1,000 boxes of COCO are below
 
 
@@ -154,7 +154,7 @@ def read_annotations(
         categories: the classes, in the order of the labels.
         problems: a message on each broken annotation is added here; these are left out.
     """
-    warnings: dict[str, list[str]] = {_NO_BOX: [], _NO_MASK: [], _OTHER_BOX: []}
+    warnings: dict[str, list[str]] = {_NO_BOX: [], _NO_MASK: [], _MISMATCHED_BOX: []}
     position_of = {record.id: position for position, record in enumerate(records)}
     label_of = {category.coco_id: label for label, category in enumerate(categories)}
     ids, checked = set(), []
@@ -222,7 +222,7 @@ def _row(
         if row.get("bbox") is not None:
             warnings[_NO_BOX].append(f"{name}, {row['bbox']!r:.100}")
     elif _contradicts(box, shape, size):
-        warnings[_OTHER_BOX].append(f"{name}, {row['bbox']!r:.100}")
+        warnings[_MISMATCHED_BOX].append(f"{name}, {row['bbox']!r:.100}")
     area = _number(area) or 0
     if area <= 0:  # it is missing, or the signed area of a polygon in the opposite direction
         area = rle.area(_runs(shape, size))

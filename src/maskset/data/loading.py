@@ -93,7 +93,7 @@ def batch_order(
         batch_size: images per batch, over all processes. If all images do not fill one batch, they are repeated.
         seed: seed of the order.
         epoch: epoch, from 0.
-        wide: whether each image is at least as wide as high; if given, wide and tall images are in separate batches, except for
+        wide: whether each image is at least as wide as tall; if given, wide and tall images are in separate batches, except for
             the last ones.
     """
     shuffled = np.random.default_rng([seed, epoch]).permutation(count)

@@ -24,7 +24,9 @@ class DataConfig:
         (400, 500, 600), "detr, mmdet: shorter sides before a crop (half of the images), pixels"
     )
     crop_range: tuple[PositiveInt, PositiveInt] = setting((384, 600), "detr, mmdet: minimum and maximum side of the crop, pixels")
-    crop_share: Probability = setting(0.0, "detr, mmdet: above 0, sides of the crop relative to the image instead")
+    crop_fraction: Probability = setting(
+        0.0, "detr, mmdet: side of the crop as a fraction of the image; replaces crop_range if above 0"
+    )
     jitter_size: PositiveInt = setting(1024, "lsj: side of the square canvas, pixels")
     jitter_scale: tuple[float, float] = setting((0.1, 2.0), "lsj: minimum and maximum scale relative to the canvas")
     group_by_aspect: bool = setting(True, "group wide and tall images into separate batches, to save padding")

@@ -128,13 +128,13 @@ class Shape:
         label: 0 ellipse, 1 rectangle, 2 triangle.
         window: rows and columns of the image that the shape and its shadow may cover.
         distance: approximate distance of each pixel center in the window to the edge, pixels, negative inside.
-        look: seed of its colors and texture.
+        appearance_seed: seed of its colors and texture.
     """
 
     label: int
     window: tuple[slice, slice]
     distance: Plane
-    look: int
+    appearance_seed: int
 
 
 class Scene:
@@ -146,7 +146,7 @@ class Scene:
     """
 
     def __init__(self, random: np.random.RandomState, size: tuple[int, int]) -> None:
-        self._size, self._side, self._look = size, float(min(size)), _seed(random)
+        self._size, self._side, self._appearance_seed = size, float(min(size)), _seed(random)
         self.shapes: list[Shape] = []
         visible, occupied = [], np.zeros(size, dtype=bool)
         number = random.randint(1, 6)
@@ -165,7 +165,7 @@ class Scene:
 
     def paint(self) -> UInt8[np.ndarray, "3 h w"]:
         """Return the RGB pixels."""
-        random = np.random.RandomState(self._look)
+        random = np.random.RandomState(self._appearance_seed)
         hues = (random.permutation(12) + random.random_sample()) / 12  # a different hue for the background and each shape
         picture = self._background(random, hues[0])
         for shape, hue in reversed(list(zip(self.shapes, hues[1:], strict=False))):
@@ -198,7 +198,7 @@ class Scene:
 
     def _paint(self, canvas: Float64[np.ndarray, "3 h w"], shape: Shape, hue: float) -> None:
         """Paint a shape and its shadow on the part of the image in its window."""
-        random, (rows, _), size = np.random.RandomState(shape.look), shape.window, shape.distance.shape
+        random, (rows, _), size = np.random.RandomState(shape.appearance_seed), shape.window, shape.distance.shape
         light = _rgb(hue, 0.55 + 0.4 * random.random_sample(), 0.75 + 0.25 * random.random_sample())
         dark = _rgb(hue + 0.12 * (random.random_sample() - 0.5), 0.6, 0.35 + 0.25 * random.random_sample())
         texture = _pattern(random, size, self._side) * (0.2 + 0.3 * random.random_sample())

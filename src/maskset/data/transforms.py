@@ -77,9 +77,9 @@ def fit(pixels: Pixels, short_side: int, long_side: int | None = None) -> UInt8[
 def fitted_size(size: tuple[int, int], short_side: int, long_side: int | None = None) -> tuple[int, int]:
     """Return height and width after resizing `size`: the shorter side becomes `short_side`, the aspect ratio stays.
 
-    Where the longer side would exceed `long_side`, the shorter side is reduced so that it does not. This is DETR's rule, which
-    rounds the shorter side, so that the longer one may still exceed `long_side` by a few pixels; by more than 5 % only images
-    thinner than about 1 : 100 would, and those are squeezed to that. Without `long_side`, the limit is `pictures.MAX_SIDE`.
+    Where the longer side would exceed `long_side`, the shorter side is reduced so that it does not. As in DETR, rounding may let
+    the longer side exceed `long_side` slightly; a limit of 5 % more distorts only images thinner than about 1:100. Without
+    `long_side`, the limit is `pictures.MAX_SIDE`.
     """
     short, long = min(size), max(size)
     if long_side is not None and long / short * short_side > long_side:
@@ -100,8 +100,8 @@ def _jitter(pixels: Tensor, objects: Instances, config: DataConfig, rng: np.rand
 
 
 def _crop_side(side: int, config: DataConfig, rng: np.random.Generator) -> int:
-    if config.crop_share:
-        return max(1, int(side * config.crop_share + 0.5))
+    if config.crop_fraction:
+        return max(1, int(side * config.crop_fraction + 0.5))
     least, greatest = config.crop_range
     return int(rng.integers(min(least, side), min(greatest, side) + 1))
 

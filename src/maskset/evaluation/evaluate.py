@@ -69,11 +69,11 @@ def evaluate(
     dataset = open_data(data, split, images, skip_broken) if isinstance(data, (str, Path)) else data
     if not isinstance(dataset, Dataset):
         raise DataError(f"data must be a data folder, a COCO JSON file, 'shapes:' or a Dataset, got {type(data).__name__}.")
-    share = _share(dataset, model)
+    own_images = _own_images(dataset, model)
     unreadable: dict[int, str] = {}
-    predictions = detections_in(model, dataset, share, max_detections, batch_size, unreadable)
+    predictions = detections_in(model, dataset, own_images, max_detections, batch_size, unreadable)
     progress = progress and (not active() or distributed.get_rank() == 0)
-    overlaps_of = _compare(dataset, predictions, len(share), max_detections, progress)
+    overlaps_of = _collect_overlaps(dataset, predictions, len(own_images), max_detections, progress)
     model_names, data_names = ({category.name: None for category in owner.categories} for owner in (model, dataset))
     return replace(
         _gather_metrics(dataset, overlaps_of, unreadable, max_detections),
@@ -139,7 +139,7 @@ def class_labels(model: Sequence[Category], data: Sequence[Category]) -> list[in
     return labels
 
 
-def _share(dataset: Dataset, model: System) -> list[int]:
+def _own_images(dataset: Dataset, model: System) -> list[int]:
     """Return the images that this process evaluates, sorted by size, so that batches are full."""
     short, long = model.input.short_side, model.input.long_side
     sizes = [fitted_size((image.height, image.width), short, long) for image in dataset.images]
@@ -147,7 +147,7 @@ def _share(dataset: Dataset, model: System) -> list[int]:
     return order[distributed.get_rank() :: world_size()] if active() else order
 
 
-def _compare(
+def _collect_overlaps(
     dataset: Dataset, predictions: Iterable[tuple[int, Instances]], total: int, max_detections: int, progress: bool
 ) -> dict[int, Overlaps]:
     """Return the overlaps of detections and targets in each image; masks are dropped.
@@ -182,13 +182,13 @@ def _gather_metrics(
     first = distributed.get_rank() == 0
     parts: list[Any] = [None] * world_size()
     distributed.gather_object((overlaps_of, unreadable), parts if first else None)
-    answer: list[Any] = [None]
+    result: list[Any] = [None]
     if first:
         overlaps_of = {index: overlap for part, _ in parts for index, overlap in part.items()}
         unreadable = {index: problem for _, part in parts for index, problem in part.items()}
-        answer = [_metrics(dataset, overlaps_of, unreadable, max_detections)]
-    distributed.broadcast_object_list(answer)
-    return answer[0]
+        result = [_metrics(dataset, overlaps_of, unreadable, max_detections)]
+    distributed.broadcast_object_list(result)
+    return result[0]
 
 
 def _metrics(dataset: Dataset, overlaps_of: dict[int, Overlaps], unreadable: dict[int, str], max_detections: int) -> Metrics:

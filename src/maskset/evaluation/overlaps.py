@@ -60,9 +60,9 @@ def overlaps(data: Dataset, index: int, detections: Instances) -> Overlaps:
     labels, boxes = detections.labels.numpy()[order], _boxes(detections)[order]
     ious = {}
     for label in np.intersect1d(labels, target_labels).tolist():
-        of, on = np.flatnonzero(labels == label), np.flatnonzero(target_labels == label)
-        masks = iou(_as_coco(detections.masks, order[of]), _as_coco(target_masks, on), crowd[on])
-        ious[label] = np.stack([masks, iou(boxes[of], target_boxes[on], crowd[on])])
+        detection_index, target_index = np.flatnonzero(labels == label), np.flatnonzero(target_labels == label)
+        masks = iou(_as_coco(detections.masks, order[detection_index]), _as_coco(target_masks, target_index), crowd[target_index])
+        ious[label] = np.stack([masks, iou(boxes[detection_index], target_boxes[target_index], crowd[target_index])])
     return Overlaps(
         labels=labels,
         scores=scores[order],

@@ -257,7 +257,7 @@ def _predict_batch(
         images = replace(images, pixels=images.pixels.to(_dtype(model)))
         output = model(images)
         if ignored_classes:
-            output = _without(output, ignored_classes)
+            output = _suppress_classes(output, ignored_classes)
         return [detections.to("cpu") for detections in model.postprocess(output, images, sizes, limit, threshold)]
 
 
@@ -285,7 +285,7 @@ def _evaluation_mode(model: System) -> Iterator[None]:
                     module.training = True
 
 
-def _without(output: ModelOutput, channels: Sequence[int]) -> ModelOutput:
+def _suppress_classes(output: ModelOutput, channels: Sequence[int]) -> ModelOutput:
     """Return the output with a score of zero for some classes."""
     index = torch.tensor(channels, device=output.layers[-1].class_logits.device)
     layers = [replace(layer, class_logits=layer.class_logits.index_fill(2, index, -torch.inf)) for layer in output.layers]

@@ -25,7 +25,7 @@ def istr_r50() -> Recipe:
     """
     return Recipe(
         model=IstrConfig(),
-        data=DataConfig(augmentation="mmdet", crop_share=0.7),
+        data=DataConfig(augmentation="mmdet", crop_fraction=0.7),
         train=TrainConfig(
             epochs=27,  # drops at 21 and 25 of 27 epochs are drops at 210,000 and 250,000 of 270,000 steps
             steps=270_000,

@@ -34,7 +34,7 @@ def save_diverged_batch(
         tensors |= {f"boxes/{i}": targets.boxes, f"labels/{i}": targets.labels}
     values = {name: float(term) for name, term in problem.terms.items()}
     facts = {
-        "why": problem.why,
+        "reason": problem.reason,
         "step": step,
         "learning_rates": dict(rates),
         "terms": {name: value if math.isfinite(value) else str(value) for name, value in values.items()},
@@ -48,7 +48,7 @@ def save_diverged_batch(
     learning_rates = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
     start = f", which can start from the last checkpoint: --init {folder}" if (folder / LAST).is_file() else ""
     return TrainingDiverged(
-        f"training diverged in step {step}: {problem.why} Learning rates: {learning_rates}. Images: {first_names(names, 4)}. "
+        f"training diverged in step {step}: {problem.reason} Learning rates: {learning_rates}. Images: {first_names(names, 4)}. "
         f"The batch is in {out}. Try a lower --train.learning-rate, a longer --train.warmup-steps, a smaller "
         f"--train.clip-norm, or another --train.precision than fp16, in a new run{start}."
     )

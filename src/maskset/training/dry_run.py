@@ -59,7 +59,7 @@ def measure_cost(
         data: see `maskset.train`, as `images`.
         images: see `maskset.train`.
         seconds: minimum duration of the time measurement.
-        progress: whether to show the progress of fitting a mask code on stderr.
+        progress: whether to show the progress of fitting a mask codec on stderr.
 
     Raises:
         ValueError: the run cannot be started, see `maskset.train`, or a loss is not finite.
@@ -97,7 +97,9 @@ def _run_step(run: Run, batches: Sequence[Batch]) -> None:
     try:
         update(run.accelerator, run.step, optimizer, batches, config.clip_norm)
     except NotFinite as problem:
-        raise MasksetError(f"training diverged in step {progress.step}: {problem.why} Try a lower train.learning_rate.") from None
+        raise MasksetError(
+            f"training diverged in step {progress.step}: {problem.reason} Try a lower train.learning_rate."
+        ) from None
     progress.step += 1
 
 

@@ -10,7 +10,7 @@ from types import FrameType
 
 from maskset.errors import Terminated
 
-_AGAIN = "stopped at once: the same command with --resume continues from the last checkpoint."
+_STOPPED_MESSAGE = "stopped at once: the same command with --resume continues from the last checkpoint."
 
 
 class Interruption:
@@ -18,7 +18,7 @@ class Interruption:
 
     Outside of the context, and in threads other than the main one, signals have their usual effect. Schedulers send SIGTERM to
     a process and to its whole group, so it may arrive twice, and the processes that read images get it too. Those ignore it
-    until training has ended, because torch would raise the death of one in the middle of a step.
+    until training has ended, because torch would raise an error in the middle of a step when one of them exits.
 
     Attributes:
         requested: whether a signal was received.
@@ -28,7 +28,7 @@ class Interruption:
     def __init__(self) -> None:
         self.requested = False
         self.error: type[KeyboardInterrupt] = KeyboardInterrupt
-        self._message, self._waits = _AGAIN, True
+        self._message, self._defers = _STOPPED_MESSAGE, True
         self._process, self._ended = os.getpid(), mmap.mmap(-1, 1)  # memory that forked processes share
         self._previous: dict[int, object] = {}
 
@@ -43,15 +43,15 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextmanager
-    def at_once(self, message: str) -> Iterator[None]:
+    def raise_immediately(self, message: str) -> Iterator[None]:
         """Let signals raise an exception with this message inside of the context, where nothing would be lost."""
-        self._message, self._waits = message, False
+        self._message, self._defers = message, False
         try:
             if self.requested:
                 raise self.error(message)
             yield
         finally:
-            self._message, self._waits = _AGAIN, True
+            self._message, self._defers = _STOPPED_MESSAGE, True
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:  # a process that reads images
@@ -60,5 +60,5 @@ class Interruption:
             return
         again, self.requested = self.requested, True
         self.error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        if (again and number == signal.SIGINT) or not (again or self._waits):
+        if (again and number == signal.SIGINT) or not (again or self._defers):
             raise self.error(self._message)

@@ -1,4 +1,4 @@
-"""Set-up of a training run. Quick checks come first, so that errors in the arguments appear early."""
+"""Setup of a training run. Quick checks come first, so that errors in the arguments appear early."""
 
 import os
 from collections.abc import Iterator
@@ -103,25 +103,27 @@ class Run:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Return the remaining batches of an epoch for this process."""
-        accelerator, divisor, seed = self.accelerator, self.state.model.input.divisor, self.recipe.train.seed
-        place = accelerator.process_index, accelerator.num_processes
-        done = self.batches_done
-        return training_batches(self.train_data, self.recipe.data, self.batch_size, divisor, seed, epoch, *place, start=done)
+        divisor, seed = self.state.model.input.divisor, self.recipe.train.seed
+        rank_and_world_size = self.accelerator.process_index, self.accelerator.num_processes
+        start = self.batches_done
+        return training_batches(
+            self.train_data, self.recipe.data, self.batch_size, divisor, seed, epoch, *rank_and_world_size, start=start
+        )
 
-    def image_names(self, place: int) -> list[str]:
-        """Return the image files of this process in batch `place` of the next step."""
+    def image_names(self, batch_index: int) -> list[str]:
+        """Return the image files of this process in batch `batch_index` of the next step."""
         data, processes = self.train_data.images, self.accelerator.num_processes
         wide = np.array([image.width >= image.height for image in data]) if self.recipe.data.group_by_aspect else None
         order = batch_order(len(data), self.batch_size * processes, self.recipe.train.seed, self.progress.epoch, wide)
-        mine = order[self.batches_done + place].reshape(processes, -1)[self.accelerator.process_index]
+        mine = order[self.batches_done + batch_index].reshape(processes, -1)[self.accelerator.process_index]
         return [str(data[i].file or f"image {data[i].id}") for i in mine.tolist()]
 
-    def write(self, log: Log) -> None:
+    def save_checkpoint(self, log: Log) -> None:
         """Write the state, from which the run can be resumed, and the last checkpoint."""
         self.progress.log_bytes = log.bytes
         with log.paused():
             if self.accelerator.is_main_process:
-                save_state(self.folder, self.state, self.progress, _facts(self.train_data))
+                save_state(self.folder, self.state, self.progress, _describe_data(self.train_data))
                 save(self.eval_model, self.recipe, self.folder / LAST)
             self.accelerator.wait_for_everyone()
 
@@ -162,7 +164,7 @@ def open_run(
     optimizer = accelerator.prepare(build_optimizer(model, config))
     averaged = averaged_copy(model) if config.ema_decay else None
     state = TrainingState(model, optimizer, averaged, accelerator.scaler)
-    resumed = load_state(folder, state, _facts(train_data)) if resume else Progress()
+    resumed = load_state(folder, state, _describe_data(train_data)) if resume else Progress()
 
     batches = steps_per_epoch(len(train_data), batch_size, accelerator.num_processes)
     steps = -(-batches // config.accumulate)
@@ -185,7 +187,7 @@ def open_log(run: Run, resume: bool, prints: bool = True) -> Iterator[Log]:
             yield log
             unread = [problem for problem in dict.fromkeys(gather_object(run.skipped)) if problem not in known]
             if unread:
-                log.print(f"warning: unreadable, and left out: {pluralize(len(unread), 'image')}. The first: {unread[0]}")
+                log.print(f"warning: skipped {pluralize(len(unread), 'image')} that could not be read. The first: {unread[0]}")
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -266,9 +268,9 @@ def _initialize(
     if backbone is not None and backbone.pretrained and any(in_parts(name, model.BACKBONE_PARTS) for name in fresh):
         with accelerator.local_main_process_first():  # one process per machine downloads
             lines.append(load_pretrained(model.get_submodule("backbone"), backbone.weights))  # type: ignore[arg-type]
-    if any(in_parts(name, model.FITTED_PARTS) for name in fresh):  # a mask code is copied completely or fitted again
+    if any(in_parts(name, model.FITTED_PARTS) for name in fresh):  # a mask codec is copied completely or fitted again
         numbers = range(len(train_data))
-        images = track(numbers, len(train_data), "fitting the mask code") if progress else numbers
+        images = track(numbers, len(train_data), "fitting the mask codec") if progress else numbers
         model.prepare(train_data.targets(index) for index in images)
     return lines
 
@@ -283,7 +285,7 @@ def _create_folder(run: Run, resume: bool) -> None:
     if run.accelerator.is_main_process:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            save_state(run.folder, run.state, run.progress, _facts(run.train_data))
+            save_state(run.folder, run.state, run.progress, _describe_data(run.train_data))
         with atomic_write(run.folder / RECIPE) as part:
             settings.write(run.recipe, part)
     run.accelerator.wait_for_everyone()
@@ -303,8 +305,8 @@ def _summary(run: Run, data: str | Path, resume: bool) -> list[str]:
     ]
     if run.skipped:
         lines.append(
-            f"warning: left out as broken, images and annotations: {len(run.train_data.skipped)} to train on, "
-            f"{len(run.val_data.skipped)} to evaluate on. The first: {run.skipped[0]}"
+            f"warning: skipped broken images and annotations: {len(run.train_data.skipped)} for training, "
+            f"{len(run.val_data.skipped)} for evaluation. The first: {run.skipped[0]}"
         )
     warning = warn_about_slots(run.train_data, model.num_slots)
     lines += [f"warning: {warning}"] if warning else []
@@ -320,6 +322,6 @@ def _length(run: Run) -> str:
     return f"{pluralize(run.epochs, 'epoch')} of {pluralize(run.steps, 'step')}"
 
 
-def _facts(train_data: Dataset) -> dict[str, object]:
+def _describe_data(train_data: Dataset) -> dict[str, object]:
     """Return a description of the training data; it must be the same when the run is resumed."""
     return {"images": len(train_data), "categories": [[category.name, category.coco_id] for category in train_data.categories]}

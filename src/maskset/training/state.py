@@ -47,14 +47,14 @@ class Progress:
         epoch: current epoch, from 0.
         step: optimizer steps done.
         best: greatest mask AP so far; None before the first evaluation that has one.
-        stale: evaluations since then.
+        evaluations_since_best: evaluations since then.
         log_bytes: length of metrics.jsonl.
     """
 
     epoch: int = 0
     step: int = 0
     best: float | None = None
-    stale: int = 0
+    evaluations_since_best: int = 0
     log_bytes: int = 0
 
 
@@ -160,7 +160,8 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
     Raises:
         ConfigError: a setting differs that a resumed run may not change.
     """
-    steps = recipe.train.steps  # with them, epochs only say where the drops of the learning rates are
+    steps = recipe.train.steps
+    # With train.steps, epochs only set when the learning rate drops.
     allowed = MAY_CHANGE - {"train.epochs"} if steps else MAY_CHANGE
     if changed := differences(config.read(Recipe, folder / RECIPE), recipe, allowed):
         longer = "A run with train.steps cannot be made longer: start a new one with --init. " if steps else ""

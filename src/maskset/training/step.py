@@ -35,15 +35,15 @@ class NotFinite(ArithmeticError):
     """A term of the loss, or the gradient, is NaN or infinite.
 
     Args:
-        why: a sentence about the reason.
+        reason: the reason, as a sentence.
         terms: the terms of the loss that were computed.
         batch: the batch.
-        place: index of the batch in the step.
+        batch_index: index of the batch in the step.
     """
 
-    def __init__(self, why: str, terms: Mapping[str, Tensor], batch: Batch, place: int) -> None:
-        super().__init__(why)
-        self.why, self.terms, self.batch, self.place = why, terms, batch, place
+    def __init__(self, reason: str, terms: Mapping[str, Tensor], batch: Batch, batch_index: int) -> None:
+        super().__init__(reason)
+        self.reason, self.terms, self.batch, self.batch_index = reason, terms, batch, batch_index
 
 
 def update(
@@ -65,9 +65,9 @@ def update(
     """
     optimizer.zero_grad()
     shares = []
-    for place, batch in enumerate(batches):
-        with nullcontext() if place == len(batches) - 1 else accelerator.no_sync(step):
-            terms = _terms(accelerator, step, batch, place)
+    for batch_index, batch in enumerate(batches):
+        with nullcontext() if batch_index == len(batches) - 1 else accelerator.no_sync(step):
+            terms = _terms(accelerator, step, batch, batch_index)
             accelerator.backward(terms["loss"] / len(batches))
         shares.append({name: term.detach() / len(batches) for name, term in terms.items()})
     norm = accelerator.clip_grad_norm_(step.parameters(), clip_norm or torch.inf)
@@ -80,20 +80,20 @@ def update(
     return {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}, norm
 
 
-def _terms(accelerator: Accelerator, step: nn.Module, batch: Batch, place: int) -> dict[str, Tensor]:
+def _terms(accelerator: Accelerator, step: nn.Module, batch: Batch, batch_index: int) -> dict[str, Tensor]:
     """Return the loss of a batch, as the first entry, and its terms."""
     system: System = accelerator.unwrap_model(step).system
     images = batch[0].to(accelerator.device, non_blocking=True).normalized(system.input)
     try:
         terms = step(images, batch[1])  # targets stay on the CPU, where the loss draws masks while a GPU computes
     except MatchingError as error:
-        raise NotFinite(str(error), {}, batch, place) from None
+        raise NotFinite(str(error), {}, batch, batch_index) from None
     total = torch.stack(list(terms.values())).sum()
     if not torch.isfinite(total):
         values = {name: term.detach() for name, term in terms.items()}
         bad = [f"{name} is {value.item()}" for name, value in values.items() if not torch.isfinite(value)]
         reason = f"non-finite loss terms: {', '.join(bad)}." if bad else "the sum of the loss terms is infinite."
-        raise NotFinite(reason, values, batch, place)
+        raise NotFinite(reason, values, batch, batch_index)
     return {"loss": total, **terms}
 
 

@@ -70,14 +70,14 @@ def train(
     out = Path(out)
     lock = lock_folder(out) if launched("RANK", 0) == 0 else nullcontext()
     with lock, restore_process_settings(), explain_shortages(), Interruption() as interruption:
-        with interruption.at_once("stopped before the first step: nothing was written."):
+        with interruption.raise_immediately("stopped before the first step: nothing was written."):
             run, lines = open_run(recipe, data, out, init, resume, images, progress)
         with open_log(run, resume, progress) as log:
             log.print("\n".join(lines))
             metrics = _train(run, log, interruption)
         if metrics is not None:
             return metrics
-        with interruption.at_once("stopped: the run is complete, and its evaluation can be repeated with --resume."):
+        with interruption.raise_immediately("stopped: the run is complete, and its evaluation can be repeated with --resume."):
             return evaluate(run.eval_model, run.val_data, max_detections=run.recipe.train.max_detections, progress=progress)
 
 
@@ -86,8 +86,8 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
     config, progress, state = run.recipe.train, run.progress, run.state
     metrics = None
     for epoch in range(progress.epoch, run.epochs):
-        if config.patience and progress.stale >= config.patience:
-            log.print(f"stopped early: {pluralize(progress.stale, 'evaluation')} without a better mask AP")
+        if config.patience and progress.evaluations_since_best >= config.patience:
+            log.print(f"stopped early: {pluralize(progress.evaluations_since_best, 'evaluation')} without a better mask AP")
             break
         state.model.train()
         remaining = run.last_step - progress.step  # the last epoch may be incomplete
@@ -97,7 +97,7 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
             try:
                 terms, norm = update(run.accelerator, run.step, state.optimizer, batches, config.clip_norm)
             except NotFinite as problem:
-                names, process = run.image_names(problem.place), run.accelerator.process_index
+                names, process = run.image_names(problem.batch_index), run.accelerator.process_index
                 raise save_diverged_batch(run.folder, progress.step, rates, problem, names, process) from None
             progress.step += 1
             if state.averaged is not None:
@@ -107,16 +107,16 @@ def _train(run: Run, log: Log, interruption: Interruption) -> Metrics | None:
                 log.log_step(progress.step, epoch, rates, mean(run.accelerator, terms | {"grad_norm": norm}), config.batch_size)
             stop = _any_process(run.accelerator, interruption.requested)
             if stop or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
-                run.write(log)
+                run.save_checkpoint(log)
             if stop:
                 raise interruption.error(_stopped(run))
         if epoch + 1 == run.epochs or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0):
-            run.write(log)
+            run.save_checkpoint(log)
             alone = run.accelerator.num_processes == 1  # several processes must stop at the same place
-            with interruption.at_once(_stopped(run)) if alone else nullcontext(), log.paused():
+            with interruption.raise_immediately(_stopped(run)) if alone else nullcontext(), log.paused():
                 metrics = _evaluate(run, epoch, log)
         progress.epoch = epoch + 1
-        run.write(log)
+        run.save_checkpoint(log)
     return metrics
 
 
@@ -139,7 +139,8 @@ def _evaluate(run: Run, epoch: int, log: Log) -> Metrics:
     better = metrics.mask_ap > (-1 if progress.best is None else progress.best)  # False for NaN: no objects
     if better and run.accelerator.is_main_process:
         save(run.eval_model, run.recipe, run.folder / BEST)
-    progress.best, progress.stale = (metrics.mask_ap, 0) if better else (progress.best, progress.stale + 1)
+    progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
+    progress.best = metrics.mask_ap if better else progress.best
     if run.accelerator.is_main_process:
         draw_samples(run.eval_model, run.val_data, run.folder / "samples" / f"epoch_{epoch + 1:03}.jpg")
     log.log_evaluation(progress.step, epoch, metrics, time.perf_counter() - start, ", the best so far" if better else "")
