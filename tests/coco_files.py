@@ -32,7 +32,7 @@ def write(folder: Path, content: Any, split: str = "train") -> Path:
     """Write instances_<split>.json and a picture for each plain file name, and return the folder."""
     (folder / split).mkdir(parents=True, exist_ok=True)
     (folder / f"instances_{split}.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    names = [one.get("file_name") for one in content["images"]] if isinstance(content, dict) and "images" in content else []
+    names = [record.get("file_name") for record in content["images"]] if isinstance(content, dict) and "images" in content else []
     for name in names:
         if isinstance(name, str) and Path(name).name == name and "\0" not in name:
             pixels = np.random.default_rng(len(name)).integers(0, 256, (*SIZE, 3), dtype=np.uint8)

@@ -16,15 +16,15 @@ from maskset.systems.base import InputConfig, System
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "short_side": 32, "long_side": 64}
 
 
-def found(
+def make_instances(
     labels: Sequence[int], masks: np.ndarray, scores: Sequence[float] | None, categories: tuple[Category, ...]
 ) -> Instances:
     """Return objects with the tight boxes of their masks [T h w]."""
-    kept = Masks.from_dense(torch.from_numpy(masks.astype(bool)))
+    instance_masks = Masks.from_dense(torch.from_numpy(masks.astype(bool)))
     return Instances(
         labels=torch.tensor(labels, dtype=torch.int64),
-        boxes=kept.boxes(),
-        masks=kept,
+        boxes=instance_masks.boxes(),
+        masks=instance_masks,
         scores=None if scores is None else torch.tensor(scores, dtype=torch.float32),
         categories=categories,
     )
@@ -41,8 +41,10 @@ class Listed(Dataset):
     """A data set of what it is given. Every pixel of an image has the value position + 1, so that a system can know it again."""
 
     def __init__(self, objects: Sequence[Instances], crowds: Sequence[Instances] | None = None) -> None:
-        super().__init__(objects[0].categories, [ImageRecord(i + 1, None, *one.masks.size) for i, one in enumerate(objects)])
-        self._objects, self._crowds = objects, crowds or [one[:0] for one in objects]
+        super().__init__(
+            objects[0].categories, [ImageRecord(i + 1, None, *targets.masks.size) for i, targets in enumerate(objects)]
+        )
+        self._objects, self._crowds = objects, crowds or [targets[:0] for targets in objects]
         self.broken = set[int]()
 
     def image(self, index: int) -> Tensor:
@@ -113,6 +115,6 @@ class Mean(_Fake):
     def postprocess(self, output, images, sizes, limit=100, threshold=0.0) -> list[Instances]:
         scores = output.layers[-1].class_logits[:, 0, 0].sigmoid().tolist()
         everything = [
-            found([0], np.ones((1, *size)), [score], self.categories) for size, score in zip(sizes, scores, strict=True)
+            make_instances([0], np.ones((1, *size)), [score], self.categories) for size, score in zip(sizes, scores, strict=True)
         ]
-        return [one[one.scores >= threshold] for one in everything]
+        return [detections[detections.scores >= threshold] for detections in everything]

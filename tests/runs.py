@@ -53,9 +53,9 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def assert_same_run(run: Path, expected: Path) -> None:
     """Assert that two runs are equal, bit for bit: weights, averaged weights, moments, checkpoints, and all that was measured."""
     for name in ("state.safetensors", "last.safetensors", "best.safetensors"):
-        tensors, wanted = load_file(run / name), load_file(expected / name)
-        assert tensors.keys() == wanted.keys()
-        assert not [key for key in tensors if not torch.equal(tensors[key], wanted[key])], name
+        tensors, expected_tensors = load_file(run / name), load_file(expected / name)
+        assert tensors.keys() == expected_tensors.keys()
+        assert not [key for key in tensors if not torch.equal(tensors[key], expected_tensors[key])], name
     assert lines(run) == lines(expected)
 
 
@@ -70,11 +70,11 @@ def gradient_of_share(accelerator: Accelerator, system: str, empty: Sequence[int
     torch.manual_seed(0)
     quiet = {"target_noise": False} if hasattr(TINY[system], "target_noise") else {}  # else each process draws its own
     model = build(replace(TINY[system], backbone=SMALLEST, **quiet)).train()
-    model.prepare(found for _, found in images(8))
+    model.prepare(targets for _, targets in images(8))
     with torch.no_grad():
         for parameter in model.parameters():  # off the start, where many gradients are zero
             parameter += 0.02 * torch.randn_like(parameter)
-    examples = [(pixels, found[[]] if i in empty else found) for i, (pixels, found) in enumerate(images(4))]
+    examples = [(pixels, targets[[]] if i in empty else targets) for i, (pixels, targets) in enumerate(images(4))]
     share = 4 // accelerator.num_processes
     mine = examples[accelerator.process_index * share :][:share]
     batch = ImageBatch.from_images([pixels for pixels, _ in mine], model.input.divisor), [objects for _, objects in mine]

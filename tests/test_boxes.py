@@ -25,8 +25,8 @@ def test_overlaps_are_torchvisions():
 
 def test_generalized_iou_is_the_official_one():
     boxes = box_ops.to_corners(golden("solq", "unit.boxes"))
-    found = box_ops.generalized_iou(boxes[0, :6, None], boxes[1, None, :5])
-    torch.testing.assert_close(found, golden("solq", "unit.giou"), atol=1e-6, rtol=1e-6)
+    giou = box_ops.generalized_iou(boxes[0, :6, None], boxes[1, None, :5])
+    torch.testing.assert_close(giou, golden("solq", "unit.giou"), atol=1e-6, rtol=1e-6)
 
 
 def test_boxes_without_area_give_finite_overlaps_and_gradients():

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fakes import Listed, discs, found
+from fakes import Listed, discs, make_instances
 from PIL import Image
 
 from maskset.checkpoint import load
@@ -30,7 +30,7 @@ def scene(seed: int, count: int) -> Instances:
     places = [(rng.uniform(20, 130), rng.uniform(20, 100), rng.uniform(5, 40)) for _ in range(count)]
     outer, inner = discs(places, (120, 150)), discs([(x, y, r / 2) for x, y, r in places], (120, 150))
     labels = rng.integers(0, 2, count)
-    return found(labels.tolist(), outer & ~(inner & (labels == 1)[:, None, None]), None, CLASSES)
+    return make_instances(labels.tolist(), outer & ~(inner & (labels == 1)[:, None, None]), None, CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
             Image.new("L", (150, 120)).save(folder / split / image["file_name"])
         rows = [row for i, count in enumerate(counts) for row in scene(100 * len(split) + i, count).to_coco(i)]
         annotations = [{**row, "id": number} for number, row in enumerate(rows, 1)]
-        categories = [{"id": one.coco_id, "name": one.name} for one in CLASSES]
+        categories = [{"id": category.coco_id, "name": category.name} for category in CLASSES]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (folder / f"instances_{split}.json").write_text(json.dumps(content))
     return folder
@@ -92,7 +92,7 @@ def test_the_json_holds_the_numbers_and_null_for_what_could_not_be_measured(comp
 def test_an_exact_codec_has_ap_1_with_more_than_100_objects():
     # Discs of 16 pixels in boxes of 16 pixels: cropping and pasting move nothing.
     centers = [(16.0 * column + 8, 16.0 * row + 8, 8) for row in range(11) for column in range(11)]
-    scenes = [found([0] * 121, discs(centers, (176, 176)), None, CLASSES)]
+    scenes = [make_instances([0] * 121, discs(centers, (176, 176)), None, CLASSES)]
     [score] = _scores("grid", Listed(scenes), {CodecSpec("dct", 16, 256): DctCodec(16, 256)}, False)
     assert (score.objects, score.iou, score.mask_ap, score.iou_small) == (121, 1, 1, 1)
     assert math.isnan(score.iou_medium)
@@ -106,8 +106,8 @@ def test_reconstruction_goes_through_the_annotated_box_not_the_tight_one():
 
 def test_the_overlap_of_masks_without_pixels_is_skipped():
     masks = Masks.from_dense(torch.tensor([[[True, True]], [[False, False]], [[True, False]]]))
-    others = Masks.from_dense(torch.tensor([[[True, False]], [[False, False]], [[False, True]]]))
-    overlaps = _mask_iou(masks, others)
+    other_masks = Masks.from_dense(torch.tensor([[[True, False]], [[False, False]], [[False, True]]]))
+    overlaps = _mask_iou(masks, other_masks)
     assert overlaps[[0, 2]].tolist() == [0.5, 0]
     assert overlaps[1].isnan()
     assert _mean(overlaps) == 0.25

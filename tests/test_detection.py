@@ -35,12 +35,12 @@ def test_costs_are_those_of_each_pair_alone():
 def test_the_soft_iou_cost_is_that_of_each_pair_alone():
     torch.manual_seed(0)
     masks, targets = torch.rand(3, 4, 5), torch.randint(5, (2, 4, 5)) / 4
-    found = soft_iou_cost(masks, targets)
+    costs = soft_iou_cost(masks, targets)
     for slot, t in itertools.product(range(3), range(2)):
         pairs = list(zip(masks[slot].flatten().tolist(), targets[t].flatten().tolist(), strict=True))
         overlap = sum(p * g for p, g in pairs)
         union = sum(p + g for p, g in pairs) - overlap
-        assert found[slot, t].item() == pytest.approx(1 - overlap / (union + 1e-6), abs=1e-6)
+        assert costs[slot, t].item() == pytest.approx(1 - overlap / (union + 1e-6), abs=1e-6)
 
 
 def test_the_soft_iou_cost_of_a_mask_with_itself_is_nothing_and_of_an_empty_one_is_one():
@@ -54,20 +54,20 @@ def test_the_soft_iou_cost_of_a_mask_with_itself_is_nothing_and_of_an_empty_one_
 def test_the_assignment_is_the_cheapest_of_all(slots):
     counts = (3, 0, 2)
     cost = torch.randn(2, 3, slots, 3, generator=torch.Generator().manual_seed(slots))
-    found = match(cost, counts)
+    assignment = match(cost, counts)
     for layer, image in itertools.product(range(2), range(3)):
-        chosen = (found.layer == layer) & (found.image == image)
-        assert sorted(found.object[chosen].tolist()) == list(range(counts[image]))
-        total = cost[layer, image, found.slot[chosen], found.object[chosen]].sum()
+        rows = (assignment.layer == layer) & (assignment.image == image)
+        assert sorted(assignment.object[rows].tolist()) == list(range(counts[image]))
+        total = cost[layer, image, assignment.slot[rows], assignment.object[rows]].sum()
         orders = itertools.permutations(range(slots), counts[image])
         cheapest = min(sum(cost[layer, image, s, t].item() for t, s in enumerate(order)) for order in orders)
         assert total.item() == pytest.approx(cheapest, abs=1e-5)
 
 
 def test_more_objects_than_slots_leaves_the_dearest_out():
-    found = match(torch.tensor([[[[1.0, 5, 2], [1, 1, 9]]]]), [3])
-    assert found.slot.tolist() == [0, 1]
-    assert found.object.tolist() == [0, 1]
+    assignment = match(torch.tensor([[[[1.0, 5, 2], [1, 1, 9]]]]), [3])
+    assert assignment.slot.tolist() == [0, 1]
+    assert assignment.object.tolist() == [0, 1]
     assert match(torch.tensor([[[[1.0, 5, 2]]]]), [3]).object.tolist() == [0]
 
 

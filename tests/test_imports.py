@@ -81,16 +81,16 @@ FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 def imports(file: Path) -> set[str]:
     """Return what a file imports of the package, anywhere in it but for type checkers only."""
-    found = set()
+    modules = set()
     for node in _nodes(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file.name} has a relative import"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                found.add(whole if is_module(whole) else str(node.module))
-    return {name.removeprefix("maskset.") for name in found if name.startswith("maskset.")}
+                modules.add(whole if is_module(whole) else str(node.module))
+    return {name.removeprefix("maskset.") for name in modules if name.startswith("maskset.")}
 
 
 def is_module(name: str) -> bool:

@@ -13,7 +13,7 @@ TEXTS = [
     *SOURCES,
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*.py")),
-    *sorted((ROOT / "src").rglob("*.c")),
+    *(file for kind in ("*.c", "*.h") for file in sorted((ROOT / "src").rglob(kind))),
     *(file for kind in ("*.py", "*.c") for file in sorted((ROOT / "tests").rglob(kind)) if file != Path(__file__)),
     *sorted((ROOT / "benchmarks").glob("*.py")),
     *(ROOT / name for name in ("README.md", "benchmarks/README.md", "NOTICE", "CITATION.cff", "Makefile", "pyproject.toml")),

@@ -21,12 +21,12 @@ def inputs() -> tuple[list[torch.Tensor], torch.Tensor]:
 def test_values_and_gradients_are_those_of_all_pieces_at_once(weights):
     pieces, shared = inputs()
     expected = torch.stack([values(i, piece, shared) for i, piece in enumerate(pieces)])
-    wanted = torch.autograd.grad((expected * weights).sum(), [shared, *pieces])
-    found = chunked_loss(values, pieces, shared)
-    gradients = torch.autograd.grad((found * weights).sum(), [shared, *pieces])
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(one, other)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), [shared, *pieces])
+    actual = chunked_loss(values, pieces, shared)
+    gradients = torch.autograd.grad((actual * weights).sum(), [shared, *pieces])
+    torch.testing.assert_close(actual, expected)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 def test_nothing_is_kept_where_no_gradient_is_wanted():
@@ -40,12 +40,12 @@ def test_dice_with_squares_is_that_of_each_pair_alone(least):
     torch.manual_seed(0)
     masks, targets = torch.rand(4, 3, 5), (torch.rand(4, 3, 5) > 0.5).float()
     targets[2] = 0
-    found = squared_dice_loss(masks, targets, least)
+    losses = squared_dice_loss(masks, targets, least)
     for i in range(4):
         overlap = sum((p * t).item() for p, t in zip(masks[i].flatten(), targets[i].flatten(), strict=True))
         squares = sum((p * p + t * t).item() for p, t in zip(masks[i].flatten(), targets[i].flatten(), strict=True))
-        assert found[i].item() == pytest.approx(1 - 2 * overlap / (squares + least), rel=1e-5)
-    assert found[2] == 1
+        assert losses[i].item() == pytest.approx(1 - 2 * overlap / (squares + least), rel=1e-5)
+    assert losses[2] == 1
 
 
 def test_dice_with_squares_of_a_mask_with_itself_is_nearly_nothing_and_of_nothing_one():

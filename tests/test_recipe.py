@@ -40,7 +40,7 @@ def test_a_number_that_is_not_finite_is_refused(value):
 
 
 def test_the_meaning_of_every_augmentation_is_in_its_help():
-    (setting,) = (one for one in flags.flatten(DataConfig()) if one.name == "augmentation")
+    (setting,) = (entry for entry in flags.flatten(DataConfig()) if entry.name == "augmentation")
     assert [part.split(":")[0] for part in setting.help.split("; ")] == ["detr", "mmdet", "flip", "lsj", "none"]
     assert all(": " in part for part in setting.help.split("; "))
 

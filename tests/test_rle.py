@@ -104,5 +104,5 @@ def test_the_nearest_index_is_torchs():
 @pytest.mark.parametrize(("first", "end"), [(0, 9), (3, 4), (2, 7), (0, 0), (9, 9)])
 def test_some_columns_are_those_of_the_whole(first, end):
     masks = torch.rand(5, 7, 9, generator=torch.Generator().manual_seed(0)) > 0.5
-    found = rle.decode(rle.encode(masks), (7, 9), columns=torch.arange(first, end))
-    assert torch.equal(found, masks[:, :, first:end])
+    decoded = rle.decode(rle.encode(masks), (7, 9), columns=torch.arange(first, end))
+    assert torch.equal(decoded, masks[:, :, first:end])

@@ -53,8 +53,8 @@ def test_masks_keep_polygons_as_they_came():
         [np.array([[2.0, 2], [9, 2], [9, 9]]), np.array([[0.0, 0], [1, 0], [1, 1]])],
     ]
     masks = Masks.from_polygons(polygons, (12, 12))
-    for kept, given in zip(masks.polygons(), polygons, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(kept, given, strict=True))
+    for result, expected in zip(masks.polygons(), polygons, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(result, expected, strict=True))
     assert masks == Masks.from_dense(masks.dense())
 
 
@@ -128,13 +128,13 @@ def test_masks_join():
 
 
 def test_instances_are_selected_as_a_whole():
-    found = some_instances()
-    good = found[found.scores > 0.5]
+    instances = some_instances()
+    good = instances[instances.scores > 0.5]
     assert good.labels.tolist() == [0, 1]
     assert good.scores.tolist() == pytest.approx([0.9, 0.6])
-    assert good.masks == found.masks[[0, 2]]
-    assert len(found[0]) == 1
-    assert [len(one) for one in found] == [1, 1, 1, 1]
+    assert good.masks == instances.masks[[0, 2]]
+    assert len(instances[0]) == 1
+    assert [len(instance) for instance in instances] == [1, 1, 1, 1]
     assert repr(good) == "Instances(2 in 11 x 17 pixels: 1 cat, 1 dog)"
 
 
@@ -147,11 +147,11 @@ def test_instances_of_unequal_lengths_are_refused():
 def test_coco_rows_hold_what_pycocotools_reads():
     from pycocotools import mask as coco_mask
 
-    found = some_instances()
-    rows = found.to_coco(image_id=7)
+    instances = some_instances()
+    rows = instances.to_coco(image_id=7)
     assert [row["category_id"] for row in rows] == [17, 18, 18, 17]
     assert {row["image_id"] for row in rows} == {7}
-    for row, mask, box in zip(rows, found.masks.dense(), found.boxes.tolist(), strict=True):
+    for row, mask, box in zip(rows, instances.masks.dense(), instances.boxes.tolist(), strict=True):
         assert np.array_equal(coco_mask.decode(row["segmentation"]), mask.numpy())
         assert row["bbox"] == [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     assert rows[0]["score"] == pytest.approx(0.9)
@@ -159,11 +159,11 @@ def test_coco_rows_hold_what_pycocotools_reads():
 
 def test_supervision_reads_the_same_objects():
     supervision = pytest.importorskip("supervision")
-    found = some_instances()
-    detections = found.to_supervision()
+    instances = some_instances()
+    detections = instances.to_supervision()
     assert isinstance(detections, supervision.Detections)
-    assert np.array_equal(detections.mask, found.masks.dense().numpy())
-    assert detections.data["class_name"].tolist() == found.names
+    assert np.array_equal(detections.mask, instances.masks.dense().numpy())
+    assert detections.data["class_name"].tolist() == instances.names
 
 
 def test_padding_is_zero_after_normalizing_and_known_at_every_scale():

@@ -55,9 +55,9 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(name, missing,
 def test_what_works_here_is_told_also_without_the_package_to_compare_with(monkeypatch, capsys):
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
     assert main(["attention", "--quick"]) == 2
-    told = capsys.readouterr()
-    assert "Implementation bag: works here." in told.out
-    assert "compares with transformers: pip install 'maskset[bench]'" in told.err
+    output = capsys.readouterr()
+    assert "Implementation bag: works here." in output.out
+    assert "compares with transformers: pip install 'maskset[bench]'" in output.err
 
 
 def test_a_choice_in_the_environment_is_part_of_the_command(monkeypatch, capsys):
@@ -90,9 +90,9 @@ def test_a_folder_that_cannot_be_written_anew_is_refused_before_the_work(file, c
     (tmp_path / "results").mkdir()
     (tmp_path / file).write_text(content)
     assert main(["matching", "--out", str(tmp_path)]) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert "agree" not in told.out
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "agree" not in output.out
     assert (tmp_path / file).read_text() == content
 
 

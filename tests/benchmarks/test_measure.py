@@ -23,19 +23,19 @@ def test_without_time_every_way_is_called_once():
 
 
 def test_a_call_takes_the_time_that_it_takes():
-    (taken,) = measure.in_turn({"sleep": lambda: time.sleep(0.02)}, seconds=0)["sleep"]
-    assert 0.02 <= taken < 1
+    (duration,) = measure.in_turn({"sleep": lambda: time.sleep(0.02)}, seconds=0)["sleep"]
+    assert 0.02 <= duration < 1
 
 
 def test_the_peak_counts_what_is_alive_at_once_and_not_what_was_there_before():
-    given = torch.zeros(2**20)
+    tensor = torch.zeros(2**20)
 
     def one_after_the_other():
         for _ in range(3):
-            (given + 1).sum()
+            (tensor + 1).sum()
 
     def together():
-        return [given + 1 for _ in range(3)]
+        return [tensor + 1 for _ in range(3)]
 
     peaks = measure.peaks({"after": one_after_the_other, "together": together})
     assert peaks["after"] == pytest.approx(4, abs=0.1)
@@ -58,7 +58,7 @@ def test_the_greatest_memory_of_a_process_is_seen_after_it_was_given_back():
 
 def test_the_profiler_still_lists_allocations_under_its_private_name():
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = torch.zeros(2**20)
+        tensor = torch.zeros(2**20)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    assert kept.nbytes in [event.nbytes() for event in events]
+    assert tensor.nbytes in [event.nbytes() for event in events]
     assert all(event.start_ns() > 0 for event in events)

@@ -46,10 +46,10 @@ def test_a_difference_that_is_too_great_or_unknown_is_refused(difference):
 
 
 def test_a_result_says_where_it_comes_from():
-    found = result()
-    assert found["machine"]["cores"] > 0
-    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", found["commit"])
-    assert found["versions"].keys() >= {"torch", "transformers", "pycocotools"}
+    record = result()
+    assert record["machine"]["cores"] > 0
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", record["commit"])
+    assert record["versions"].keys() >= {"torch", "transformers", "pycocotools"}
 
 
 def test_the_commit_of_a_repository_that_does_not_track_the_source_is_not_reported(tmp_path, monkeypatch):
@@ -108,9 +108,9 @@ def test_the_readme_shows_the_measured_headline_figures():
 
 
 def test_curves_of_the_documentation_are_those_that_were_measured_last():
-    drawn, shown = ROOT / "benchmarks" / "scaling.svg", ROOT / "docs" / "assets" / "scaling.svg"
-    assert drawn.exists() == shown.exists()
-    assert not drawn.exists() or drawn.read_bytes() == shown.read_bytes(), "make bench copies them"
+    drawn, published = ROOT / "benchmarks" / "scaling.svg", ROOT / "docs" / "assets" / "scaling.svg"
+    assert drawn.exists() == published.exists()
+    assert not drawn.exists() or drawn.read_bytes() == published.read_bytes(), "make bench copies them"
 
 
 def test_make_bench_runs_every_benchmark():
@@ -125,7 +125,7 @@ def test_curves_are_drawn_from_figures_alone(tmp_path):
     made = Report("scaling", "")
     made.compare("inference, slots", None, {"100": [0.1], "300": [0.2]}, {"100": 10.0, "300": 20.0})
     made.compare("loss, slots", None, {"100": [0.1], "300": [0.2]}, {"100": 10.0, "300": 20.0})
-    found = made.to_dict("", time.monotonic())
-    first = scaling.draw(found, tmp_path).read_bytes()
-    assert first == scaling.draw(found, tmp_path).read_bytes()
+    content = made.to_dict("", time.monotonic())
+    first = scaling.draw(content, tmp_path).read_bytes()
+    assert first == scaling.draw(content, tmp_path).read_bytes()
     assert b"<svg" in first

@@ -60,8 +60,8 @@ def quick(monkeypatch, untrained):
 def test_recipes_are_trained_and_all_models_measured(real):
     out, comparison = real
     plain, plainer, model = comparison.models
-    assert [one.state for one in comparison.models] == ["done"] * 3
-    assert [one.name for one in comparison.models] == ["plain", "plainer", "tiny"]
+    assert [entry.state for entry in comparison.models] == ["done"] * 3
+    assert [entry.name for entry in comparison.models] == ["plain", "plainer", "tiny"]
     assert plain.steps == plainer.steps == 5
     assert model.steps is model.seconds_per_step is model.gigabytes is None
     assert plain.gigabytes > plainer.gigabytes > 4e-9 * 4 * plainer.parameters
@@ -89,7 +89,7 @@ def test_the_folder_has_runs_a_table_a_figure_and_all_of_it_as_json(real):
 def test_what_is_done_is_not_done_again(real, quick, monkeypatch):
     out, comparison = real
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: pytest.fail("measured again"))
-    models = [one.source for one in comparison.models]
+    models = [entry.source for entry in comparison.models]
     assert maskset.compare(models, data(), out, epochs=1) == comparison
     assert quick == []
 
@@ -110,20 +110,20 @@ def test_an_interrupted_comparison_goes_on_where_it_was(quick, monkeypatch, tmp_
     monkeypatch.setattr(module, "measure_cost", lambda recipe, *_, **__: Cost(0.5, 5, 2.5, "CPU, 1 thread"))
     comparison = maskset.compare(models, data(), tmp_path / "out")
     assert quick == [("first", False), ("second", False), ("second", True), ("third", False)]
-    assert [one.gigabytes for one in comparison.models] == [1.25, 1.25, 2.5]  # a trial is not repeated
+    assert [entry.gigabytes for entry in comparison.models] == [1.25, 1.25, 2.5]  # a trial is not repeated
 
 
 def test_the_table_has_the_median_of_the_seconds_and_the_minutes_of_all_steps(quick, tmp_path):
-    (one,) = maskset.compare([written(tmp_path, "mine")], data(), tmp_path / "out").models
-    assert (one.steps, one.seconds_per_step, one.minutes) == (30, 2.0, 30 * 4.0 / 60)
+    (entry,) = maskset.compare([written(tmp_path, "mine")], data(), tmp_path / "out").models
+    assert (entry.steps, entry.seconds_per_step, entry.minutes) == (30, 2.0, 30 * 4.0 / 60)
 
 
 def test_minutes_become_steps_by_the_trial_and_stay_those(quick, monkeypatch, tmp_path):
     mine = written(tmp_path, "mine", steps=7)
-    (one,) = maskset.compare([mine], data(), tmp_path / "out", minutes=2).models
-    assert config.read(Recipe, tmp_path / "out" / "mine" / "recipe.json").train.steps == one.recipe.train.steps == 240
+    (entry,) = maskset.compare([mine], data(), tmp_path / "out", minutes=2).models
+    assert config.read(Recipe, tmp_path / "out" / "mine" / "recipe.json").train.steps == entry.recipe.train.steps == 240
     monkeypatch.setattr(module, "measure_cost", lambda *_, **__: pytest.fail("tried again"))
-    assert maskset.compare([mine], data(), tmp_path / "out", minutes=2).models == (one,)
+    assert maskset.compare([mine], data(), tmp_path / "out", minutes=2).models == (entry,)
     assert "as many steps as fit into 2 minutes" in (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -159,14 +159,14 @@ def test_a_model_that_was_moved_is_found_at_its_new_place(quick, untrained, tmp_
     maskset.compare([tmp_path / "mine.safetensors"], data(), tmp_path / "out")
     (tmp_path / "elsewhere").mkdir()
     moved = shutil.move(tmp_path / "mine.safetensors", tmp_path / "elsewhere")
-    (one,) = maskset.compare([moved], data(), tmp_path / "out").models
-    assert one.source == str(moved)
+    (entry,) = maskset.compare([moved], data(), tmp_path / "out").models
+    assert entry.source == str(moved)
 
 
 def test_a_model_can_be_added_and_what_the_call_does_not_name_is_kept(quick, untrained, tmp_path):
     first = written(tmp_path, "first")
     maskset.compare([first], data(), tmp_path / "out")
-    assert [one.name for one in maskset.compare([untrained], data(), tmp_path / "out").models] == ["first", "tiny"]
+    assert [entry.name for entry in maskset.compare([untrained], data(), tmp_path / "out").models] == ["first", "tiny"]
     maskset.compare([untrained, first], data(), tmp_path / "out")
     assert quick == [("first", False)]
 
@@ -183,9 +183,9 @@ def test_a_model_whose_file_has_changed_is_measured_again(quick, monkeypatch, un
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(DataError("no\nobject"), "no object"), (RuntimeError("out of memory"), "RuntimeError: out of memory")]
+    ("error", "message"), [(DataError("no\nobject"), "no object"), (RuntimeError("out of memory"), "RuntimeError: out of memory")]
 )
-def test_one_that_fails_is_named_and_does_not_stop_the_others(quick, monkeypatch, capsys, tmp_path, error, told):
+def test_one_that_fails_is_named_and_does_not_stop_the_others(quick, monkeypatch, capsys, tmp_path, error, message):
     train = module.train
 
     def fails(recipe: Recipe, data: str, run: Path, *, resume: bool, images: str | None, progress: bool) -> None:
@@ -200,7 +200,7 @@ def test_one_that_fails_is_named_and_does_not_stop_the_others(quick, monkeypatch
     output, errors = capsys.readouterr()
     assert f"\nbad failed: {told}\n" in output
     assert "| bad (failed) |     - |" in output
-    assert ("Traceback" in errors) == told.startswith("RuntimeError")  # a mistake of the user needs none
+    assert ("Traceback" in errors) == message.startswith("RuntimeError")  # a mistake of the user needs none
     assert errors.splitlines()[-1].startswith("maskset: error: failed: bad (")
     assert quick == [("good", False)]
 
@@ -235,7 +235,7 @@ def test_the_folder_above_is_called_by_its_name(quick, untrained, monkeypatch, t
     (tmp_path / "mine" / "samples").mkdir(parents=True)
     shutil.copy(untrained, tmp_path / "mine" / "best.safetensors")
     monkeypatch.chdir(tmp_path / "mine" / "samples")
-    assert [one.name for one in maskset.compare([".."], data(), tmp_path / "out").models] == ["mine"]
+    assert [entry.name for entry in maskset.compare([".."], data(), tmp_path / "out").models] == ["mine"]
 
 
 def test_runs_and_their_files_are_called_as_the_folder(quick, untrained, tmp_path):
@@ -243,7 +243,7 @@ def test_runs_and_their_files_are_called_as_the_folder(quick, untrained, tmp_pat
         (tmp_path / name).mkdir()
         shutil.copy(untrained, tmp_path / name / "best.safetensors")
     files = [tmp_path / "a", tmp_path / "b" / "best.safetensors"]
-    assert [one.name for one in maskset.compare(files, data(), tmp_path / "out").models] == ["a", "b"]
+    assert [entry.name for entry in maskset.compare(files, data(), tmp_path / "out").models] == ["a", "b"]
     refused(ConfigError, "a and .*best.safetensors are both called a", [files[0], files[0] / "best.safetensors"], tmp_path)
 
 
@@ -318,7 +318,7 @@ def test_a_model_has_not_failed_when_nobody_reads_the_output(quick, monkeypatch,
 
     monkeypatch.setattr("sys.stdout", Gone())
     comparison = maskset.compare(written(tmp_path, "only"), data(), tmp_path / "out")
-    assert [(one.name, one.state) for one in comparison.models] == [("only", "done")]
+    assert [(entry.name, entry.state) for entry in comparison.models] == [("only", "done")]
 
 
 def test_a_comparison_without_progress_prints_nothing(quick, capfd, tmp_path):

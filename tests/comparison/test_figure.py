@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from fakes import Listed, Oracle, discs, found
+from fakes import Listed, Oracle, discs, make_instances
 from PIL import Image
 
 from maskset.comparison.figure import correct_detections, draw_figure, match_detections, select_images
@@ -15,7 +15,7 @@ PLACES = [(8.0, 8.0, 6.0), (24.0, 8.0, 6.0), (16.0, 24.0, 6.0)]
 
 
 def scene(labels, scores=None, places=PLACES):
-    return found(labels, discs(places[: len(labels)], (32, 32)), scores, CLASSES)
+    return make_instances(labels, discs(places[: len(labels)], (32, 32)), scores, CLASSES)
 
 
 def size(path):
@@ -26,7 +26,9 @@ def size(path):
 def test_an_object_is_right_once_with_its_class_and_half_of_its_mask():
     annotated = scene([0, 1])
     elsewhere = (12.0, 8.0, 6.0)  # an overlap below one half with the first
-    answers = found([0, 0, 0, 0], discs([PLACES[0], PLACES[0], PLACES[1], elsewhere], (32, 32)), [0.5, 0.9, 0.8, 0.95], CLASSES)
+    answers = make_instances(
+        [0, 0, 0, 0], discs([PLACES[0], PLACES[0], PLACES[1], elsewhere], (32, 32)), [0.5, 0.9, 0.8, 0.95], CLASSES
+    )
     assert correct_detections(answers, annotated).tolist() == [False, True, False, False]
     assert correct_detections(answers[[]], annotated).tolist() == []
     assert correct_detections(answers, annotated[[]]).tolist() == [False] * 4
@@ -37,7 +39,7 @@ def test_each_model_is_drawn_from_the_score_on_that_gives_it_the_best_f1():
     unsure = {0: scene([0, 0, 1], [0.30, 0.12, 0.05]), 1: scene([0, 1], [0.20, 0.11])}
     assert match_detections(unsure, data).threshold == np.float32(0.12)
     assert match_detections(unsure, data).counts(0) == (2, 0)
-    many = found([0] * 7, discs([(30.0, 30.0, 2.0)] * 6 + [PLACES[0]], (32, 32)), [0.9] * 6 + [0.1], CLASSES)
+    many = make_instances([0] * 7, discs([(30.0, 30.0, 2.0)] * 6 + [PLACES[0]], (32, 32)), [0.9] * 6 + [0.1], CLASSES)
     assert (
         match_detections({0: many, 1: scene([])}, data).threshold == 0.5
     )  # six wrong ones are not drawn for the sake of a right one
@@ -58,8 +60,8 @@ def test_images_in_which_the_models_differ_come_first_then_those_with_the_most_o
 
 def test_the_figure_has_a_column_for_each_model_and_a_row_for_each_image(tmp_path):
     scenes = [scene([0, 1], [0.9, 0.8]), scene([1], [0.7])]
-    wrong = [replace(one, labels=1 - one.labels) for one in scenes]
-    data = Listed([replace(one, scores=None) for one in scenes])
+    wrong = [replace(instances, labels=1 - instances.labels) for instances in scenes]
+    data = Listed([replace(instances, scores=None) for instances in scenes])
     sizes = []
     for models in (["right"], ["right", "wrong"]):
         answers = {"right": ("AP 1.000", Oracle(scenes)), "wrong": ("AP 0.000", Oracle(wrong))}
@@ -71,7 +73,7 @@ def test_the_figure_has_a_column_for_each_model_and_a_row_for_each_image(tmp_pat
 
 
 def test_large_images_are_shrunk_and_images_without_objects_left_out(tmp_path):
-    disc = found([0], discs([(500, 300, 90)], (600, 1000)), [0.9], CLASSES)
+    disc = make_instances([0], discs([(500, 300, 90)], (600, 1000)), [0.9], CLASSES)
     data = Listed([disc, disc[torch.tensor([False])]])
     models = {"a model with quite a long name that has no room above its column": ("AP 1.000", Oracle([disc, disc]))}
     draw_figure(models, data, tmp_path / "figure.png")

@@ -68,8 +68,8 @@ def test_the_file_of_a_whole_timm_model_fills_its_feature_extractor(tmp_path, na
     reference.load_state_dict(state)
     pixels = torch.randn(1, 3, 64, 64)
     expected = reference.forward_intermediates(pixels, intermediates_only=True, indices=3)
-    for found, other in zip(backbone(pixels), expected, strict=True):
-        torch.testing.assert_close(found, other, atol=1e-4, rtol=1e-4)
+    for output, other in zip(backbone(pixels), expected, strict=True):
+        torch.testing.assert_close(output, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["timm", "official"])

@@ -60,10 +60,10 @@ def test_isda_takes_everything_but_the_boxes():
 
 def test_initial_values_do_not_depend_on_earlier_random_numbers():
     state = official()
-    one = initialize(IsdaConfig(), state).model.state_dict()
+    first = initialize(IsdaConfig(), state).model.state_dict()
     before = torch.rand(3)
     other = initialize(IsdaConfig(), state).model.state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(first[name], other[name]) for name in first)
     assert not torch.equal(before, torch.rand(3))
 
 

@@ -24,8 +24,8 @@ def fits(config, state) -> bool:
 
 @pytest.mark.parametrize(("name", "config"), [("istr", IstrConfig()), ("istr-smt", IstrSmtConfig())])
 def test_the_config_is_read_off_the_shapes(name, config):
-    found, state = convert(name, official(name))
-    assert found == config
+    settings, state = convert(name, official(name))
+    assert settings == config
     assert state["codec.fitted"]
 
 
@@ -47,13 +47,13 @@ def test_other_sizes_convert():
 
 def test_the_three_codecs_of_2022_are_recognized():
     state = official("istr-smt")
-    kept = {key: value for key, value in state.items() if not key.startswith(("mask_E", "mask_D")) and "ret_roi" not in key}
-    kept = {key: value for key, value in kept.items() if not any(f"head_series.{i}." in key for i in (1, 2, 3, 4, 5))}
-    config, ours = convert("istr-smt", kept)
+    entries = {key: value for key, value in state.items() if not key.startswith(("mask_E", "mask_D")) and "ret_roi" not in key}
+    entries = {key: value for key, value in entries.items() if not any(f"head_series.{i}." in key for i in (1, 2, 3, 4, 5))}
+    config, ours = convert("istr-smt", entries)
     assert (config.codec, config.stages, config.averaged_stages) == ("dct", 1, 1)
     assert fits(config, ours)
     code = {"components": (256, 12544), "explained_variances": (256,), "means": (12544,)}
-    config, ours = convert("istr-smt", kept | {f"mask_encoding.{key}": torch.zeros(shape) for key, shape in code.items()})
+    config, ours = convert("istr-smt", entries | {f"mask_encoding.{key}": torch.zeros(shape) for key, shape in code.items()})
     assert config.codec == "logit-pca"
     assert fits(config, ours)
 

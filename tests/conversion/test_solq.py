@@ -141,8 +141,8 @@ def test_of_the_proposals_class_head_the_first_channels_are_kept():
         "proposal_class_head.bias": torch.arange(5),
         "box_heads.0.bias": torch.arange(4),
     }
-    kept = {name: value.tolist() for name, value in _select_classes(heads, [1, 4]).items()}
-    assert kept == {"class_heads.0.bias": [1, 4], "proposal_class_head.bias": [0, 1], "box_heads.0.bias": [0, 1, 2, 3]}
+    selected = {name: value.tolist() for name, value in _select_classes(heads, [1, 4]).items()}
+    assert selected == {"class_heads.0.bias": [1, 4], "proposal_class_head.bias": [0, 1], "box_heads.0.bias": [0, 1, 2, 3]}
 
 
 def test_a_file_that_is_there_and_another_ending_are_refused(tmp_path):
@@ -186,9 +186,9 @@ def test_a_pickle_is_never_executed(tmp_path, write):
 def test_a_pickle_is_refused_without_a_word_from_torch(tmp_path):
     path = tmp_path / "official.pth"
     path.write_bytes(pickle.dumps(Bomb(), protocol=4))  # of which torch warns
-    with warnings.catch_warnings(record=True, action="always") as told, pytest.raises(ConversionError, match="Unpickling"):
+    with warnings.catch_warnings(record=True, action="always") as caught, pytest.raises(ConversionError, match="Unpickling"):
         read_state_dict(path)
-    assert not told
+    assert not caught
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):

@@ -277,7 +277,7 @@ def test_a_broken_image_entry_is_named_or_skipped(tmp_path: Path, kind: str) -> 
     with pytest.raises(DataError, match=rf"instances_train.json: image {row['id']}.*{message}"):
         opened(tmp_path, content)
     data = opened(tmp_path, content, skip_broken=True)
-    assert [one.id for one in data.images] == [1]
+    assert [record.id for record in data.images] == [1]
     assert len(data.skipped) == 1
 
 

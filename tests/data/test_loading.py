@@ -25,10 +25,10 @@ class Watched(ShapesDataset):
 
     def __init__(self, count: int, broken: tuple[int, ...] = (), skip_broken: bool = False) -> None:
         super().__init__("train", count, size=(24, 24))
-        self.skip_broken, self.broken, self.seen = skip_broken, broken, list[int]()
+        self.skip_broken, self.broken, self.read_indices = skip_broken, broken, list[int]()
 
     def read(self, index):
-        self.seen.append(index)
+        self.read_indices.append(index)
         if index in self.broken:
             raise DataError(f"image {index} is broken.")
         return super().read(index)
@@ -42,7 +42,7 @@ def same(a: Batches, b: Batches) -> bool:
     return len(a) == len(b) and all(
         torch.equal(x.pixels, y.pixels)
         and torch.equal(x.sizes, y.sizes)
-        and all(torch.equal(one.boxes, two.boxes) and one.masks == two.masks for one, two in zip(p, q, strict=True))
+        and all(torch.equal(left.boxes, right.boxes) and left.masks == right.masks for left, right in zip(p, q, strict=True))
         for (x, p), (y, q) in zip(a, b, strict=True)
     )
 
@@ -51,7 +51,7 @@ def test_a_batch_holds_uint8_pixels_on_a_padded_canvas_and_the_objects() -> None
     for images, objects in batches(ShapesDataset("train", 6, size=(24, 30))):
         assert images.pixels.dtype == torch.uint8
         assert images.pixels.shape[2] % 8 == images.pixels.shape[3] % 8 == 0
-        assert [one.masks.size for one in objects] == [tuple(size) for size in images.sizes.tolist()]
+        assert [targets.masks.size for targets in objects] == [tuple(size) for size in images.sizes.tolist()]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -73,9 +73,9 @@ def test_seed_and_epoch_change_order_and_augmentation() -> None:
 def test_starting_late_skips_batches_without_reading_them() -> None:
     data = Watched(10)
     whole = batches(data)
-    data.seen.clear()
+    data.read_indices.clear()
     assert same(batches(data, start=3), whole[3:])
-    assert len(data.seen) == 4
+    assert len(data.read_indices) == 4
     assert batches(data, start=5) == []
     assert batches(data, replace(PLAIN, workers=1), start=5) == []
 
@@ -86,14 +86,14 @@ def test_two_processes_share_the_batches_of_one() -> None:
     ranks = [batches(data, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     assert len(whole) == len(ranks[0]) == len(ranks[1]) == steps_per_epoch(13, 2, 2) == 3
     for (_, all_objects), (_, first), (_, second) in zip(whole, *ranks, strict=True):
-        assert all(one.masks == two.masks for one, two in zip(all_objects, [*first, *second], strict=True))
+        assert all(left.masks == right.masks for left, right in zip(all_objects, [*first, *second], strict=True))
 
 
 @pytest.mark.parametrize(("count", "batch_size", "expected"), [(12, 4, 3), (15, 4, 3), (3, 4, 1), (4, 4, 1)])
 def test_only_an_only_batch_may_be_incomplete(count: int, batch_size: int, expected: int) -> None:
     order = batch_order(count, batch_size, seed=0, epoch=0, wide=np.arange(count) % 3 == 0)
     assert len(order) == expected == steps_per_epoch(count, batch_size)
-    assert all(len(one) == batch_size for one in order)
+    assert all(len(indices) == batch_size for indices in order)
     times = Counter(np.concatenate(order).tolist())
     assert max(times.values()) == -(-batch_size // count)
     assert set(times) <= set(range(count))
@@ -109,10 +109,10 @@ def test_batches_hold_wide_or_tall_images_but_for_the_last_ones() -> None:
     data.images = [ImageRecord(i, None, *((20, 30) if i % 3 else (30, 20))) for i in range(40)]
     wide = np.array([record.width >= record.height for record in data.images])
     order = batch_order(40, 4, 0, 0, wide)
-    mixed = [len(set(wide[one].tolist())) > 1 for one in order]
+    mixed = [len(set(wide[indices].tolist())) > 1 for indices in order]
     assert sum(mixed) <= 1
     assert any(mixed[:-1]) is False
-    assert sum(len(set(wide[one].tolist())) > 1 for one in batch_order(40, 4, 0, 0)) > 3
+    assert sum(len(set(wide[indices].tolist())) > 1 for indices in batch_order(40, 4, 0, 0)) > 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -128,7 +128,7 @@ def test_a_broken_image_is_replaced_by_the_next_and_counted(workers: int) -> Non
     got = batches(data, replace(PLAIN, workers=workers))
     assert sorted(data.skipped) == ["image 5 is broken.", "image 6 is broken."]
     order = np.concatenate(batch_order(8, 2, 1, 0, np.ones(8, bool))).tolist()
-    labels = [one.labels.tolist() for _, objects in got for one in objects]
+    labels = [targets.labels.tolist() for _, objects in got for targets in objects]
     assert labels == [whole.targets(7 if i in (5, 6) else i).labels.tolist() for i in order]
     batches(data, epoch=1)
     assert len(data.skipped) == 2
@@ -151,7 +151,9 @@ def test_a_crowded_image_travels_from_a_worker(tmp_path: Path) -> None:
     rows = [annotation(i, segmentation={"size": [30, 40], "counts": [i, 50, 1150 - i]}) for i in range(1100)]
     data = open_data(write(tmp_path, coco(rows, [image(1), image(2)])), "train")
     (_, objects), _ = batches(data, replace(PLAIN, workers=1, group_by_aspect=False), batch_size=1, seed=3)
-    counts = [len(one) for _, found in batches(data, replace(PLAIN, workers=1), batch_size=1) for one in found]
+    counts = [
+        len(targets) for _, batch_targets in batches(data, replace(PLAIN, workers=1), batch_size=1) for targets in batch_targets
+    ]
     assert sorted(counts) == [0, 1100]
     assert len(objects) == 1
 

@@ -70,8 +70,8 @@ def test_a_folder_named_shapes_is_used(
     plain.rename("shapes")
     assert isinstance(open_data(name, "train"), CocoDataset)
     assert isinstance(open_data("shapes:", "train"), ShapesDataset)
-    told = [record.message for record in caplog.records]
-    assert told == ([f"note: reading {Path.cwd() / 'shapes'}; for generated data give shapes:"] if name == "shapes" else [])
+    messages = [record.message for record in caplog.records]
+    assert messages == ([f"note: reading {Path.cwd() / 'shapes'}; for generated data give shapes:"] if name == "shapes" else [])
 
 
 @pytest.mark.parametrize("name", ["./shapes", Path("shapes")])

@@ -72,8 +72,8 @@ def test_every_class_is_common_and_no_class_has_a_color_of_its_own() -> None:
         pixels, objects = data.read(i)
         for label, mask in zip(objects.labels.tolist(), objects.masks.dense(), strict=True):
             colors[label].append(pixels[:, mask].float().mean(1))
-    means = torch.stack([torch.stack(found).mean(0) for found in colors.values()])
-    assert min(len(found) for found in colors.values()) > 120
+    means = torch.stack([torch.stack(samples).mean(0) for samples in colors.values()])
+    assert min(len(samples) for samples in colors.values()) > 120
     assert (means.amax(0) - means.amin(0)).max() < 20
 
 

@@ -85,19 +85,19 @@ def test_a_crop_shifts_and_cuts_boxes_and_drops_empty_ones(shapes: ShapesDataset
     inside = torch.tensor([[10.0, 10.0, 30.0, 30.0], [0.0, 0.0, 20.0, 80.0], [30.0, 30.0, 60.0, 60.0]])
     masks = Masks.from_dense(torch.ones(3, 80, 100, dtype=torch.bool))
     objects = replace(objects, labels=torch.arange(3), boxes=inside, masks=masks)
-    part, kept = crop(pixels, objects, (20, 5, 70, 25))
+    part, remaining = crop(pixels, objects, (20, 5, 70, 25))
     assert torch.equal(part, pixels[:, 5:25, 20:70])
-    assert kept.labels.tolist() == [0]
-    assert kept.boxes[0].tolist() == [0, 5, 10, 20]
-    assert kept.masks.size == (20, 50)
+    assert remaining.labels.tolist() == [0]
+    assert remaining.boxes[0].tolist() == [0, 5, 10, 20]
+    assert remaining.masks.size == (20, 50)
 
 
 def test_a_box_may_outlive_its_mask() -> None:
     pixels, objects = square((20, 20), (5, 5, 10, 10))
     wider = replace(objects, boxes=torch.tensor([[5.0, 5.0, 16.0, 16.0]]))
-    kept = crop(pixels, wider, (12, 12, 20, 20))[1]
-    assert len(kept) == 1
-    assert kept.masks.areas().tolist() == [0]
+    remaining = crop(pixels, wider, (12, 12, 20, 20))[1]
+    assert len(remaining) == 1
+    assert remaining.masks.areas().tolist() == [0]
 
 
 @pytest.mark.parametrize("name", ["detr", "mmdet", "lsj", "flip", "none"])
@@ -116,11 +116,11 @@ def test_pixels_boxes_and_masks_move_together(name) -> None:
 
 
 def test_the_same_random_numbers_give_the_same_picture(shapes: ShapesDataset) -> None:
-    def seen(seed: int) -> torch.Tensor:
+    def augmented(seed: int) -> torch.Tensor:
         return augment(*shapes.read(0), DETR, np.random.default_rng(seed))[0]
 
-    assert torch.equal(seen(3), seen(3))
-    assert any(seen(3).shape != seen(i).shape or not torch.equal(seen(3), seen(i)) for i in range(4, 8))
+    assert torch.equal(augmented(3), augmented(3))
+    assert any(augmented(3).shape != augmented(i).shape or not torch.equal(augmented(3), augmented(i)) for i in range(4, 8))
 
 
 @pytest.mark.parametrize("name", ["detr", "mmdet"])
@@ -146,7 +146,7 @@ def test_mmdetections_policy_scales_an_image_once_less(name, times, monkeypatch)
     scaled = set()
     for seed in range(20):
         calls = []
-        monkeypatch.setattr("maskset.data.transforms.resize", lambda *given, calls=calls: calls.append(1) or resize(*given))
+        monkeypatch.setattr("maskset.data.transforms.resize", lambda *args, calls=calls: calls.append(1) or resize(*args))
         augment(*square((90, 120), (0, 0, 60, 90)), replace(DETR, augmentation=name), np.random.default_rng(seed))
         scaled.add(len(calls))
     assert scaled == times

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import Listed, discs, found
+from fakes import Listed, discs, make_instances
 
 from maskset.data import open_data
 from maskset.evaluation.average_precision import average_precision, mask_ap
@@ -27,19 +27,19 @@ NUMBERS = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "a
 def crowded(rng: np.random.Generator, size=(150, 200), count=14) -> Instances:
     """Return random discs, small to large."""
     places = [(rng.uniform(0, size[1]), rng.uniform(0, size[0]), rng.choice([4, 9, 14, 30, 60])) for _ in range(count)]
-    return found(rng.integers(0, 3, count).tolist(), discs(places, size), None, CLASSES)
+    return make_instances(rng.integers(0, 3, count).tolist(), discs(places, size), None, CLASSES)
 
 
 def disturbed(objects: Instances, rng: np.random.Generator) -> Instances:
     """Return results that resemble the objects: moved, some doubled, some lost, some of a wrong class, many equal scores."""
-    chosen = rng.integers(0, max(len(objects), 1), round(1.3 * len(objects)))
-    dense = objects.masks[chosen.tolist()].dense().numpy()
+    indices = rng.integers(0, max(len(objects), 1), round(1.3 * len(objects)))
+    dense = objects.masks[indices.tolist()].dense().numpy()
     moved = [np.roll(mask, rng.integers(-3, 4, 2), (0, 1)) for mask in dense]
     labels = np.where(
-        rng.random(len(chosen)) < 0.1, rng.integers(0, len(objects.categories), len(chosen)), objects.labels[chosen]
+        rng.random(len(indices)) < 0.1, rng.integers(0, len(objects.categories), len(indices)), objects.labels[indices]
     )
     masks = Masks.from_dense(torch.from_numpy(np.array(moved, dtype=bool).reshape(-1, *objects.masks.size)))
-    scores = torch.from_numpy(rng.integers(1, 40, len(chosen)) / 40)
+    scores = torch.from_numpy(rng.integers(1, 40, len(indices)) / 40)
     return Instances(torch.from_numpy(labels), masks.boxes(), masks, scores.float(), objects.categories)
 
 
@@ -48,12 +48,12 @@ def generated(images=8, seed=0) -> tuple[Listed, list[tuple[int, Instances]]]:
     rng = np.random.default_rng(seed)
     objects = [crowded(rng, count=0 if i == 2 else 14) for i in range(images)]
     data = Listed(objects, [crowded(rng, count=2) for _ in objects])
-    return data, [(i, disturbed(one, rng)) for i, one in enumerate(objects)]
+    return data, [(i, disturbed(targets, rng)) for i, targets in enumerate(objects)]
 
 
 def rows(results: Iterable[tuple[int, Instances]]) -> list[dict]:
     """Return results as a COCO file has them."""
-    return [row for i, one in results for row in one.to_coco(i)]
+    return [row for i, detections in results for row in detections.to_coco(i)]
 
 
 def pycocotools(truth: dict, results: Iterable[dict], kind: str, max_detections: int) -> dict[str, float]:
@@ -62,12 +62,12 @@ def pycocotools(truth: dict, results: Iterable[dict], kind: str, max_detections:
     from pycocotools.cocoeval import COCOeval
 
     left_out = "bbox" if kind == "segm" else "segmentation"  # with both, pycocotools takes the box's area for the mask's
-    kept = [{key: value for key, value in row.items() if key not in (left_out, "area")} for row in results]
+    trimmed = [{key: value for key, value in row.items() if key not in (left_out, "area")} for row in results]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        measured = COCOeval(coco, coco.loadRes(kept), kind)
+        measured = COCOeval(coco, coco.loadRes(trimmed), kind)
         measured.params.maxDets = [1, 10, max_detections]
         measured.evaluate()
         measured.accumulate()
@@ -88,8 +88,8 @@ def as_coco(data: Listed) -> dict:
         annotations += [{**row, "iscrowd": 0} for row in data.targets(i).to_coco(i)]
         annotations += [{**row, "iscrowd": 1} for row in data.crowds(i).to_coco(i)]
     return {
-        "images": [{"id": i, "height": one.height, "width": one.width} for i, one in enumerate(data.images)],
-        "categories": [{"id": one.coco_id, "name": one.name} for one in data.categories],
+        "images": [{"id": i, "height": image.height, "width": image.width} for i, image in enumerate(data.images)],
+        "categories": [{"id": category.coco_id, "name": category.name} for category in data.categories],
         "annotations": [{**row, "id": number} for number, row in enumerate(annotations, 1)],
     }
 
@@ -118,10 +118,10 @@ def test_fewer_results_than_ten_can_count():
 
 def test_on_real_annotations_the_numbers_are_those_of_pycocotools_reading_the_file_itself():
     data, truth = open_data(SAMPLE, "val"), json.loads((SAMPLE / "instances_val.json").read_text())
-    rng, chosen = np.random.default_rng(1), [0, 1, 3, 4, 5]
-    results = [(i, disturbed(data.targets(i), rng)) for i in chosen]
-    metrics = average_precision(data, results, 400, chosen)
-    ids = [data.images[i].id for i in chosen]
+    rng, indices = np.random.default_rng(1), [0, 1, 3, 4, 5]
+    results = [(i, disturbed(data.targets(i), rng)) for i in indices]
+    metrics = average_precision(data, results, 400, indices)
+    ids = [data.images[i].id for i in indices]
     truth["images"] = [row for row in truth["images"] if row["id"] in ids]
     truth["annotations"] = [{**row, "id": row["id"] + 1} for row in truth["annotations"] if row["image_id"] in ids]  # none is 0
     check_all(metrics, truth, [{**row, "image_id": data.images[row["image_id"]].id} for row in rows(results)], 400)
@@ -142,7 +142,7 @@ def scored(objects: Instances) -> Instances:
 
 
 def test_an_object_counts_as_found_wherever_it_stands_in_the_data():
-    objects = found([0], discs([(20, 20, 9)], (40, 40)), None, CLASSES)
+    objects = make_instances([0], discs([(20, 20, 9)], (40, 40)), None, CLASSES)
     assert average_precision(Listed([objects]), [(0, scored(objects))]).mask_ap == 1  # an annotation id 0 would give 0
 
 
@@ -153,8 +153,8 @@ def test_without_results_everything_annotated_is_missed():
 
 
 def test_without_annotations_there_is_no_number():
-    data = Listed([found([], discs([], (40, 40)), None, CLASSES)])
-    metrics = average_precision(data, [(0, found([1], discs([(20, 20, 9)], (40, 40)), [0.9], CLASSES))])
+    data = Listed([make_instances([], discs([], (40, 40)), None, CLASSES)])
+    metrics = average_precision(data, [(0, make_instances([1], discs([(20, 20, 9)], (40, 40)), [0.9], CLASSES))])
     assert math.isnan(metrics.mask_ap)
     assert math.isnan(metrics.box_ar)
     assert metrics.objects == 0
@@ -163,9 +163,9 @@ def test_without_annotations_there_is_no_number():
 def test_what_is_found_in_a_crowd_is_not_a_mistake():
     size = (60, 60)
     person, crowd = discs([(15, 15, 9)], size), discs([(45, 45, 14)], size)
-    data = Listed([found([0], person, None, CLASSES)], [found([0], crowd, None, CLASSES)])
+    data = Listed([make_instances([0], person, None, CLASSES)], [make_instances([0], crowd, None, CLASSES)])
     inside = discs([(45, 45, 8)], size)
-    results = [(0, found([0, 0], np.concatenate([inside, person]), [0.9, 0.8], CLASSES))]
+    results = [(0, make_instances([0, 0], np.concatenate([inside, person]), [0.9, 0.8], CLASSES))]
     assert average_precision(data, results).mask_ap == 1
     assert average_precision(Listed([data.targets(0)]), results).mask_ap < 1
 
@@ -173,7 +173,7 @@ def test_what_is_found_in_a_crowd_is_not_a_mistake():
 def test_a_class_has_its_own_numbers_in_the_order_of_the_data():
     size = (40, 40)
     classes = (Category("second", 9), Category("first", 4), Category("absent", 6))  # ids in no order
-    objects = found([0, 1], discs([(10, 10, 6), (30, 30, 6)], size), None, classes)
+    objects = make_instances([0, 1], discs([(10, 10, 6), (30, 30, 6)], size), None, classes)
     metrics = average_precision(Listed([objects]), [(0, scored(objects)[:1])])
     second, first, absent = metrics.per_class
     assert (second.name, second.objects, second.mask_ap, second.box_ap50) == ("second", 1, 1, 1)
@@ -184,7 +184,7 @@ def test_a_class_has_its_own_numbers_in_the_order_of_the_data():
 
 
 def test_the_annotated_area_decides_what_is_small():
-    objects = found([0], discs([(30, 30, 20)], (60, 60)), None, CLASSES)
+    objects = make_instances([0], discs([(30, 30, 20)], (60, 60)), None, CLASSES)
     data = Listed([objects])
     data.areas = lambda index: torch.tensor([1000.0])
     metrics = average_precision(data, [(0, scored(objects))])
@@ -193,7 +193,7 @@ def test_the_annotated_area_decides_what_is_small():
 
 
 def test_only_the_images_that_are_named_are_measured():
-    objects = found([0], discs([(20, 20, 9)], (40, 40)), None, CLASSES)
+    objects = make_instances([0], discs([(20, 20, 9)], (40, 40)), None, CLASSES)
     metrics = average_precision(Listed([objects, objects]), [(1, scored(objects))], images=[1])
     assert (metrics.mask_ap, metrics.images, metrics.objects) == (1, 1, 1)
 
@@ -224,13 +224,13 @@ def test_the_order_in_which_results_come_does_not_matter():
 
 def test_an_estimate_is_the_mask_ap_of_its_images():
     data, results = generated()
-    compared = [overlaps(data, i, one) for i, one in results[:5]]
+    compared = [overlaps(data, i, detections) for i, detections in results[:5]]
     assert mask_ap(compared, CLASSES, 100) == average_precision(data, results[:5], images=range(5)).mask_ap
 
 
 def test_what_is_kept_of_an_image_does_not_grow_with_its_pixels():
-    def kept(side: int) -> int:
-        objects = found([0, 1], discs([(side / 2, side / 2, side / 3)] * 2, (side, side)), [0.9, 0.8], CLASSES)
+    def pickled_size(side: int) -> int:
+        objects = make_instances([0, 1], discs([(side / 2, side / 2, side / 3)] * 2, (side, side)), [0.9, 0.8], CLASSES)
         return len(pickle.dumps(overlaps(Listed([objects]), 0, objects)))
 
-    assert kept(20) == kept(500) < 2000
+    assert pickled_size(20) == pickled_size(500) < 2000

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from coco_files import SIZE, annotation, coco, image, write
-from fakes import Listed, Oracle, discs, found
+from fakes import Listed, Oracle, discs, make_instances
 
 from maskset.errors import DataError
 from maskset.evaluation.evaluate import evaluate
@@ -24,7 +24,7 @@ SIZES = [(40, 60), (60, 40), (40, 60), (50, 50), (40, 60)]
 def objects(size, seed):
     rng = np.random.default_rng(seed)
     places = [(rng.uniform(10, size[1] - 10), rng.uniform(10, size[0] - 10), 6) for _ in range(4)]
-    return found([0, 1, 1, 0], discs(places, size), None, CLASSES)
+    return make_instances([0, 1, 1, 0], discs(places, size), None, CLASSES)
 
 
 def data() -> Listed:
@@ -33,10 +33,10 @@ def data() -> Listed:
 
 def answers(data: Listed, categories=CLASSES) -> list:
     """Return the annotations as results, for a model whose classes may be in another order."""
-    order = torch.tensor([[one.name for one in categories].index(one.name) for one in data.categories])
+    order = torch.tensor([[category.name for category in categories].index(category.name) for category in data.categories])
     return [
-        replace(one, labels=order[one.labels], scores=torch.linspace(0.9, 0.6, len(one)), categories=categories)
-        for one in map(data.targets, range(len(data)))
+        replace(targets, labels=order[targets.labels], scores=torch.linspace(0.9, 0.6, len(targets)), categories=categories)
+        for targets in map(data.targets, range(len(data)))
     ]
 
 
@@ -58,27 +58,27 @@ def test_classes_are_matched_by_name_whatever_their_order_and_ids():
 
 def test_a_class_that_the_model_lacks_counts_as_not_found():
     listed = data()
-    only_cats = [replace(one[one.labels == 0], categories=CLASSES[:1]) for one in answers(listed)]
+    only_cats = [replace(detections[detections.labels == 0], categories=CLASSES[:1]) for detections in answers(listed)]
     metrics = evaluate(Oracle(only_cats), listed, progress=False)
     assert metrics.missing_in_model == ("dog",)
-    assert [one.mask_ap for one in metrics.per_class] == [1, 0]
+    assert [row.mask_ap for row in metrics.per_class] == [1, 0]
     assert metrics.mask_ap == 0.5
 
 
 def test_a_class_that_the_data_lacks_takes_no_place_among_the_results():
     listed, classes = data(), (*CLASSES, Category("horse", 11))
     with_horses = []
-    for one in answers(listed, classes):
-        horses = replace(one, labels=torch.full((4,), 2), scores=torch.full((4,), 0.99))
-        labels, scores = torch.cat([horses.labels, one.labels]), torch.cat([horses.scores, one.scores])
-        masks = np.concatenate([horses.masks.dense(), one.masks.dense()])
-        with_horses.append(found(labels.tolist(), masks, scores.tolist(), classes))
+    for detections in answers(listed, classes):
+        horses = replace(detections, labels=torch.full((4,), 2), scores=torch.full((4,), 0.99))
+        labels, scores = torch.cat([horses.labels, detections.labels]), torch.cat([horses.scores, detections.scores])
+        masks = np.concatenate([horses.masks.dense(), detections.masks.dense()])
+        with_horses.append(make_instances(labels.tolist(), masks, scores.tolist(), classes))
     assert evaluate(Oracle(with_horses), listed, max_detections=4, progress=False).mask_ap == 1
 
 
 def test_a_model_and_data_without_a_common_class_are_refused():
     listed = data()
-    other = [replace(one, categories=(Category("Cat", 5), Category("Dog", 9))) for one in answers(listed)]
+    other = [replace(detections, categories=(Category("Cat", 5), Category("Dog", 9))) for detections in answers(listed)]
     with pytest.raises(DataError, match="the model detects Cat, Dog, the data has cat, dog: no class has the same name"):
         evaluate(Oracle(other), listed, progress=False)
 
@@ -145,7 +145,7 @@ def test_broken_annotations_are_counted_apart_from_unreadable_images(tmp_path):
     rows = [annotation(1), annotation(2, area="large"), annotation(3, category=99), annotation(4, image=2)]
     folder = write(tmp_path, coco(rows, [image(1), image(2), image(3, height=0)]), "val")
     (folder / "val" / "2.png").write_bytes(b"no picture")
-    nothing = found([0], np.ones((1, *SIZE)), [0.5], (Category("cat", 7),))
+    nothing = make_instances([0], np.ones((1, *SIZE)), [0.5], (Category("cat", 7),))
     metrics = evaluate(Oracle([nothing] * 255), folder, skip_broken=True, progress=False)
     assert (metrics.images, metrics.objects, metrics.skipped, metrics.unreadable) == (1, 1, 4, 1)
     assert metrics.first_skipped.startswith(f"{folder / 'instances_val.json'}: image 3")
@@ -189,7 +189,7 @@ def test_while_it_works_progress_has_the_mask_ap_so_far_each_time_the_images_hav
 
 def test_where_nothing_is_annotated_there_is_no_estimate(monkeypatch, capsys):
     listed = data()
-    empty = Listed([one[[]] for one in map(listed.targets, range(len(listed)))])
+    empty = Listed([targets[[]] for targets in map(listed.targets, range(len(listed)))])
     monkeypatch.setattr("maskset.evaluation.evaluate._FIRST_ESTIMATE", 2)
     seconds = iter(range(0, 3100, 31))
     monkeypatch.setattr("maskset.progress.time.monotonic", lambda: next(seconds))
@@ -210,7 +210,7 @@ def test_on_a_terminal_the_mask_ap_so_far_stands_before_the_bar(monkeypatch, cap
 
 def test_data_that_is_named_is_opened_with_everything_that_was_said_of_it(monkeypatch):
     listed, asked = data(), []
-    monkeypatch.setattr("maskset.evaluation.evaluate.open_data", lambda *given: asked.append(given) or listed)
+    monkeypatch.setattr("maskset.evaluation.evaluate.open_data", lambda *args: asked.append(args) or listed)
     metrics = evaluate(Oracle(answers(listed)), "a.json", split="test", images="pictures", skip_broken=True, progress=False)
     assert asked == [("a.json", "test", "pictures", True)]
     assert metrics.mask_ap == 1
@@ -245,7 +245,7 @@ def test_two_processes_share_the_images_and_both_have_the_metrics_of_one(tmp_pat
     here = Path(__file__).parent
     program = PROCESS.format(tests=str(here.parent), here=str(here))
     both = [subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [one.wait(60) for one in both] == [0, 0]
+    assert [process.wait(60) for process in both] == [0, 0]
     listed = data()
     listed.broken.add(3)
     listed.skip_broken = True

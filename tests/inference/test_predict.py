@@ -30,26 +30,26 @@ def pictures(count: int = len(SIZES), seed: int = 0) -> list[np.ndarray]:
 
 
 def test_one_picture_gives_instances_at_its_own_size():
-    found = predict(model(), pictures()[5], threshold=0)
-    assert found.masks.size == (40, 40)
-    assert found.names == ["thing"]
+    detections = predict(model(), pictures()[5], threshold=0)
+    assert detections.masks.size == (40, 40)
+    assert detections.names == ["thing"]
 
 
 def test_a_result_does_not_depend_on_the_other_pictures():
     images = pictures()
     alone = [predict(model(), image, threshold=0).scores.item() for image in images]
     assert len({round(score, 4) for score in alone}) == len(images)  # the fake sees every pixel, and the padding
-    together = [found.scores.item() for found in predict(model(), images, threshold=0)]
+    together = [detections.scores.item() for detections in predict(model(), images, threshold=0)]
     assert together == pytest.approx(alone, abs=1e-6)
 
 
 def test_pictures_of_one_canvas_share_batches_and_the_order_stays():
     fake, images = model(), pictures(100)
     answers = list(predict(fake, images, threshold=0))
-    assert [found.masks.size for found in answers] == [image.shape[:2] for image in images]
+    assert [detections.masks.size for detections in answers] == [image.shape[:2] for image in images]
     assert max(fake.batches) == 16
     assert sum(fake.batches) == 100
-    assert [found.scores.item() for found in answers] == pytest.approx(
+    assert [detections.scores.item() for detections in answers] == pytest.approx(
         [(i / 255).mean() * s for i, s in zip(images, shares(images), strict=True)], abs=0.02
     )
 
@@ -61,13 +61,13 @@ def shares(images: list[np.ndarray]) -> list[float]:
 
 
 def test_results_come_as_soon_as_their_batch_is_done():
-    fake, seen = model(), []
+    fake, counts = model(), []
     for number, (item, _) in enumerate(
         predict_items(fake, range(40), lambda i: torch.full((3, 20, 20), i, dtype=torch.uint8), limit=1, batch_size=2)
     ):
         assert item == number
-        seen.append(sum(fake.batches))
-    assert seen == [2 * (i // 2 + 1) for i in range(40)]
+        counts.append(sum(fake.batches))
+    assert counts == [2 * (i // 2 + 1) for i in range(40)]
 
 
 def test_few_pictures_are_kept_in_memory():
@@ -135,10 +135,11 @@ def test_arguments_of_another_kind_or_in_another_order_are_refused_at_the_call(a
 def test_a_file_gives_instances_and_a_folder_an_iterator(tmp_path):
     for i, image in enumerate(pictures(3)):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    found = predict(model(), tmp_path / "1.png", threshold=0)
-    assert found.masks.size == (30, 20)
-    assert [one.masks.size for one in predict(model(), str(tmp_path), threshold=0)] == [(20, 30), (30, 20), (20, 30)]
-    assert [one.masks.size for one in predict(model(), f"{tmp_path}/[01].png", threshold=0)] == [(20, 30), (30, 20)]
+    detections = predict(model(), tmp_path / "1.png", threshold=0)
+    assert detections.masks.size == (30, 20)
+    sizes = [(20, 30), (30, 20), (20, 30)]
+    assert [detections.masks.size for detections in predict(model(), str(tmp_path), threshold=0)] == sizes
+    assert [detections.masks.size for detections in predict(model(), f"{tmp_path}/[01].png", threshold=0)] == sizes[:2]
 
 
 def test_a_missing_file_is_reported_at_the_call(tmp_path):
@@ -222,7 +223,7 @@ def some_broken(folder):
 
 def test_files_that_cannot_be_read_are_left_out_on_request_and_named_at_the_end(tmp_path, capsys):
     answers = predict_files(model(), [some_broken(tmp_path)], threshold=0, skip_broken=True)
-    assert [(file.name, found.masks.size) for file, found in answers] == [("0.png", (20, 30)), ("2.png", (20, 30))]
+    assert [(file.name, detections.masks.size) for file, detections in answers] == [("0.png", (20, 30)), ("2.png", (20, 30))]
     *_, count, first, second = capsys.readouterr().err.splitlines()
     assert count == "left out because they cannot be read: 2 of 4 images"
     assert "1.png cannot be read as an image" in first
@@ -248,7 +249,7 @@ def test_files_come_with_their_results_and_a_line_of_progress(tmp_path, capsys):
     for i, image in enumerate(pictures(3)):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     answers = list(predict_files(model(), [tmp_path / "2.png", f"{tmp_path}/[01].png"], threshold=0))
-    assert [(file.name, found.masks.size) for file, found in answers] == [
+    assert [(file.name, detections.masks.size) for file, detections in answers] == [
         ("2.png", (20, 30)),
         ("0.png", (20, 30)),
         ("1.png", (30, 20)),

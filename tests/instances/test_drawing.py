@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from fakes import discs, found
+from fakes import discs, make_instances
 from PIL import Image
 
 from maskset.instances import Category, Instances
@@ -17,13 +17,13 @@ GRAY = np.full((200, 300, 3), 128, np.uint8)
 
 
 def disc(x: float, y: float, radius: float, label: int = 0, categories=ONE, score: float | None = None) -> Instances:
-    return found([label], discs([(x, y, radius)], (200, 300)), None if score is None else [score], categories)
+    return make_instances([label], discs([(x, y, radius)], (200, 300)), None if score is None else [score], categories)
 
 
 def side_by_side(labels: list[int], categories: tuple[Category, ...]) -> tuple[Instances, list[tuple[int, int]]]:
     """Return discs that touch, and their centers."""
     centers = [(30 + 40 * i, 100) for i in range(len(labels))]
-    return found(labels, discs([(x, y, 20) for x, y in centers], (200, 300)), None, categories), centers
+    return make_instances(labels, discs([(x, y, 20) for x, y in centers], (200, 300)), None, categories), centers
 
 
 def fills(labels: list[int], categories: tuple[Category, ...]) -> list[tuple[int, ...]]:
@@ -44,7 +44,7 @@ def test_a_mask_is_filled_and_has_a_line_around_it_and_the_rest_is_left_alone():
 
 
 def test_small_images_are_enlarged_by_a_whole_factor_unless_a_scale_is_given():
-    small = found([0], discs([(50, 40, 20)], (80, 100)), None, ONE)
+    small = make_instances([0], discs([(50, 40, 20)], (80, 100)), None, ONE)
     assert small.draw(np.zeros((80, 100, 3), np.uint8)).size == (800, 640)
     assert small.draw(np.zeros((80, 100, 3), np.uint8), scale=2).size == (200, 160)
     assert disc(9, 9, 5).draw(GRAY).size == (600, 400)
@@ -72,8 +72,8 @@ def test_a_class_has_its_color_in_every_picture():
 
 def test_a_small_object_lies_on_top_of_a_large_one():
     masks = discs([(150, 100, 10), (150, 100, 60)], (200, 300))
-    small_first = found([0, 1], masks, None, THREE).draw(GRAY, scale=1)
-    large_first = found([1, 0], masks[::-1], None, THREE).draw(GRAY, scale=1)
+    small_first = make_instances([0, 1], masks, None, THREE).draw(GRAY, scale=1)
+    large_first = make_instances([1, 0], masks[::-1], None, THREE).draw(GRAY, scale=1)
     edge = (149, 90)  # a pixel of the small one's line
     assert small_first.getpixel(edge) == PALETTE[0]
     assert large_first.getpixel(edge) == PALETTE[0]
@@ -121,7 +121,7 @@ def test_masks_may_be_empty_and_boxes_reach_out_of_the_image():
     odd = Instances(
         labels=torch.tensor([0, 0, 0]),
         boxes=torch.tensor([[5.0, 5.0, 5.0, 5.0], [-50.0, -9.0, 400.0, 900.0], [310.0, 0.0, 320.0, 5.0]]),
-        masks=found([0, 0, 0], np.zeros((3, 200, 300), bool), None, ONE).masks,
+        masks=make_instances([0, 0, 0], np.zeros((3, 200, 300), bool), None, ONE).masks,
         scores=torch.tensor([0.9, 0.8, 0.7]),
         categories=ONE,
     )
@@ -154,8 +154,8 @@ def lab(color: tuple[int, int, int], blindness: str) -> np.ndarray:
     """Return CIE L*a*b*, in which equal distances look about equally different."""
     value = np.array(color) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    seen = np.clip(np.array(BLINDNESS[blindness]) @ linear, 0, 1)
-    x, y, z = np.cbrt(TO_XYZ @ seen / TO_XYZ.sum(1))
+    simulated = np.clip(np.array(BLINDNESS[blindness]) @ linear, 0, 1)
+    x, y, z = np.cbrt(TO_XYZ @ simulated / TO_XYZ.sum(1))
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 

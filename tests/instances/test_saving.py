@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import discs, found
+from fakes import discs, make_instances
 from PIL import Image
 
 from maskset.data import CocoDataset
@@ -20,7 +20,7 @@ PIXELS = np.full((40, 50, 3), 128, np.uint8)
 
 
 def objects(scores: list[float] | None = None) -> Instances:
-    return found([1, 0], discs([(15, 15, 9), (22, 15, 9)], (40, 50)), scores, CLASSES)
+    return make_instances([1, 0], discs([(15, 15, 9), (22, 15, 9)], (40, 50)), scores, CLASSES)
 
 
 def test_the_json_is_a_coco_file_that_can_be_read_back(tmp_path):
@@ -54,7 +54,7 @@ def test_a_label_image_numbers_the_objects_and_the_first_wins_where_they_overlap
 def test_a_label_image_can_number_more_objects_than_eight_bits(tmp_path):
     masks = np.zeros((300, 1, 300), bool)
     masks[np.arange(300), 0, np.arange(300)] = True
-    with Image.open(found([0] * 300, masks, None, CLASSES).save(tmp_path / "a.png")) as picture:
+    with Image.open(make_instances([0] * 300, masks, None, CLASSES).save(tmp_path / "a.png")) as picture:
         assert np.array(picture)[0].tolist() == list(range(1, 301))
 
 

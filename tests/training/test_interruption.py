@@ -61,16 +61,16 @@ def test_outside_signals_do_what_they_did():
 
 
 def test_in_another_thread_signals_are_left_alone():
-    before, seen = signal.getsignal(signal.SIGINT), []
+    before, states = signal.getsignal(signal.SIGINT), []
 
     def work():
         with Interruption() as interruption:
-            seen.append((signal.getsignal(signal.SIGINT), interruption.requested))
+            states.append((signal.getsignal(signal.SIGINT), interruption.requested))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(before, False)]
+    assert states == [(before, False)]
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])

@@ -18,7 +18,7 @@ def sent():
 
 
 def opened(tmp_path, sent, progress=None, active=True):
-    return Log(tmp_path / "metrics.jsonl", progress or Progress(), 100, 10, lambda *told: sent.append(told), active)
+    return Log(tmp_path / "metrics.jsonl", progress or Progress(), 100, 10, lambda *args: sent.append(args), active)
 
 
 def lines(tmp_path):
@@ -65,10 +65,10 @@ def test_trackers_get_the_numbers_under_the_name_of_the_split(tmp_path, sent):
 def test_the_file_is_cut_back_to_where_the_run_stands(tmp_path, sent):
     with opened(tmp_path, sent) as log:
         log.log_step(1, 0, {"rest": 1.0}, {"loss": 1.0}, 1)
-        kept = log.bytes
+        size = log.bytes
         log.log_step(2, 0, {"rest": 1.0}, {"loss": 2.0}, 1)
-    with opened(tmp_path, sent, Progress(step=1, log_bytes=kept)) as log:
-        assert log.bytes == kept
+    with opened(tmp_path, sent, Progress(step=1, log_bytes=size)) as log:
+        assert log.bytes == size
         log.log_step(2, 0, {"rest": 1.0}, {"loss": 3.0}, 1)
     assert [line["loss"] for line in lines(tmp_path)] == [1.0, 3.0]
 

@@ -21,9 +21,9 @@ def factors(steps_per_epoch=10, **settings):
 
 
 def test_the_official_schedule_divides_the_rates_by_ten_after_epoch_40():
-    found = factors()
-    assert found[:400] == [1.0] * 400
-    assert found[400:] == pytest.approx([0.1] * 100)
+    result = factors()
+    assert result[:400] == [1.0] * 400
+    assert result[400:] == pytest.approx([0.1] * 100)
 
 
 def test_every_drop_epoch_multiplies_the_rates():
@@ -42,8 +42,8 @@ def test_the_warm_up_rises_linearly_to_the_full_rate():
 
 
 def test_the_cosine_falls_from_one_to_nearly_zero():
-    found = factors(1, epochs=5, schedule="cosine")
-    assert found == pytest.approx([(1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)])
+    result = factors(1, epochs=5, schedule="cosine")
+    assert result == pytest.approx([(1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)])
 
 
 def test_the_cosine_starts_when_the_warm_up_ends():

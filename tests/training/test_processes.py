@@ -62,13 +62,13 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("who", EMPTY)
 def test_two_processes_give_the_loss_and_the_gradient_of_one(two, system, who):
-    found, expected = load_file(two / f"{system} {who}"), gradient_of_share(Accelerator(cpu=True), system, EMPTY[who])
-    assert found.keys() == expected.keys()
-    assert len(found) > 100
+    gradients, expected = load_file(two / f"{system} {who}"), gradient_of_share(Accelerator(cpu=True), system, EMPTY[who])
+    assert gradients.keys() == expected.keys()
+    assert len(gradients) > 100
     for name, value in expected.items():
         # ISTR's gradients are larger: in one process, too, another order of the images moves one of 6.0 by 7e-5.
         atol = 1e-5 * max(1.0, float(value.abs().max())) if system == "istr" else 1e-5
-        torch.testing.assert_close(found[name], value, atol=atol, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(gradients[name], value, atol=atol, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_whole_run_in_two_processes_measures_what_one_does(tmp_path):
@@ -76,8 +76,9 @@ def test_a_whole_run_in_two_processes_measures_what_one_does(tmp_path):
     config.write(settings, tmp_path / "asked.json")
     train(settings, data(), tmp_path / "one")
     run_two("-m", "maskset", "train", tmp_path / "asked.json", "--data", data(), "--out", tmp_path / "two")
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [line["split"] for line in one] == [line["split"] for line in two] == ["train", "train", "val"]
-    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
-    assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-2)  # AdamW's first step makes much of a tiny gradient's sign
-    assert two[2]["mask_ap"] is not None
+    single, double = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["split"] for line in single] == [line["split"] for line in double] == ["train", "train", "val"]
+    assert double[0]["loss"] == pytest.approx(single[0]["loss"], rel=1e-5)
+    # The first step of AdamW depends on the signs of tiny gradients.
+    assert double[1]["loss"] == pytest.approx(single[1]["loss"], rel=1e-2)
+    assert double[2]["mask_ap"] is not None

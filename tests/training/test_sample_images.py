@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fakes import Listed, Oracle, discs, found
+from fakes import Listed, Oracle, discs, make_instances
 from PIL import Image
 
 from maskset.errors import DataError
@@ -13,7 +13,7 @@ CATEGORIES = (Category("disc", 1),)
 
 
 def listed():
-    scenes = [found([0], discs([(16, 16, 4 + i)], (32, 32)), [0.9], CATEGORIES) for i in range(4)]
+    scenes = [make_instances([0], discs([(16, 16, 4 + i)], (32, 32)), [0.9], CATEGORIES) for i in range(4)]
     return Listed(scenes), Oracle(scenes)
 
 

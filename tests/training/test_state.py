@@ -58,11 +58,11 @@ def test_the_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path):
     before, after = trained(0, steps=2), trained(1)
     save_state(tmp_path, before, Progress(), DATA)
     load_state(tmp_path, after, DATA)
-    for one in (before, after):
+    for state in (before, after):
         torch.manual_seed(5)
-        for parameter in one.model.parameters():
+        for parameter in state.model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        one.optimizer.step()
+        state.optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
 
 

@@ -64,27 +64,27 @@ def test_a_run_leaves_a_recipe_checkpoints_metrics_and_pictures(whole):
 
 
 def test_the_metrics_have_a_line_for_each_step_and_each_evaluation(whole):
-    found = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["split"], line["epoch"], line["step"]) for line in found] == [
+    records = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["epoch"], line["step"]) for line in records] == [
         *[("train", 0, step) for step in range(1, 6)],
         ("val", 0, 5),
         *[("train", 1, step) for step in range(6, 11)],
         ("val", 1, 10),
     ]
-    first = found[0]
+    first = records[0]
     terms = {"class", "box_l1", "box_giou", "mask_code"}
     assert first["loss"] == pytest.approx(sum(value for name, value in first.items() if name.split("/")[0] in terms), rel=1e-5)
     assert first["learning_rate"] == pytest.approx(1e-3 / 3)
     assert {"learning_rate/backbone", "learning_rate/offsets", "grad_norm", "seconds", "images_per_second"} < first.keys()
-    assert {"mask_ap", "mask_ap50", "box_ap", "seconds"} < found[5].keys()
+    assert {"mask_ap", "mask_ap50", "box_ap", "seconds"} < records[5].keys()
 
 
 def test_a_run_of_some_steps_ends_in_the_middle_of_an_epoch_and_resumes_like_any_other(tmp_path, monkeypatch):
     short = recipe(steps=7, schedule="cosine", warmup_steps=0, dropout=0.1)
     train(short, data(), tmp_path / "whole")
-    found = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["split"], line["step"]) for line in found[-3:]] == [("train", 6), ("train", 7), ("val", 7)]
-    assert found[-2]["learning_rate"] < 1e-4  # the cosine has come to its end
+    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["step"]) for line in records[-3:]] == [("train", 6), ("train", 7), ("val", 7)]
+    assert records[-2]["learning_rate"] < 1e-4  # the cosine has come to its end
 
     often = replace(short, train=replace(short.train, checkpoint_every=1))
     with monkeypatch.context() as patch:
@@ -340,14 +340,14 @@ def test_a_loss_that_is_not_finite_names_its_terms_and_keeps_the_batch(tmp_path,
         match=r"in step 0: non-finite loss terms: box_giou is nan\. Learning rates: rest 0\.000333.*Images: .*\.png",
     ):
         train(recipe(), data(), tmp_path / "run")
-    kept = load_file(tmp_path / "run" / "diverged" / "batch.safetensors")
-    assert kept["pixels"].dtype == torch.uint8
-    assert len(kept["pixels"]) == 2
+    tensors = load_file(tmp_path / "run" / "diverged" / "batch.safetensors")
+    assert tensors["pixels"].dtype == torch.uint8
+    assert len(tensors["pixels"]) == 2
     facts = json.loads((tmp_path / "run" / "diverged" / "batch.json").read_text())
     assert facts["terms"]["box_giou"] == "nan"
     assert facts["terms"]["class"] > 0
     assert len(facts["images"]) == len(facts["annotations"]) == 2
-    assert len(facts["annotations"][0]) == len(kept["boxes/0"])
+    assert len(facts["annotations"][0]) == len(tensors["boxes/0"])
 
 
 def test_the_images_named_are_those_of_the_batch(tmp_path):
@@ -395,11 +395,11 @@ def test_training_stops_early_when_nothing_gets_better(tmp_path, capsys):
 
 def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatch):
     aps, evaluate = iter([0.2, 0.5, 0.1]), loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **kept: replace(evaluate(*_, **kept), mask_ap=next(aps)))
-    kept = []
-    monkeypatch.setattr(loop, "save", lambda model, recipe, path: kept.append(path.name))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **options: replace(evaluate(*_, **options), mask_ap=next(aps)))
+    saved = []
+    monkeypatch.setattr(loop, "save", lambda model, recipe, path: saved.append(path.name))
     assert train(recipe(epochs=3), data(), tmp_path / "run").mask_ap == 0.1
-    assert kept == ["best.safetensors"] * 2
+    assert saved == ["best.safetensors"] * 2
 
 
 def test_evaluation_only_where_asked_for_and_at_the_end(tmp_path):
@@ -435,8 +435,8 @@ def test_fine_tuning_takes_what_fits_and_says_so(whole, tmp_path, capsys):
 
 def test_fine_tuning_starts_from_the_weights_given(whole, tmp_path):
     train(recipe(epochs=1, ema_decay=0.0, **STILL), data(), tmp_path / "run", init=whole[0] / "last.safetensors")
-    given, after = load_file(whole[0] / "last.safetensors"), load_file(tmp_path / "run" / "last.safetensors")
-    for name, tensor in given.items():
+    before, after = load_file(whole[0] / "last.safetensors"), load_file(tmp_path / "run" / "last.safetensors")
+    for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
 
 

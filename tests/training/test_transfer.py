@@ -31,45 +31,45 @@ def copied(new, old):
 
 def test_a_model_like_the_other_becomes_the_other():
     old, new = model(named("a", "b", "c"), seed=0), model(named("a", "b", "c"), seed=1)
-    done, after, given, _ = copied(new, old)
-    assert all(torch.equal(after[name], given[name]) for name in given)
+    done, after, source, _ = copied(new, old)
+    assert all(torch.equal(after[name], source[name]) for name in source)
     assert not done.initial
     assert not done.unused
-    assert len(done.copied) + len(done.by_class) == len(given)
+    assert len(done.copied) + len(done.by_class) == len(source)
 
 
 def test_class_rows_go_by_name_and_new_classes_keep_their_start():
     old, new = model(named("cat", "dog", "cow"), seed=0), model(named("bird", "cow", "cat", "fly"), seed=1)
-    done, after, given, before = copied(new, old)
+    done, after, source, before = copied(new, old)
     assert (done.classes, done.new_classes) == (["cow", "cat"], ["bird", "fly"])
     heads = [name for name in after if name.startswith("class_heads.")]
     assert done.by_class == heads
     assert len(heads) == 4  # two layers, weight and bias
     for name in heads:
-        assert torch.equal(after[name][1], given[name][2])
-        assert torch.equal(after[name][2], given[name][0])
+        assert torch.equal(after[name][1], source[name][2])
+        assert torch.equal(after[name][2], source[name][0])
         assert torch.equal(after[name][[0, 3]], before[name][[0, 3]])
 
 
 def test_as_many_classes_of_other_names_are_not_taken_for_the_same():
     old, new = model(named("a", "b"), seed=0), model(named("b", "z"), seed=1)
-    _, after, given, before = copied(new, old)
-    assert torch.equal(after["class_heads.0.weight"][0], given["class_heads.0.weight"][1])
+    _, after, source, before = copied(new, old)
+    assert torch.equal(after["class_heads.0.weight"][0], source["class_heads.0.weight"][1])
     assert torch.equal(after["class_heads.0.weight"][1], before["class_heads.0.weight"][1])
 
 
 def test_more_queries_extend_the_old_ones():
     old, new = model(named("a"), seed=0), model(named("a"), seed=1, num_queries=20)
-    done, after, given, before = copied(new, old)
+    done, after, source, before = copied(new, old)
     assert done.by_row == {"query_position": (12, 20), "query_content": (12, 20)}
-    assert torch.equal(after["query_content"][:12], given["query_content"])
+    assert torch.equal(after["query_content"][:12], source["query_content"])
     assert torch.equal(after["query_content"][12:], before["query_content"][12:])
 
 
 def test_fewer_queries_are_the_first():
     old, new = model(named("a"), seed=0), model(named("a"), seed=1, num_queries=5)
-    _, after, given, _ = copied(new, old)
-    assert torch.equal(after["query_position"], given["query_position"][:5])
+    _, after, source, _ = copied(new, old)
+    assert torch.equal(after["query_position"], source["query_position"][:5])
 
 
 def test_what_has_another_shape_starts_anew_and_is_named():
@@ -83,9 +83,9 @@ def test_what_has_another_shape_starts_anew_and_is_named():
 def test_the_proposals_keep_telling_any_object_from_background(name):
     config = replace(TINY[name], backbone=SMALLEST, **({"two_stage": True} if name == "solq" else {}))
     old, new = (build(replace(config, num_classes=len(names)), named(*names)) for names in (("a", "b", "c"), ("c", "d")))
-    done, after, given, _ = copied(new, old)
+    done, after, source, _ = copied(new, old)
     assert done.by_row["proposal_class_head.weight"] == (3, 2)
-    assert torch.equal(after["proposal_class_head.weight"][0], given["proposal_class_head.weight"][0])
+    assert torch.equal(after["proposal_class_head.weight"][0], source["proposal_class_head.weight"][0])
 
 
 def test_only_a_tensor_of_queries_is_taken_in_part():
@@ -119,6 +119,6 @@ def test_the_report_says_all_of_it():
 
 def test_nothing_shares_memory_with_the_weights_given():
     old, new = model(named("a"), seed=0), model(named("a"), seed=1)
-    _, after, given, _ = copied(new, old)
+    _, after, source, _ = copied(new, old)
     after["level_embedding"].add_(1)
-    assert not torch.equal(after["level_embedding"], given["level_embedding"])
+    assert not torch.equal(after["level_embedding"], source["level_embedding"])
