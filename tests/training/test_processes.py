@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 accelerator = Accelerator(cpu=True)
 for system in {SYSTEMS}:
     for name, empty in {EMPTY}.items():
-        found = gradient_of_share(accelerator, system, empty)
+        gradients = gradient_of_share(accelerator, system, empty)
         if accelerator.is_main_process:
-            save_file(found, sys.argv[1] + f"/{{system}} {{name}}")
+            save_file(gradients, sys.argv[1] + f"/{{system}} {{name}}")
 accelerator.end_training()
 """
 
