@@ -198,7 +198,7 @@ def test_one_that_fails_is_named_and_does_not_stop_the_others(quick, monkeypatch
     command = ["compare", *models, "--data", str(data()), "--out", str(tmp_path / "out")]
     assert cli.main(command) == 2
     output, errors = capsys.readouterr()
-    assert f"\nbad failed: {told}\n" in output
+    assert f"\nbad failed: {message}\n" in output
     assert "| bad (failed) |     - |" in output
     assert ("Traceback" in errors) == message.startswith("RuntimeError")  # a mistake of the user needs none
     assert errors.splitlines()[-1].startswith("maskset: error: failed: bad (")

@@ -159,7 +159,7 @@ def test_a_file_that_is_there_and_another_ending_are_refused(tmp_path):
 
 
 def test_an_entry_of_other_dimensions_and_a_name_that_is_not_text_are_named(tmp_path):
-    with pytest.raises(ConversionError, match=r"our query has the shape \[20\], expected 2 dimensions"):
+    with pytest.raises(ConversionError, match=r"maskset's query has the shape \[20\], expected 2 dimensions"):
         convert("solq", small() | {"query_embed.weight": torch.zeros(20)})
     torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pth")
     with pytest.raises(ConversionError, match="unknown entries: 1"):
