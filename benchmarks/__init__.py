@@ -8,7 +8,7 @@ BENCHMARKS = {
     "attention": "deformable attention alone: each implementation that works here, against transformers",
     "inference": "whole models, from pixels to masks, against DeformableDetr, Mask2Former and Mask R-CNN",
     "training": "memory and time of training steps, against a straightforward implementation",
-    "masks": "masks to run lengths and mask codes, against torchvision, pycocotools and dense matrices",
+    "masks": "masks to run lengths and mask codecs, against torchvision, pycocotools and dense matrices",
     "loader": "reading, augmentation and targets of training images, against Pillow and dense masks",
     "evaluation": "COCO average precision, against pycocotools",
     "matching": "the cost matrix of bipartite matching, against DETR's",

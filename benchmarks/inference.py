@@ -81,7 +81,7 @@ def system(name: str, quick: bool, **settings: Any) -> System:
     config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
     config = replace(config, num_classes=91, **settings)
     if name == "sotr":
-        config = replace(config, score_threshold=0.0, kept_threshold=0.0)
+        config = replace(config, score_threshold=0.0, final_score_threshold=0.0)
     model = build(config).eval()
     if isinstance(model, Istr):
         steady(model)
@@ -92,7 +92,7 @@ def system(name: str, quick: bool, **settings: Any) -> System:
 
 @torch.no_grad()
 def steady(model: Istr) -> None:
-    """Fit the model's mask code to noise, and fix its boxes at 4 % of the image, which untrained boxes leave."""
+    """Fit the model's mask codec to noise, and fix its boxes at 4 % of the image, which untrained boxes leave."""
     assert isinstance(model.codec, LogitPcaCodec)
     model.codec.fit((torch.rand(200, model.codec.size, model.codec.size) > 0.5).float())
     model.query_boxes.copy_(torch.tensor([0.5, 0.5, 0.2, 0.2]))

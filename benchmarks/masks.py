@@ -1,4 +1,4 @@
-"""Masks to the run-length text of COCO's files, and mask codes, against the usual ways.
+"""Masks to the run-length text of COCO's files, and mask codecs, against the usual ways.
 
 100 soft box masks of 128 x 128 pixels, pasted into boxes of 4 % of an image of 480 x 640 pixels on average, against torchvision's
 paste and a grid_sample over the whole image (detectron2's rule, which is maskset's too); 100 probability maps at stride 4 against

@@ -47,7 +47,7 @@ TINY: dict[str, SystemConfig] = {
     "sotr": SotrConfig(
         backbone=BACKBONE, num_classes=3, hidden_dim=32, num_heads=4, depth=2,
         grids=(10, 8, 6, 4, 3), scale_from=(1, 8, 16, 24, 32), scale_to=(16, 24, 32, 48, 96), mask_hidden_dim=16, mask_dim=24,
-        score_threshold=0.0, kept_threshold=0.0, input=InputConfig(short_side=64, long_side=96, divisor=32),
+        score_threshold=0.0, final_score_threshold=0.0, input=InputConfig(short_side=64, long_side=96, divisor=32),
     ),
 }  # fmt: skip
 

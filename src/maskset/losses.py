@@ -63,56 +63,56 @@ def sum_by_layer(values: Float[Tensor, "M"], layer: Tensor, layers: int) -> Floa
 ChunkFunction = Callable[[int, Tensor, Tensor], Float[Tensor, "V"]]
 
 
-def chunked_loss(values: ChunkFunction, chunks: Sequence[Tensor], shared: Tensor) -> Float[Tensor, "P V"]:
-    """Return `values(i, chunks[i], shared)` for every chunk, in the memory of one chunk: for losses of many large masks.
+def chunked_loss(compute_losses: ChunkFunction, chunks: Sequence[Tensor], shared: Tensor) -> Float[Tensor, "P V"]:
+    """Return `compute_losses(i, chunks[i], shared)` for every chunk, in the memory of one chunk: for losses of many large masks.
 
     The gradient of a chunk is computed together with its values, and its graph is freed before the next chunk starts. Between
-    forward and backward only these gradients, which have the size of `chunks` and `shared`, and what `values` itself refers to
-    are kept. If the values do not have equal weights in the total, backward computes all chunks once more. Second derivatives are
-    not supported.
+    forward and backward, only these gradients, which have the size of `chunks` and `shared`, and the variables captured by the
+    function stay in memory. If the values do not have equal weights in the total, backward computes all chunks once more. Second
+    derivatives are not supported.
 
     Args:
-        values: computes the V losses of a chunk.
+        compute_losses: computes the V losses of a chunk.
         chunks: inputs of each chunk, such as the mask parameters of the matched slots of one layer.
         shared: an input of all chunks, such as the mask features.
     """
     if not torch.is_grad_enabled():
-        return torch.stack([values(i, chunk, shared) for i, chunk in enumerate(chunks)])
-    return _ChunkedLoss.apply(values, shared, *chunks)  # type: ignore[no-any-return]
+        return torch.stack([compute_losses(i, chunk, shared) for i, chunk in enumerate(chunks)])
+    return _ChunkedLoss.apply(compute_losses, shared, *chunks)  # type: ignore[no-any-return]
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: ChunkFunction, shared: Tensor, *chunks: Tensor) -> Tensor:
-        ctx.values = values
-        every, gradients = _chunk_backward(values, shared, chunks, None)
+    def forward(ctx, compute_losses: ChunkFunction, shared: Tensor, *chunks: Tensor) -> Tensor:
+        ctx.compute_losses = compute_losses
+        all_losses, gradients = _chunk_backward(compute_losses, shared, chunks, None)
         ctx.save_for_backward(shared, *chunks, *gradients)
-        return every
+        return all_losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        (weights,) = outer
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = grad_outputs
         count = len(ctx.saved_tensors) // 2
         inputs, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if bool((weights == weights.flatten()[0]).all()):  # as in a sum of terms: the gradients only have to be scaled
             return None, *(gradient * weights.flatten()[0] for gradient in gradients)
         with torch.autocast(weights.device.type, enabled=False):  # whatever the caller of the loss uses
-            return None, *_chunk_backward(ctx.values, inputs[0], inputs[1:], weights)[1]
+            return None, *_chunk_backward(ctx.compute_losses, inputs[0], inputs[1:], weights)[1]
 
 
 def _chunk_backward(
-    values: ChunkFunction, shared: Tensor, chunks: Sequence[Tensor], weights: Float[Tensor, "P V"] | None
+    compute_losses: ChunkFunction, shared: Tensor, chunks: Sequence[Tensor], weights: Float[Tensor, "P V"] | None
 ) -> tuple[Float[Tensor, "P V"], list[Tensor]]:
     """Return the values of all chunks, and the gradients of their weighted sum with respect to `shared` and each chunk."""
-    total, chunk_gradients, every = torch.zeros_like(shared), [], []
+    total, chunk_gradients, all_losses = torch.zeros_like(shared), [], []
     for i, chunk in enumerate(chunks):
         with torch.enable_grad():
             leaves = (shared.detach().requires_grad_(), chunk.detach().requires_grad_())
-            losses = values(i, leaves[1], leaves[0])
+            losses = compute_losses(i, leaves[1], leaves[0])
             total_loss = losses.sum() if weights is None else (losses * weights[i]).sum()
             shared_gradient, chunk_gradient = torch.autograd.grad(total_loss, leaves, allow_unused=True, materialize_grads=True)
         total += shared_gradient
         chunk_gradients.append(chunk_gradient)
-        every.append(losses.detach())
-    return torch.stack(every), [total, *chunk_gradients]
+        all_losses.append(losses.detach())
+    return torch.stack(all_losses), [total, *chunk_gradients]

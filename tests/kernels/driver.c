@@ -265,10 +265,10 @@ static void fields(void) {
 
 /* targets.c */
 void targets_crop(const View *, const double *, ptrdiff_t, uint8_t *, uint8_t *, int32_t *, ptrdiff_t, ptrdiff_t);
-void targets_mean(const View *, const View *, const float *, const float *, const float *, const float *, float *, uint8_t *,
-                  ptrdiff_t, ptrdiff_t);
-void targets_quarter(const View *, const View *, const int32_t *, const int32_t *, const int32_t *, const int32_t *, uint8_t *,
-                     uint8_t *, ptrdiff_t, ptrdiff_t);
+void targets_resize(const View *, const View *, const float *, const float *, const float *, const float *, float *, uint8_t *,
+                    ptrdiff_t, ptrdiff_t);
+void targets_resize_opencv(const View *, const View *, const int32_t *, const int32_t *, const int32_t *, const int32_t *,
+                           uint8_t *, uint8_t *, ptrdiff_t, ptrdiff_t);
 
 static void targets(void) {
     ptrdiff_t masks = whole(0, 4), bins = whole(1, 20), rows = whole(0, 20), width = whole(0, 20);
@@ -280,10 +280,10 @@ static void targets(void) {
     far.above = rising_int64_t(seen.height + 1, rows);
     uint8_t *scratch = ARRAY(uint8_t, 4 * rows), *quarters = ARRAY(uint8_t, masks * rows * width);
     float *means = ARRAY(float, masks * rows * width), *of_rows = filled_float(rows, 1), *of_columns = filled_float(width, 1);
-    IN_RANGES(masks, targets_mean(&seen, &far, of_rows, of_rows, of_columns, of_columns, means, scratch, first, end));
+    IN_RANGES(masks, targets_resize(&seen, &far, of_rows, of_rows, of_columns, of_columns, means, scratch, first, end));
     int32_t *row_weights = rising_int32_t(rows, 2048), *column_weights = rising_int32_t(width, 2048);
-    IN_RANGES(masks, targets_quarter(&seen, &far, row_weights, row_weights, column_weights, column_weights, quarters, scratch, first,
-                                     end));
+    IN_RANGES(masks, targets_resize_opencv(&seen, &far, row_weights, row_weights, column_weights, column_weights, quarters, scratch,
+                                           first, end));
 }
 
 int main(int arguments, char **argument) {

@@ -161,11 +161,11 @@ def targets_crop(draw: Arguments) -> None:
     runs.crop(view, draw.tensor((max(0, len(view)), 4), torch.float32, -5, 15), size if size < 2**10 else 9)
 
 
-def targets_mean(draw: Arguments) -> None:
+def targets_resize(draw: Arguments) -> None:
     runs.resize(draw.view(draw.int(0, 3)), draw.taps(9, draw.int(0, 9)), draw.taps(9, draw.int(0, 9)))
 
 
-def targets_quarter(draw: Arguments) -> None:
+def targets_resize_opencv(draw: Arguments) -> None:
     runs.resize_as_opencv(draw.view(draw.int(0, 3)), draw.taps(9, draw.int(0, 9)), draw.taps(9, draw.int(0, 9)))
 
 
@@ -224,8 +224,8 @@ CALLS = {
     "fields_cut": fields_cut,
     "fields_paste": fields_paste,
     "targets_crop": targets_crop,
-    "targets_mean": targets_mean,
-    "targets_quarter": targets_quarter,
+    "targets_resize": targets_resize,
+    "targets_resize_opencv": targets_resize_opencv,
     "deformable_attention": deformable_attention,
     "deformable_attention_backward": deformable_attention_backward,
     "instance_transformer": instance_transformer,

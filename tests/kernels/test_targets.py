@@ -7,7 +7,7 @@ from torchvision.ops import roi_align
 
 from maskset.instances import Masks
 from maskset.masks.resize import align_corners, resample
-from maskset.masks.targets import central_means, crop, quarter_masks, resize_by_corners
+from maskset.masks.targets import crop, downsample_by_4_opencv, downsample_by_stride, resize_align_corners
 
 
 def some_masks(seed: int) -> Masks:
@@ -55,11 +55,11 @@ def test_coarser_masks_are_what_the_plain_versions_make(both, seed):
     masks = some_masks(seed)
     height, width = masks.size
     for work in (
-        lambda: central_means(masks, 4, (height // 4 + 2, width // 4 + 3)),
-        lambda: central_means(masks, 8, (height // 8 + 1, width // 8 + 1)),
-        lambda: quarter_masks(masks, (height // 4 + 2, width // 4 + 3)),
-        lambda: resize_by_corners(masks, (height + 7, width + 3), (33, 21), torch.device("cpu")),
-        lambda: resize_by_corners(masks, (height, width), (111, 150), torch.device("cpu")),
+        lambda: downsample_by_stride(masks, 4, (height // 4 + 2, width // 4 + 3)),
+        lambda: downsample_by_stride(masks, 8, (height // 8 + 1, width // 8 + 1)),
+        lambda: downsample_by_4_opencv(masks, (height // 4 + 2, width // 4 + 3)),
+        lambda: resize_align_corners(masks, (height + 7, width + 3), (33, 21), torch.device("cpu")),
+        lambda: resize_align_corners(masks, (height, width), (111, 150), torch.device("cpu")),
     ):
         found, expected = both(work)
         assert torch.equal(found, expected)
@@ -69,5 +69,5 @@ def test_stretched_masks_are_those_of_float64_but_for_rounding():
     masks = some_masks(2)
     padded = F.pad(masks.dense().double(), (0, 6, 0, 4))
     expected = resample(padded, align_corners(padded.shape[1], 40), align_corners(padded.shape[2], 30))
-    found = resize_by_corners(masks, (padded.shape[1], padded.shape[2]), (40, 30), torch.device("cpu"))
+    found = resize_align_corners(masks, (padded.shape[1], padded.shape[2]), (40, 30), torch.device("cpu"))
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)

@@ -7,7 +7,7 @@ from torch import nn
 
 from maskset.errors import ConfigError
 from maskset.layers import backbone as backbones
-from maskset.layers.backbone import FrozenBatchNorm, GroupNorm, build_backbone, check_start
+from maskset.layers.backbone import FrozenBatchNorm, GroupNorm, build_backbone, check_frozen_layers
 from maskset.layers.swin import SwinSize
 
 PREFIX = "backbone.0.body."
@@ -217,10 +217,10 @@ def test_a_drop_path_of_one_is_refused():
 )
 def test_what_would_stay_random_for_ever_is_refused(name, norm, frozen_stages, pretrained, message):
     if message is None:
-        check_start(name, norm, frozen_stages, pretrained)
+        check_frozen_layers(name, norm, frozen_stages, pretrained)
     else:
         with pytest.raises(ConfigError, match=message):
-            check_start(name, norm, frozen_stages, pretrained)
+            check_frozen_layers(name, norm, frozen_stages, pretrained)
 
 
 def test_the_order_of_pixels_in_memory_changes_no_bit_of_the_maps():

@@ -1,10 +1,10 @@
-"""Twin attention against the plain ways to compute it, in float64: the released one on a map that is really doubled."""
+"""SOTR's transformers against plain loops in float64; the released one also against a map of double width in all layers."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from maskset.kernels.twin import Copies
+from maskset.kernels.twin import CompactLayout
 from maskset.layers.blocks import recompute
 from maskset.layers.twin import Attention, PaperLayer, PaperTransformer, ReleasedTransformer
 
@@ -111,10 +111,10 @@ def test_a_compact_map_gives_both_complete_copies(border):
     left, right = torch.randn(1, 2, 11, 3), torch.randn(1, 2, 11, 3)
     right[:, :, border : 11 - border] = left[:, :, border : 11 - border]
     whole = torch.cat([left, right], 2)
-    copies = Copies(11, border)
-    kept = whole if copies.complete else torch.cat([whole[:, :, : 11 + border], whole[:, :, 22 - border :]], 2)
-    assert torch.equal(copies.right(kept), right)
-    assert torch.equal(copies.both(kept), whole if border else left)
+    layout = CompactLayout(11, border)
+    kept = whole if layout.complete else torch.cat([whole[:, :, : 11 + border], whole[:, :, 22 - border :]], 2)
+    assert torch.equal(layout.right(kept), right)
+    assert torch.equal(layout.both(kept), whole if border else left)
 
 
 def test_with_closed_gates_nothing_happens():

@@ -10,7 +10,7 @@ from maskset.errors import MasksetError
 from maskset.instances import Masks
 from maskset.masks import targets
 from maskset.masks.resize import align_corners, resample
-from maskset.masks.targets import centers_of_mass, central_means, crop, quarter_masks, resize_by_corners
+from maskset.masks.targets import centers_of_mass, crop, downsample_by_4_opencv, downsample_by_stride, resize_align_corners
 
 
 def noise(count: int, height: int, width: int) -> torch.Tensor:
@@ -55,44 +55,44 @@ def test_a_mask_without_a_box_is_refused():
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 @pytest.mark.parametrize("size", [(64, 96), (50, 75), (33, 32), (1, 3)])
-def test_central_means_are_a_bilinear_resize_of_the_padded_mask(factor, size):
+def test_downsampling_by_stride_is_a_bilinear_resize_of_the_padded_mask(factor, size):
     dense = noise(3, *size)
     canvas = [-(-side // 32) * 32 for side in size]
     padded = F.pad(dense.float(), (0, canvas[1] - size[1], 0, canvas[0] - size[0]))
     expected = F.interpolate(padded[None], scale_factor=1 / factor, mode="bilinear", align_corners=False)[0]
-    means = central_means(Masks.from_dense(dense), factor, (canvas[0] // factor, canvas[1] // factor))
+    means = downsample_by_stride(Masks.from_dense(dense), factor, (canvas[0] // factor, canvas[1] // factor))
     assert torch.equal(means, expected)
 
 
-def test_central_means_of_padding_are_zero():
-    means = central_means(Masks.from_dense(torch.ones(1, 32, 32, dtype=torch.bool)), 4, (16, 24))
+def test_downsampling_by_stride_gives_zero_for_padding():
+    means = downsample_by_stride(Masks.from_dense(torch.ones(1, 32, 32, dtype=torch.bool)), 4, (16, 24))
     assert means[0, :8, :8].eq(1).all()
     assert means.sum() == 64
 
 
-def test_central_means_do_not_depend_on_how_many_masks_are_decoded_at_a_time(monkeypatch):
+def test_downsampling_by_stride_does_not_depend_on_how_many_masks_are_decoded_at_a_time(monkeypatch):
     masks = Masks.from_dense(noise(7, 40, 24))
-    expected = central_means(masks, 4, (16, 8))
+    expected = downsample_by_stride(masks, 4, (16, 8))
     monkeypatch.setattr(targets, "_MAX_PIXELS", 2 * 40 * 24)
     monkeypatch.setenv("MASKSET_NATIVE", "off")
-    assert torch.equal(central_means(masks, 4, (16, 8)), expected)
+    assert torch.equal(downsample_by_stride(masks, 4, (16, 8)), expected)
 
 
-def test_central_means_of_flipped_polygons_are_those_of_their_pixels():
+def test_downsampling_by_stride_is_equal_for_flipped_polygons_and_their_pixels():
     masks = Masks.from_polygons([[torch.tensor([[2.0, 2], [20, 2], [20, 12], [2, 12]]).numpy()]], (32, 32)).flipped()
-    assert torch.equal(central_means(masks, 4, (8, 8)), central_means(Masks.from_dense(masks.dense()), 4, (8, 8)))
+    assert torch.equal(downsample_by_stride(masks, 4, (8, 8)), downsample_by_stride(Masks.from_dense(masks.dense()), 4, (8, 8)))
 
 
-def test_central_means_of_no_masks_are_empty():
-    assert central_means(Masks([], (32, 64)), 4, (8, 16)).shape == (0, 8, 16)
+def test_downsampling_by_stride_gives_nothing_for_no_masks():
+    assert downsample_by_stride(Masks([], (32, 64)), 4, (8, 16)).shape == (0, 8, 16)
 
 
 @pytest.mark.parametrize("size", [(50, 40), (9, 70), (1, 1)])
-def test_a_resize_by_corners_is_pytorchs_of_the_padded_mask(size):
+def test_a_resize_with_aligned_corners_is_pytorchs_of_the_padded_mask(size):
     dense = noise(3, 33, 61)
     padded = F.pad(dense.float(), (0, 3, 0, 7))
     expected = F.interpolate(padded[None], size, mode="bilinear", align_corners=True)[0]
-    resized = resize_by_corners(Masks.from_dense(dense), (40, 64), size, torch.device("cpu"))
+    resized = resize_align_corners(Masks.from_dense(dense), (40, 64), size, torch.device("cpu"))
     torch.testing.assert_close(resized, expected, atol=2e-5, rtol=0)
     assert torch.equal(resized, resample(padded, align_corners(40, size[0]), align_corners(64, size[1])))
 
@@ -153,41 +153,41 @@ SIZES = [(8, 12), (9, 13), (10, 14), (11, 15), (1, 1), (1, 30), (2, 3), (3, 2), 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_pixel_of_a_quarter_mask_is_opencvs(size):
+def test_every_pixel_downsampled_by_4_is_opencvs(size):
     torch.manual_seed(0)
     large = torch.zeros(2, *size, dtype=torch.bool)
     large[0, size[0] // 3 :, size[1] // 4 : size[1] // 2 + 1] = True
     large[1] = True
     masks = torch.cat([torch.rand(3, *size) > 0.5, large])
     canvas = (-(-size[0] // 4) + 2, -(-size[1] // 4) + 3)
-    for mask, quarter in zip(masks, quarter_masks(Masks.from_dense(masks), canvas), strict=True):
+    for mask, quarter in zip(masks, downsample_by_4_opencv(Masks.from_dense(masks), canvas), strict=True):
         expected = opencv_resize(mask.numpy())
         assert np.array_equal(quarter[: expected.shape[0], : expected.shape[1]].numpy(), expected)
         assert not quarter[expected.shape[0] :].any()
         assert not quarter[:, expected.shape[1] :].any()
 
 
-def test_quarter_masks_of_multiples_of_four_are_a_bilinear_resize_rounded_up_at_one_half():
+def test_downsampling_by_4_of_multiples_of_four_is_a_bilinear_resize_rounded_up_at_one_half():
     torch.manual_seed(0)
     masks = torch.rand(20, 24, 32) > 0.5
     expected = F.interpolate(masks.float()[None], size=(6, 8), mode="bilinear")[0] >= 0.5
-    assert torch.equal(quarter_masks(Masks.from_dense(masks), (6, 8)), expected)
+    assert torch.equal(downsample_by_4_opencv(Masks.from_dense(masks), (6, 8)), expected)
 
 
-def test_a_small_object_may_have_no_cell_in_a_quarter_mask():
+def test_a_small_object_may_have_no_cell_after_downsampling_by_4():
     masks = torch.zeros(1, 16, 16, dtype=torch.bool)
     masks[0, 4, 4] = True
-    assert not quarter_masks(Masks.from_dense(masks), (4, 4)).any()
+    assert not downsample_by_4_opencv(Masks.from_dense(masks), (4, 4)).any()
 
 
-def test_quarter_masks_of_no_masks_and_of_empty_masks_are_empty():
-    assert quarter_masks(Masks([], (16, 20)), (8, 8)).shape == (0, 8, 8)
+def test_downsampling_by_4_gives_nothing_for_no_masks_and_empty_masks():
+    assert downsample_by_4_opencv(Masks([], (16, 20)), (8, 8)).shape == (0, 8, 8)
     empty = Masks.from_dense(torch.zeros(2, 16, 20, dtype=torch.bool))
-    assert not quarter_masks(empty, (4, 5)).any()
+    assert not downsample_by_4_opencv(empty, (4, 5)).any()
 
 
-def test_quarter_masks_of_flipped_polygons_are_those_of_their_pixels():
+def test_downsampling_by_4_is_equal_for_flipped_polygons_and_their_pixels():
     triangle = (np.array([[3.0, 2.0], [17.0, 2.0], [11.0, 13.0]]),)
     masks = Masks.from_polygons([triangle], (18, 22)).flipped()
-    assert torch.equal(quarter_masks(masks, (5, 6)), quarter_masks(Masks.from_dense(masks.dense()), (5, 6)))
-    assert quarter_masks(masks, (5, 6)).any()
+    assert torch.equal(downsample_by_4_opencv(masks, (5, 6)), downsample_by_4_opencv(Masks.from_dense(masks.dense()), (5, 6)))
+    assert downsample_by_4_opencv(masks, (5, 6)).any()

@@ -22,7 +22,7 @@ from maskset.kernels.attention import implementations, using
 from maskset.layers import blocks
 from maskset.masks.paint import paint, paint_probabilities
 from maskset.masks.resize import align_corners, aligned_bilinear, resample
-from maskset.masks.targets import central_means, quarter_masks, resize_by_corners
+from maskset.masks.targets import downsample_by_4_opencv, downsample_by_stride, resize_align_corners
 from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems import CONFIGS, System, build
 from maskset.systems.isda import Isda
@@ -392,7 +392,7 @@ LEARNING_BY_HEART = {
     "solq": {"num_queries": 20, "mask_weight": 10.0},
     "soit": {"num_queries": 20, "mask_channels": 16},
     "isda": {"num_queries": 20, "mask_weight": 10.0},
-    "sotr": {"grids": (16, 14, 12, 8, 6), "centre_share": 0.1},  # no two of the objects share a cell
+    "sotr": {"grids": (16, 14, 12, 8, 6), "center_fraction": 0.1},  # no two of the objects share a cell
     "istr": {"num_queries": 20},
     "istr-smt": {"num_queries": 20, "autoencoder_steps": 300},
 }
@@ -440,20 +440,20 @@ def after_the_autoencoder(model: IstrSmt, found: Instances) -> Masks:
 
 def after_the_quarter_map(model: Isda, found: Instances) -> Masks:
     height, width = found.masks.size
-    soft = central_means(found.masks, model.config.mask_stride, (-(-height // 32) * 8, -(-width // 32) * 8))
+    soft = downsample_by_stride(found.masks, model.config.mask_stride, (-(-height // 32) * 8, -(-width // 32) * 8))
     return paint_probabilities(soft, model.config.mask_stride, (height, width), (height, width))
 
 
 def after_the_quarter_mask(model: Sotr, found: Instances) -> Masks:
     height, width = found.masks.size
-    cells = quarter_masks(found.masks, (-(-height // 32) * 8, -(-width // 32) * 8))
+    cells = downsample_by_4_opencv(found.masks, (-(-height // 32) * 8, -(-width // 32) * 8))
     return paint_probabilities(cells.float(), 4, (height, width), (height, width))
 
 
 def drawn_at_stride_8(model: Soit, found: Instances) -> Masks:
     """Return the masks as the best map of their logits at stride 8 draws them: no instance-aware transformer draws better."""
     (height, width), cells = found.masks.size, (found.masks.size[0] // 8, found.masks.size[1] // 8)
-    wanted = resize_by_corners(found.masks, found.masks.size, (cells[0] * 4, cells[1] * 4), torch.device("cpu"))
+    wanted = resize_align_corners(found.masks, found.masks.size, (cells[0] * 4, cells[1] * 4), torch.device("cpu"))
     upsampled = (aligned_bilinear(cells[0], 4), aligned_bilinear(cells[1], 4))
     logits = torch.zeros(len(found), *cells, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.3)

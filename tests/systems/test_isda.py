@@ -9,7 +9,7 @@ from maskset import detection
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
 from maskset.masks.paint import paint_probabilities
-from maskset.masks.targets import central_means
+from maskset.masks.targets import downsample_by_stride
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build, isda
 from maskset.systems.base import InputConfig
@@ -34,7 +34,7 @@ def perfect(model: Isda, images: ImageBatch, objects: Instances) -> ModelOutput:
     logits[0, torch.arange(len(objects)), objects.labels] = 12.0
     stride = model.config.mask_stride
     size = (images.pixels.shape[2] // stride, images.pixels.shape[3] // stride)
-    features = central_means(objects.masks, stride, size).sub(0.5).mul(40)
+    features = downsample_by_stride(objects.masks, stride, size).sub(0.5).mul(40)
     return ModelOutput([SlotPredictions(logits, torch.eye(len(objects))[None])], mask_features=features[None])
 
 

@@ -17,7 +17,7 @@ from maskset.instances import Instances, Masks
 from maskset.layers.blocks import sine_positions
 from maskset.masks.heads.features import dynamic_conv
 from maskset.masks.paint import paint_probabilities
-from maskset.masks.targets import central_means
+from maskset.masks.targets import downsample_by_stride
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.isda import _candidates, _mask_cost
@@ -207,7 +207,7 @@ def test_matches_are_the_official_ones(name, monkeypatch):
 def test_targets_and_costs_equal_the_official_ones(name):
     output, found = run(name)[0], objects(name)
     size = tuple(output.mask_features.shape[2:])
-    masks = [central_means(one.masks, 4, size) for one in found]
+    masks = [downsample_by_stride(one.masks, 4, size) for one in found]
     last = output.layers[-1]
     mask_cost = 3 * _mask_cost(last.mask_params[None], output.mask_features, masks)[0]
     class_cost = 2 * focal_cost(last.class_logits[None], detection.pad([one.labels for one in found]), eps=1e-12)[0]

@@ -48,7 +48,7 @@ def perfect(model: Solq, images, objects) -> ModelOutput:
     height, width = images.sizes[0].tolist()
     corners = objects.boxes / torch.tensor([width, height, width, height])
     boxes = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
-    return ModelOutput([SlotPredictions(logits, model._codes([objects], torch.device("cpu"))[None], boxes[None])])
+    return ModelOutput([SlotPredictions(logits, model._target_codes([objects], torch.device("cpu"))[None], boxes[None])])
 
 
 def test_the_loss_of_the_truth_is_nearly_nothing():

@@ -195,7 +195,7 @@ def test_targets_are_the_official_ones(name):
     for i, found in enumerate(all_objects(name)):
         close(found.boxes, golden("solq", f"{name}.target{i}.xyxy"), 0)
         assert torch.equal(crop(found.masks, found.boxes, 128), unpacked("solq", f"{name}.target{i}.crop_packed", 128))
-        close(model()._codes([found], torch.device("cpu")), golden("solq", f"{name}.target{i}.vectors"))
+        close(model()._target_codes([found], torch.device("cpu")), golden("solq", f"{name}.target{i}.vectors"))
 
 
 def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

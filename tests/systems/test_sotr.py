@@ -12,7 +12,7 @@ from maskset import distributed
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances, Masks
 from maskset.layers.resnet import DeformableConvolution
-from maskset.masks.targets import quarter_masks
+from maskset.masks.targets import downsample_by_4_opencv
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build, sotr
 from maskset.systems.base import BackboneConfig, InputConfig
@@ -116,7 +116,7 @@ def slow_pairs(found: Instances, size: tuple[int, int], config: SotrConfig) -> t
             def cell(position: np.float32, length: np.float32, side: int = side) -> int:
                 return int((position / length) // f(1 / side))
 
-            half_w, half_h = f(0.5) * w * f(config.centre_share), f(0.5) * h * f(config.centre_share)
+            half_w, half_h = f(0.5) * w * f(config.center_fraction), f(0.5) * h * f(config.center_fraction)
             row, column = cell(center_y, height), cell(center_x, width)
             top = max(max(0, cell(center_y - half_h, height)), row - 1)
             down = min(min(side - 1, cell(center_y + half_h, height)), row + 1)
@@ -146,7 +146,7 @@ def boxes_of_all_sizes(count: int, size: tuple[int, int], seed: int) -> Instance
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 def test_objects_belong_to_the_cells_of_the_papers_code(seed, share):
-    settings = dataclasses.replace(TINY["sotr"], centre_share=share, grids=(20, 16, 10, 7, 3))
+    settings = dataclasses.replace(TINY["sotr"], center_fraction=share, grids=(20, 16, 10, 7, 3))
     found = boxes_of_all_sizes(40, (60, 77), seed)
     pairs, classes = slow_pairs(found, (16, 24), settings)
     assigned = assign(found, (16, 24), settings)
@@ -196,7 +196,7 @@ def plain_loss(output: ModelOutput, objects: list[Instances]) -> dict[str, torch
     dice, class_loss, positive = [], torch.zeros(()), 0
     for i, own in enumerate(objects):
         pairs, classes = slow_pairs(own, (16, 24), TINY["sotr"])
-        targets = quarter_masks(own.masks, (16, 24)).float()
+        targets = downsample_by_4_opencv(own.masks, (16, 24)).float()
         for cell, index in pairs:
             p = torch.einsum("d,dhw->hw", layer.mask_params[i, cell], output.mask_features[i]).sigmoid()
             t = targets[index]
@@ -330,12 +330,12 @@ def perfect(objects: Instances, cells: list[int]) -> ModelOutput:
     for i, cell in enumerate(cells):
         logits[0, cell, objects.labels[i]] = 6.0 - 0.1 * i
         kernels[0, cell, i] = 1.0
-    features = quarter_masks(objects.masks, (16, 24)).float().sub(0.5).mul(40)
+    features = downsample_by_4_opencv(objects.masks, (16, 24)).float().sub(0.5).mul(40)
     return ModelOutput([SlotPredictions(logits, kernels)], mask_features=features[None])
 
 
 def test_the_truth_is_found_with_boxes_around_its_masks():
-    model = tiny(score_threshold=0.1, kept_threshold=0.05)
+    model = tiny(score_threshold=0.1, final_score_threshold=0.05)
     images, (objects,) = batch(shapes(1), model.config)
     cells = list(range(0, 2 * len(objects), 2))
     (found,) = model.postprocess(perfect(objects, cells), images, [(64, 80)])
@@ -354,7 +354,7 @@ def test_the_loss_of_the_truth_is_nearly_nothing():
     logits, kernels = torch.full((1, CELLS, 3), -12.0), torch.zeros(1, CELLS, 1)
     logits[0, pairs.cells, objects.labels[0]] = 12.0
     kernels[0, pairs.cells] = 1.0
-    features = quarter_masks(objects.masks, (16, 24)).float().sub(0.5).mul(40)[None]
+    features = downsample_by_4_opencv(objects.masks, (16, 24)).float().sub(0.5).mul(40)[None]
     terms = model.loss(ModelOutput([SlotPredictions(logits, kernels)], mask_features=features), images, [objects])
     assert terms["class"] < 1e-3
     assert terms["mask"] < 1e-3
@@ -362,7 +362,7 @@ def test_the_loss_of_the_truth_is_nearly_nothing():
 
 @pytest.mark.parametrize(("nms", "left"), [("gaussian", np.exp(-2)), ("linear", 0.0), ("greedy", None)])
 def test_a_duplicate_loses_what_the_nms_takes(nms, left):
-    model = tiny(score_threshold=0.1, kept_threshold=0.0, nms=nms)
+    model = tiny(score_threshold=0.1, final_score_threshold=0.0, nms=nms)
     images, (objects,) = batch(shapes(1), model.config)
     twice = objects[[0, 0]]
     (found,) = model.postprocess(perfect(twice, [3, 30]), images, [(64, 80)])
@@ -376,7 +376,7 @@ def test_detections_below_a_threshold_are_left_out():
     output, sizes = perfect(objects[[0, 0]], [3, 30]), [(64, 80)]
     lost = float(np.exp(-2) * torch.tensor(5.9).sigmoid())
     for threshold, count in ((lost - 0.01, 2), (lost + 0.01, 1)):
-        assert len(tiny(score_threshold=0.1, kept_threshold=threshold).postprocess(output, images, sizes)[0]) == count
+        assert len(tiny(score_threshold=0.1, final_score_threshold=threshold).postprocess(output, images, sizes)[0]) == count
         assert len(tiny(score_threshold=0.1).postprocess(output, images, sizes, threshold=threshold)[0]) == count
     (nothing,) = tiny(score_threshold=0.999).postprocess(output, images, sizes)
     assert (len(nothing), nothing.masks.size, nothing.scores.shape) == (0, (64, 80), (0,))
@@ -422,7 +422,7 @@ def test_more_than_a_hundred_results_can_be_had():
 
 
 def test_weights_of_the_hub_with_pixels_of_another_scale_are_refused():
-    with pytest.raises(ConfigError, match="stride_in_first false starts from timm's hub, whose weights want"):
+    with pytest.raises(ConfigError, match="stride_in_first false starts from timm's hub, whose weights need"):
         SotrConfig(backbone=BackboneConfig())
     assert SotrConfig(backbone=BackboneConfig(), input=InputConfig(divisor=32)).backbone.pretrained
 
@@ -478,7 +478,12 @@ def test_the_defaults_are_the_official_ones():
     config = SotrConfig()
     assert sum(side**2 for side in config.grids) == 3872
     assert (config.transformer, config.depth, config.substituted) == ("released", 12, "p5")
-    assert (config.score_threshold, config.nms, config.nms_candidates, config.kept_threshold) == (0.1, "gaussian", 500, 0.05)
+    assert (config.score_threshold, config.nms, config.nms_candidates, config.final_score_threshold) == (
+        0.1,
+        "gaussian",
+        500,
+        0.05,
+    )
     assert (config.input.short_side, config.input.long_side, config.input.channel_order) == (1000, 1333, "bgr")
 
 

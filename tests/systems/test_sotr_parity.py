@@ -17,7 +17,7 @@ from maskset.instances import Instances, Masks
 from maskset.losses import squared_dice_loss
 from maskset.masks.heads.features import dynamic_conv
 from maskset.masks.nms import mask_iou, matrix_nms
-from maskset.masks.targets import quarter_masks
+from maskset.masks.targets import downsample_by_4_opencv
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems import build
 from maskset.systems.sotr import Candidates, Sotr, assign, point_nms
@@ -215,7 +215,7 @@ def test_targets_are_the_official_ones(name):
             order = pairs.cells[here] - before
             assert torch.equal(classes[before : before + side**2].view(side, side), golden("sotr", f"{key}.cate.{level}").long())
             assert torch.equal(order, golden("sotr", f"{key}.order.{level}").long())
-            masks = quarter_masks(found.masks, size)[pairs.objects[here]]
+            masks = downsample_by_4_opencv(found.masks, size)[pairs.objects[here]]
             assert torch.equal(masks, golden("sotr", f"{key}.masks.{level}").bool())
             before += side**2
     assert cells == golden("sotr", f"{name}.target.num_ins")
@@ -231,7 +231,7 @@ def test_the_loss_of_every_pair_is_the_official_one(name):
         for i, own in enumerate(pairs):
             here = (own.cells >= before) & (own.cells < before + side**2)
             drawn = dynamic_conv(output.mask_features[i], output.layers[0].mask_params[i, own.cells[here]]).sigmoid()
-            masks = quarter_masks(found[i].masks, size)[own.objects[here]].float()
+            masks = downsample_by_4_opencv(found[i].masks, size)[own.objects[here]].float()
             terms.append(squared_dice_loss(drawn, masks, eps=0.002))
         before += side**2
     close(torch.cat(terms), golden("sotr", f"{name}.dice_terms"))

@@ -33,8 +33,8 @@ from maskset.progress import track
 
 FOOTNOTE = """\
 Upper bounds: each annotated mask is cropped to its annotated box, encoded, decoded and pasted back, with score 1 and no limit on
-detections. PCA, logit-pca and sparse codecs were fitted to {fit_split}. Trained networks rank otherwise, because a short code is
-easier to predict (SOLQ, Table 3a: DCT, PCA, flatten, sparse; ISTR, Table 1a, logit-pca: 60 numbers, 80, 40).
+detections. PCA, logit-pca and sparse codecs were fitted to {fit_split}. The ranking of trained networks differs, because a short
+code is easier to predict (SOLQ, Table 3a: DCT, PCA, flatten, sparse; ISTR, Table 1a, logit-pca: 60 numbers, 80, 40).
 Took {seconds:.0f} s."""
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # areas in COCO's evaluation, pixels
 
@@ -101,7 +101,7 @@ class CodecComparison:
     """How well mask codecs reconstruct the masks of data sets; `print` shows a table.
 
     Attributes:
-        scores: one element for each data set and code.
+        scores: one element for each data set and codec.
         split: the part of the data that was measured.
         fit_split: the part of the data that codecs were fitted to.
         skipped: a line for each codec that could not be fitted to a data set, with the reason.

@@ -18,11 +18,11 @@ from maskset.tensors import TensorRecord, register
 class Masks(TensorRecord):
     """The masks of one image as polygons or run lengths; `dense()` computes pixels.
 
-    Flips, crops and nearest-neighbor scaling move whole rows and columns. They are stored as two index maps from this view to
-    the original image, so that pixels are computed only once, at the end.
+    Flips, crops and nearest-neighbor scaling select whole rows and columns. They are stored as two index maps to the rows and
+    columns of the original image, so that pixels are computed only once, at the end.
 
     Attributes:
-        size: height and width of the view, pixels.
+        size: height and width after all flips, crops and scaling, pixels.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Masks(TensorRecord):
 
     def __getitem__(self, index: int | Index | Sequence[int]) -> "Masks":
         """Return the masks that an index, a slice, a list of indices or a boolean for each mask selects; always a `Masks`."""
-        return self._view([self._shapes[i] for i in positions(index, len(self))])
+        return self._replace([self._shapes[i] for i in positions(index, len(self))])
 
     def __eq__(self, other: object) -> bool:
         """Return whether both have the same pixels, as polygons or run lengths."""
@@ -120,7 +120,7 @@ class Masks(TensorRecord):
 
     def flipped(self) -> "Masks":
         """Return the masks mirrored left to right."""
-        return self._view(self._shapes, self._rows, self._all_columns().flip(0))
+        return self._replace(self._shapes, self._rows, self._all_columns().flip(0))
 
     def cropped(self, box: tuple[int, int, int, int]) -> "Masks":
         """Return the part inside the box x0 y0 x1 y1 (whole pixels; x1 and y1 exclusive).
@@ -132,14 +132,14 @@ class Masks(TensorRecord):
         height, width = self.size
         if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
             raise MaskError(f"a crop must lie inside the image, {width} x {height} pixels, got x0 y0 x1 y1 = {box}.")
-        return self._view(self._shapes, self._all_rows()[y0:y1], self._all_columns()[x0:x1])
+        return self._replace(self._shapes, self._all_rows()[y0:y1], self._all_columns()[x0:x1])
 
     def scaled(self, size: tuple[int, int]) -> "Masks":
         """Return the masks resized to `size` (height, width) by nearest neighbor."""
         rows, columns = self._all_rows(), self._all_columns()
         rows = rows[nearest_index(len(rows), size[0]).to(rows.device)]
         columns = columns[nearest_index(len(columns), size[1]).to(columns.device)]
-        return self._view(self._shapes, rows, columns)
+        return self._replace(self._shapes, rows, columns)
 
     def dense(self) -> Bool[Tensor, "T h w"]:
         """Return the pixels, on the device of the run lengths (polygons: on the CPU)."""
@@ -150,7 +150,7 @@ class Masks(TensorRecord):
         runs = self._source_runs()
         return runs if self._is_source else rle.select(runs, self._source_size, self._rows, self._columns)
 
-    def view(self) -> View:
+    def to_c_view(self) -> View:
         """Return the view that the C library reads; the masks must be on the CPU."""
         return view(self._source_runs(), self._source_size, self._rows, self._columns)
 
@@ -187,7 +187,7 @@ class Masks(TensorRecord):
         if not runs:
             return self
         lengths = [len(counts) for counts in runs]
-        return self._view(change(torch.cat(runs)).split(lengths), self._rows, self._columns)
+        return self._replace(change(torch.cat(runs)).split(lengths), self._rows, self._columns)
 
     def _source_runs(self) -> list[Counts]:
         polygons = {id(shape): shape for shape in self._shapes if not isinstance(shape, Tensor)}  # each is rasterized once
@@ -205,7 +205,7 @@ class Masks(TensorRecord):
     def _all_columns(self) -> Int[Tensor, "w"]:
         return torch.arange(self._source_size[1]) if self._columns is None else self._columns
 
-    def _view(self, shapes, *maps) -> "Masks":
+    def _replace(self, shapes, *maps) -> "Masks":
         rows, columns = maps if maps else (self._rows, self._columns)
         return Masks(shapes, self._source_size, rows, columns)
 

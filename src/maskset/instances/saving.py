@@ -75,7 +75,7 @@ def _earlier_files(folder: Path) -> set[Path]:
     try:
         images = json.loads((folder / "results.json").read_bytes())["images"]
         names = [_unused(Path(image["file_name"]).stem, stems) for image in images]
-    except (OSError, ValueError, KeyError, TypeError):  # there are none, or the file is somebody else's
+    except (OSError, ValueError, KeyError, TypeError):  # there are none, or the file was not written by maskset
         return set()
     return {folder / kind / f"{name}{ending}" for name in names for kind, ending in (("drawings", ".jpg"), ("labels", ".png"))}
 

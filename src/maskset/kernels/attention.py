@@ -164,7 +164,7 @@ def _pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def check_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, grad: Tensor | None = None) -> None:
-    """Raise an AttentionError where tensors do not fit together, so that a kernel would read foreign memory."""
+    """Raise an AttentionError where tensors do not fit together, so that a kernel would read out of bounds."""
     expected = (*value.shape[:1], *weights.shape[1:2], *value.shape[2:3], len(shapes), *weights.shape[-1:])
     sides = [side for shape in shapes for side in shape]
     fits = value.ndim == 4 and weights.shape == expected and locations.shape == (*expected, 2)

@@ -21,7 +21,7 @@ from torch import Tensor
 from maskset.errors import MasksetError
 
 NATIVE_ENV = "MASKSET_NATIVE"  # environment variable, "on" or "off"; "off" disables the library
-SIGNATURES = 0x2AB7AB97  # of the C functions that this code calls, as in csrc/maskset.h
+SIGNATURES = 0x0B1F8BB2  # of the C functions that this code calls, as in csrc/maskset.h
 _REBUILD = "run `pip install --force-reinstall --no-deps .` in the source folder of maskset"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NUMBERS = (*FLOATS, torch.int64, torch.int32)

@@ -249,8 +249,8 @@ def crop(view: View, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "T 
 
     def write(first: int, end: int) -> None:
         pixels = torch.empty(len(view.rows) * len(view.columns), dtype=torch.uint8)
-        numbers = torch.empty(len(view.rows) + 3 * size + 1, dtype=torch.int32)
-        targets_crop(c_view, boxes, size, crops, pixels, numbers, first, end)
+        int_scratch = torch.empty(len(view.rows) + 3 * size + 1, dtype=torch.int32)
+        targets_crop(c_view, boxes, size, crops, pixels, int_scratch, first, end)
 
     library.parallel_for(write, len(view), _MIN_TARGETS_PER_THREAD)
     return crops
@@ -266,7 +266,7 @@ def resize(view: View, rows: Taps, columns: Taps) -> Float[Tensor, "T h w"]:
     """
     rows, columns = check_taps("rows", rows), check_taps("columns", columns)
     means = torch.zeros(len(view), len(rows[0]), len(columns[0]), dtype=torch.float32)
-    _sample("targets_mean", view, rows, columns, means)
+    _sample("targets_resize", view, rows, columns, means)
     return means
 
 
@@ -274,7 +274,7 @@ def resize_as_opencv(view: View, rows: Taps, columns: Taps) -> Bool[Tensor, "T h
     """Return the samples as `cv2.resize` computes them: weights in units of 1 / 2048, rounded to 0 or 1."""
     rows, columns = check_taps("rows", rows, torch.int32), check_taps("columns", columns, torch.int32)
     cells = torch.zeros(len(view), len(rows[0]), len(columns[0]), dtype=torch.bool)
-    _sample("targets_quarter", view, rows, columns, cells)
+    _sample("targets_resize_opencv", view, rows, columns, cells)
     return cells
 
 

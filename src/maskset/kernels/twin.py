@@ -2,8 +2,8 @@
 
 The plain version is `ReleasedTransformer` in `maskset.layers.twin`: the map and a copy of it, side by side, pass all layers.
 Attention keeps the copies equal: a column attends to itself, and in a row both copies have the same queries and the same keys. A
-3x3 convolution does not, because it reads across the seam between the copies and the outer borders. So after n pairs of 3x3
-convolutions the copies differ in at most 2n columns at each side and, in exact arithmetic, in no other.
+3x3 convolution does not, because it reads across the seam between the copies and the outer borders. After n layers, each with
+two 3x3 convolutions in sequence, the copies differ in at most 2n columns at each side and, in exact arithmetic, in no other.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Copies:
+class CompactLayout:
     """The layout of a compact map of two copies that are equal except near their borders.
 
     The compact map has the columns of the left copy, then the first and last `border` columns of the right copy. If these are all
@@ -59,33 +59,33 @@ class Copies:
         begin, end = x[:, :, border:cut], x[:, :, width - cut : width - border]
         return torch.cat([x[:, :, : width + border], begin, end, x[:, :, width + border :]], 2)
 
-    def after_convolutions(self, x: Float[Tensor, "B h m C"]) -> tuple[Float[Tensor, "B h n C"], "Copies"]:
+    def after_convolutions(self, x: Float[Tensor, "B h m C"]) -> tuple[Float[Tensor, "B h n C"], "CompactLayout"]:
         """Return the output of two 3x3 convolutions without the columns next to a cut, which are wrong, and its layout."""
-        copies = Copies(self.width, self.border + 2)
-        if copies.complete:
-            return x, copies
-        return torch.cat([x[:, :, : self.width + copies.border], x[:, :, -copies.border :]], 2), copies
+        layout = CompactLayout(self.width, self.border + 2)
+        if layout.complete:
+            return x, layout
+        return torch.cat([x[:, :, : self.width + layout.border], x[:, :, -layout.border :]], 2), layout
 
 
-def mean_of_copies(layers: Iterable[Any], x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
+def run_compact(layers: Iterable[Any], x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
     """Return the mean of both copies of a map after all layers.
 
     Args:
         layers: `maskset.layers.twin.ReleasedLayer`s.
         x: one copy.
     """
-    copies = Copies(x.shape[2])
+    layout = CompactLayout(x.shape[2])
     for layer in layers:
-        x, copies = layer.run(_layer, layer, x, copies)
-    return (x[:, :, : copies.width] + copies.right(x)) / 2
+        x, layout = layer.run(_run_layer, layer, x, layout)  # with activation checkpointing, see `Layer.run`
+    return (x[:, :, : layout.width] + layout.right(x)) / 2
 
 
-def _layer(layer: Any, x: Float[Tensor, "B h n C"], copies: Copies) -> tuple[Float[Tensor, "B h m C"], Copies]:
+def _run_layer(layer: Any, x: Float[Tensor, "B h n C"], layout: CompactLayout) -> tuple[Float[Tensor, "B h m C"], CompactLayout]:
     """Return the map after one layer and its layout: the steps of `ReleasedLayer.forward`."""
     column_gate, row_gate, first_gate, second_gate = layer.gates
     rows = layer.rows
-    along_rows = rows.attend(rows.query(x), copies.both(rows.key(x)), copies.both(rows.value(x)))
+    along_rows = rows.attend(rows.query(x), layout.both(rows.key(x)), layout.both(rows.value(x)))
     x = x + column_gate * layer.columns(x) + row_gate * along_rows
-    x = copies.for_convolutions(x)
+    x = layout.for_convolutions(x)
     first, second = layer.convolutions
-    return copies.after_convolutions(x + first_gate * first(x) + second_gate * second(x))
+    return layout.after_convolutions(x + first_gate * first(x) + second_gate * second(x))

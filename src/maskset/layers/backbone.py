@@ -140,7 +140,9 @@ def build_backbone(
         return Backbone(name, swin, swin.channels)
     body = _timm_body(name, len(strides))
     if body.feature_info.reduction() != strides:
-        raise ConfigError(f"the backbone {name!r} gives maps at strides {body.feature_info.reduction()}, needed are {strides}.")
+        raise ConfigError(
+            f"the backbone {name!r} has feature maps at strides {body.feature_info.reduction()}, but the system needs {strides}."
+        )
     if body.pretrained_cfg.get("fixed_input_size"):
         raise ConfigError(
             f"the backbone {name!r} is made for images of one size; use a convolutional one or {', '.join(SWIN_SIZES)}."
@@ -151,7 +153,7 @@ def build_backbone(
     return Backbone(name, body, list(body.feature_info.channels()), channels_last)
 
 
-def check_start(name: str, norm: Literal["frozen", "group"], frozen_stages: int, pretrained: bool) -> None:
+def check_frozen_layers(name: str, norm: Literal["frozen", "group"], frozen_stages: int, pretrained: bool) -> None:
     """Check that no layers with random weights are frozen.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Small parts that all systems share: perceptrons, copies, sine position encoding and activation checkpointing."""
+"""Small parts that all systems share: perceptrons, clones of modules, sine position encoding and activation checkpointing."""
 
 import copy
 import math
@@ -35,8 +35,8 @@ class Mlp(nn.Module):
         return self.layers[-1]  # type: ignore[return-value]
 
 
-def copies(module: nn.Module, count: int) -> nn.ModuleList:
-    """Return `count` copies with the same initial values, such as a head for every decoder layer."""
+def clones(module: nn.Module, count: int) -> nn.ModuleList:
+    """Return `count` copies of a module with the same initial values, such as a head for every decoder layer."""
     return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
 
 

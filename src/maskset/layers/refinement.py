@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -124,19 +125,21 @@ def reset_stage(stage: nn.Module, class_head: nn.Linear) -> None:
 
 
 def image_feature(
-    levels: Sequence[Float[Tensor, "B C _ _"]], how: str, paddings: Sequence[Bool[Tensor, "B _ _"]] | None = None
+    levels: Sequence[Float[Tensor, "B C _ _"]],
+    pooling: Literal["mean", "max"],
+    paddings: Sequence[Bool[Tensor, "B _ _"]] | None = None,
 ) -> Float[Tensor, "B C"]:
     """Return the sum over levels of the mean or maximum over their cells: the image feature P of section 3.3.
 
     Args:
         levels: of the feature pyramid.
-        how: mean or max.
+        pooling: mean or maximum.
         paddings: which cells are padding, which is ignored; None: padding counts as image, as in the official code.
     """
     pooled = []
     for i, level in enumerate(levels):
         inside = None if paddings is None else ~paddings[i][:, None]
-        if how == "max":
+        if pooling == "max":
             pooled.append((level if inside is None else level.masked_fill(~inside, -torch.inf)).amax((2, 3)))
         elif inside is None:
             pooled.append(level.mean((2, 3)))

@@ -61,8 +61,8 @@ def _from_every_level(
     levels: Sequence[Float[Tensor, "B C _ _"]], regions: Float[Tensor, "n 5"], level_of: Int[Tensor, "n"], size: int
 ) -> Float[Tensor, "n C s s"]:
     """Return the same, sampling every box from every level: no shape depends on a value, which tracing requires."""
-    every = [_aligned(level, regions, i, size) * (level_of == i)[:, None, None, None] for i, level in enumerate(levels)]
-    return torch.stack(every).sum(0)
+    per_level = [_aligned(level, regions, i, size) * (level_of == i)[:, None, None, None] for i, level in enumerate(levels)]
+    return torch.stack(per_level).sum(0)
 
 
 def _aligned(level: Float[Tensor, "B C _ _"], regions: Float[Tensor, "n 5"], index: int, size: int) -> Float[Tensor, "n C s s"]:

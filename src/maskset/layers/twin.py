@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from maskset.kernels.twin import mean_of_copies
+from maskset.kernels.twin import run_compact
 from maskset.layers.blocks import Layer, Mlp
 
 _SLOPE = 0.01  # of the leaky ReLUs
@@ -46,8 +46,11 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)  # its scale is (C / heads)^-0.5
         return self.output(attended.reshape(query.shape))
 
-    def _tokens(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "groups split tokens c"]:
-        """Return a view with one axis of tokens that attend to each other. Rows join the batch axis, columns the heads."""
+    def _tokens(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "groups heads tokens c"]:
+        """Return the tokens as a view [groups, heads, tokens, c].
+
+        Within rows, the row index is folded into the batch axis; within columns, the column index is folded into the head axis.
+        """
         x = x.unflatten(3, (self.heads, -1))
         if self.along == "columns":
             return x.flatten(2, 3).transpose(1, 2)
@@ -119,10 +122,10 @@ class ReleasedTransformer(nn.Module):
         x = level.permute(0, 2, 3, 1).contiguous()
         if self.layers:  # the residual sum has the type of the weights, also under autocast
             x = x.to(next(self.parameters()).dtype)
-        x = mean_of_copies(self.layers, x) if self.fast else self._doubled(x)  # Fast path: kernels/twin.py
+        x = run_compact(self.layers, x) if self.fast else self._run_doubled(x)  # Fast path: kernels/twin.py
         return x.permute(0, 3, 1, 2)
 
-    def _doubled(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
+    def _run_doubled(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
         x = torch.cat([x, x], 2)
         for layer in self.layers:
             x = layer(x)

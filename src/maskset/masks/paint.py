@@ -2,7 +2,7 @@
 
 | function              | used by        | rule                                                   | C function              |
 |-----------------------|----------------|--------------------------------------------------------|-------------------------|
-| `binarize`            | SOLQ           | above the middle of the field's range                  | none                    |
+| `binarize`            | SOLQ           | above the middle of the soft mask's range              | none                    |
 | `paste`               | SOLQ           | bilinear samples of a binary mask, >= 0.5 (detectron2) | `fields_paste`          |
 | `paste_soft`          | ISTR, ISTR-SMT | bilinear samples of probabilities, >= threshold        | `fields_paste`          |
 | `paint`               | SOIT           | sigmoid and resizes of logits, > threshold             | `fields_resize`, `_cut` |
@@ -30,11 +30,11 @@ _MAX_CELLS = 2**20  # between two resizes at a time
 Step = tuple[Positions, Positions] | Callable[[Tensor], Tensor]  # a resize (rows, columns), or a function of each value
 
 
-def binarize(fields: Float[Tensor, "n S S"]) -> Bool[Tensor, "n S S"]:
+def binarize(soft_masks: Float[Tensor, "n S S"]) -> Bool[Tensor, "n S S"]:
     """Return where each decoded mask exceeds the middle between its minimum and its maximum; a constant mask becomes empty."""
-    flat = fields.flatten(1)
+    flat = soft_masks.flatten(1)
     middle = (flat.amax(1) + flat.amin(1)) / 2
-    return fields > middle[:, None, None]
+    return soft_masks > middle[:, None, None]
 
 
 def paste(masks: Bool[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Masks:
@@ -46,37 +46,38 @@ def paste(masks: Bool[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple
     return paste_soft(masks.float(), boxes, size, 0.5)
 
 
-def paste_soft(fields: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple[int, int], threshold: float) -> Masks:
-    """Return box-local fields as masks of an image of `size` (height, width): samples that are at least the threshold.
+def paste_soft(soft_masks: Float[Tensor, "n S S"], boxes: Float[Tensor, "n 4"], size: tuple[int, int], threshold: float) -> Masks:
+    """Return box-local soft masks as masks of an image of `size` (height, width): samples that are at least the threshold.
 
-    Fields are sampled first and thresholded afterwards; `paste` samples fields that are already binary. Only the pixels near a
-    box are computed. A field with a value that is not finite gives an empty mask.
+    Soft masks are sampled first and thresholded afterward; `paste` samples masks that are already binary. Only the pixels near a
+    box are computed. A soft mask with a value that is not finite gives an empty mask.
 
     Raises:
-        MasksetError: the fields are not squares of at least one cell, or there is not one box of four numbers for each field.
+        MasksetError: the soft masks are not squares of at least one cell, or there is not one box of four numbers for each.
     """
     height, width = rle.check_pixel_count(size)
-    if fields.ndim != 3 or fields.shape[1] != fields.shape[2] or fields.shape[1] < 1 or boxes.shape != (len(fields), 4):
+    squares = soft_masks.ndim == 3 and soft_masks.shape[1] == soft_masks.shape[2] and soft_masks.shape[1] > 0
+    if not squares or boxes.shape != (len(soft_masks), 4):
         raise MasksetError(
-            "pasting needs square fields [n S S] of at least one cell and a box x0 y0 x1 y1 for each [n 4], "
-            f"got shapes {list(fields.shape)} and {list(boxes.shape)}."
+            "pasting needs square soft masks [n S S] of at least one cell and a box x0 y0 x1 y1 for each [n 4], "
+            f"got shapes {list(soft_masks.shape)} and {list(boxes.shape)}."
         )
-    fields, boxes = fields.float(), boxes if boxes.is_floating_point() else boxes.float()
-    low, high = fields.amin((1, 2)), fields.amax((1, 2))  # NaN if there is one; faster than isfinite() of all
+    soft_masks, boxes = soft_masks.float(), boxes if boxes.is_floating_point() else boxes.float()
+    low, high = soft_masks.amin((1, 2)), soft_masks.amax((1, 2))  # NaN if there is one; faster than isfinite() of all
     boxes = boxes.masked_fill(~(low.isfinite() & high.isfinite())[:, None], 0.0)  # an empty box gives an empty mask
     if library.handle() is not None:  # Fast path: kernels/csrc/fields.c, fields_paste; results of a GPU go to the CPU anyway
-        return Masks(c_fields.paste(fields.cpu(), boxes.cpu(), size, threshold), size)
+        return Masks(c_fields.paste(soft_masks.cpu(), boxes.cpu(), size, threshold), size)
     counts = []
-    for field, (x0, y0, x1, y1) in zip(fields, boxes.tolist(), strict=True):
+    for soft_mask, (x0, y0, x1, y1) in zip(soft_masks, boxes.tolist(), strict=True):
         # A sample half a cell outside of the box still reads half of the outermost cell, hence the margin.
-        left, right = _pixel_range(x0, x1, fields.shape[1], width)
-        top, bottom = _pixel_range(y0, y1, fields.shape[1], height)
+        left, right = _pixel_range(x0, x1, soft_masks.shape[1], width)
+        top, bottom = _pixel_range(y0, y1, soft_masks.shape[1], height)
         if right <= left or bottom <= top:
             counts.append(torch.tensor([height * width], dtype=torch.int32))
             continue
-        row_weights = _box_weights(top, bottom, y0, y1, fields.shape[1]).to(field.device)
-        column_weights = _box_weights(left, right, x0, x1, fields.shape[1]).to(field.device)
-        window = row_weights @ field @ column_weights.T >= threshold
+        row_weights = _box_weights(top, bottom, y0, y1, soft_masks.shape[1]).to(soft_mask.device)
+        column_weights = _box_weights(left, right, x0, x1, soft_masks.shape[1]).to(soft_mask.device)
+        window = row_weights @ soft_mask @ column_weights.T >= threshold
         counts.append(rle.encode_window(window, left, top, size).cpu())
     return Masks(counts, size)
 
@@ -111,7 +112,7 @@ def paint_probabilities(maps: Float[Tensor, "n h w"], stride: int, valid_size: S
 
 
 def paint(maps: Float[Tensor, "n h w"], steps: Sequence[Step], cutoff: float, threshold: float = 0.5) -> Masks:
-    """Return the masks of where each map, after all steps, exceeds a threshold.
+    """Apply all steps to each map and return its threshold mask.
 
     A pixel between cells that are all too low is too low, too, so only the part of each map with cells above `cutoff` is
     resized. Work and memory then depend on the objects, not on the image.

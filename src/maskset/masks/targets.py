@@ -1,12 +1,12 @@
 """Training targets from the masks of one image, one function for each rule that a system uses.
 
-| function            | used by              | rule                                                        | C function        |
-|---------------------|----------------------|-------------------------------------------------------------|-------------------|
-| `crop`              | SOLQ, ISTR, ISTR-SMT | RoIAlign in the box, >= 0.5 (detectron2, `crop_and_resize`) | `targets_crop`    |
-| `central_means`     | ISDA                 | `F.interpolate` by 1 / stride, bilinear, half-pixel         | `targets_mean`    |
-| `quarter_masks`     | SOTR                 | `cv2.resize` of bytes by 1 / 4 (mmcv, `imrescale`)          | `targets_quarter` |
-| `resize_by_corners` | SOIT                 | bilinear, `align_corners=True`, of the padded mask          | `targets_mean`    |
-| `centers_of_mass`   | SOTR                 | mean y and x of the pixels (scipy, `center_of_mass`)        | none              |
+| function                 | used by              | rule                                               | C function              |
+|--------------------------|----------------------|----------------------------------------------------|-------------------------|
+| `crop`                   | SOLQ, ISTR, ISTR-SMT | RoIAlign in the box, >= 0.5 (detectron2)           | `targets_crop`          |
+| `downsample_by_stride`   | ISDA                 | bilinear by 1 / stride, half-pixel (`interpolate`) | `targets_resize`        |
+| `downsample_by_4_opencv` | SOTR                 | `cv2.resize` of bytes by 1 / 4 (mmcv, `imrescale`) | `targets_resize_opencv` |
+| `resize_align_corners`   | SOIT                 | bilinear, `align_corners=True`, of the padded mask | `targets_resize`        |
+| `centers_of_mass`        | SOTR                 | mean y and x of the pixels (scipy)                 | none                    |
 
 Masks on the CPU are processed by C (kernels/runs.py, kernels/csrc/targets.c) where the library is available. The Python code here
 is the reference that the C code is tested against (tests/kernels/test_targets.py); it also runs on other devices.
@@ -49,7 +49,7 @@ def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "
             f"crop needs a box x0 y0 x1 y1 for each mask, a tensor of shape [{len(masks)}, 4], got {list(boxes.shape)}."
         )
     if library.supports(masks.device) and library.supports(boxes.device):
-        return runs.crop(masks.view(), boxes, size)  # Fast path: kernels/csrc/targets.c, targets_crop
+        return runs.crop(masks.to_c_view(), boxes, size)  # Fast path: kernels/csrc/targets.c, targets_crop
     crops = torch.zeros(len(masks), size, size, dtype=torch.bool, device=boxes.device)
     height, width = masks.size
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
@@ -66,7 +66,7 @@ def crop(masks: Masks, boxes: Float[Tensor, "T 4"], size: int) -> Bool[Tensor, "
     return crops
 
 
-def central_means(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Tensor, "T h w"]:
+def downsample_by_stride(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Tensor, "T h w"]:
     """Return for each block of factor x factor pixels the mean of its central four: 0, 0.25, 0.5, 0.75 or 1.
 
     This is bilinear resizing by 1 / factor (half-pixel convention, no antialiasing). The result is on the device of the masks.
@@ -76,10 +76,10 @@ def central_means(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Ten
         factor: side of a block, pixels; even.
         size: height and width h, w of the result, which covers the padded canvas; blocks outside of the image are 0.
     """
-    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_mean
+    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_resize
         rows, columns = (factor * torch.arange(cells) + factor // 2 for cells in size)
         half = [torch.full((cells,), 0.5, dtype=torch.float32) for cells in size]
-        return runs.resize(masks.view(), (rows - 1, rows, half[0], half[0]), (columns - 1, columns, half[1], half[1]))
+        return runs.resize(masks.to_c_view(), (rows - 1, rows, half[0], half[0]), (columns - 1, columns, half[1], half[1]))
     central = slice(factor // 2 - 1, None, factor), slice(factor // 2, None, factor)
     chunk = max(1, _MAX_PIXELS // max(1, masks.size[0] * masks.size[1]))
     sums = torch.zeros(len(masks), *size, dtype=torch.float32, device=masks.device)
@@ -92,7 +92,7 @@ def central_means(masks: Masks, factor: int, size: tuple[int, int]) -> Float[Ten
     return sums / 4
 
 
-def resize_by_corners(
+def resize_align_corners(
     masks: Masks, canvas: tuple[int, int], size: tuple[int, int], device: torch.device
 ) -> Float[Tensor, "T H W"]:
     """Return masks, zero-padded to a canvas, after a bilinear resize with `align_corners=True`. Borders become soft.
@@ -104,8 +104,8 @@ def resize_by_corners(
         device: of the result.
     """
     rows, columns = align_corners(canvas[0], size[0]), align_corners(canvas[1], size[1])
-    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_mean
-        return runs.resize(masks.view(), taps(rows, canvas[0]), taps(columns, canvas[1])).to(device)
+    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_resize
+        return runs.resize(masks.to_c_view(), taps(rows, canvas[0]), taps(columns, canvas[1])).to(device)
     resized = torch.zeros(len(masks), *size, dtype=torch.float32, device=device)
     for i in range(len(masks)):  # one mask at full size at a time
         dense = masks[i].dense().to(device)
@@ -140,7 +140,7 @@ def _sums_before(end: Int[Tensor, "n"], height: int) -> Int[Tensor, "n 3"]:
     return torch.stack([end, sum_y, sum_x], 1)
 
 
-def quarter_masks(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
+def downsample_by_4_opencv(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
     """Return masks as `cv2.resize(mask, (int(w / 4 + 0.5), int(h / 4 + 0.5)))` computes them, on the device of the masks.
 
     OpenCV resizes bytes bilinearly in integers. Where both sides of the image are multiples of 4, a cell is set if two or
@@ -151,8 +151,8 @@ def quarter_masks(masks: Masks, size: tuple[int, int]) -> Bool[Tensor, "T h w"]:
         size: height and width h, w of the result, which covers the padded canvas; cells outside of the image are not set.
     """
     rows, columns = (_opencv_taps(pixels, cells) for pixels, cells in zip(masks.size, size, strict=True))
-    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_quarter
-        return runs.resize_as_opencv(masks.view(), rows, columns)
+    if library.supports(masks.device):  # Fast path: kernels/csrc/targets.c, targets_resize_opencv
+        return runs.resize_as_opencv(masks.to_c_view(), rows, columns)
     resized = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
     for i in range(len(masks)):  # one mask at full size at a time
         resized[i] = _opencv_resize(F.pad(masks[i].dense()[0], (0, 1, 0, 1)), rows, columns)

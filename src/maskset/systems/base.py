@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from maskset.config import Bounds, PositiveInt, check_bounds, config, setting, subclasses
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
-from maskset.layers.backbone import Backbone, build_backbone, check_start
+from maskset.layers.backbone import Backbone, build_backbone, check_frozen_layers
 from maskset.layers.resnet import deform, stride_in_first
 from maskset.structures import ImageBatch, ModelOutput
 
@@ -48,7 +48,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.backbone")
-        check_start(self.name, self.norm, self.frozen_stages, self.pretrained)
+        check_frozen_layers(self.name, self.norm, self.frozen_stages, self.pretrained)
 
     def build(self, finest: Literal[4, 8] = 8) -> Backbone:
         """Return the backbone with random weights.

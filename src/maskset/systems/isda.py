@@ -25,7 +25,7 @@ from maskset.layers.transformer import DecoderLayer, Encoder, flatten_levels, in
 from maskset.losses import chunked_loss, focal_loss, name_by_layer, squared_dice_loss
 from maskset.masks.heads.features import MaskFeatureHead, dynamic_conv, with_coordinates
 from maskset.masks.paint import paint_probabilities
-from maskset.masks.targets import central_means
+from maskset.masks.targets import downsample_by_stride
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
@@ -97,8 +97,8 @@ class Isda(System):
         self.project = LevelProjection(self.backbone.channels[1:], width, config.num_levels, bias=False)
         # Mask feature head, of P2 ... P5
         channels = [width, width, width, width + 2 * config.feature_coordinates]
-        doublings = [int(math.log2(stride / config.mask_stride)) for stride in self.backbone.strides]
-        self.mask_feature_head = MaskFeatureHead(channels, doublings, config.mask_hidden_dim, config.mask_dim)
+        upsampling_steps = [int(math.log2(stride / config.mask_stride)) for stride in self.backbone.strides]
+        self.mask_feature_head = MaskFeatureHead(channels, upsampling_steps, config.mask_hidden_dim, config.mask_dim)
         # Deformable transformer, on P3 ... P6
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
         self.encoder = Encoder(config.encoder_layers, width, *deformable, config.feedforward_dim, config.dropout)
@@ -164,7 +164,7 @@ class Isda(System):
         logits = torch.stack([layer.class_logits for layer in layers]).float()  # [L B N K]
         kernels = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()  # [L B N D]
         size = (features.shape[2], features.shape[3])
-        masks = [central_means(instances.masks, settings.mask_stride, size).to(features.device) for instances in targets]
+        masks = [downsample_by_stride(instances.masks, settings.mask_stride, size).to(features.device) for instances in targets]
         labels = pad([instances.labels for instances in targets]).to(logits.device)
         with torch.no_grad():
             cost = settings.class_weight * focal_cost(logits, labels, eps=1e-12)
@@ -233,7 +233,7 @@ def _mask_loss(
     matched = kernels[pairs.layer, pairs.image, pairs.slot].unflatten(0, (layers, sum(counts)))
     objects = pairs.object.unflatten(0, (layers, sum(counts)))
 
-    def values(layer: int, kernels: Float[Tensor, "m D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
+    def compute_losses(layer: int, kernels: Float[Tensor, "m D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
         losses = []
         each_image = zip(features.unbind(), kernels.split(counts), masks, objects[layer].split(counts), strict=True)
         for image_features, image_kernels, image_masks, index in each_image:
@@ -241,7 +241,7 @@ def _mask_loss(
             losses.append(squared_dice_loss(drawn, image_masks[index], eps=0.002))
         return torch.cat(losses).sum()[None]
 
-    return chunked_loss(values, matched.unbind(), features)[:, 0]
+    return chunked_loss(compute_losses, matched.unbind(), features)[:, 0]
 
 
 def _candidates(

@@ -22,7 +22,7 @@ from maskset.detection import cosine_cost, l1_cost, match_and_corner_losses, pad
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.backbone import FeaturePyramid
-from maskset.layers.blocks import copies
+from maskset.layers.blocks import clones
 from maskset.layers.refinement import (
     DynamicAttention,
     RegionAttention,
@@ -142,13 +142,13 @@ class Istr(System):
         # Stages, with equal initial weights; the last layers of the class heads are separate, for fine-tuning
         stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
         reset_stage(stage, class_head)
-        self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
+        self.stages, self.class_heads = clones(stage, config.stages), clones(class_head, config.stages)
         # Mask encoder and decoder, which are not trained
         pca = config.codec == "logit-pca"
         self.codec = LogitPcaCodec(config.mask_size, config.code_length) if pca else FlattenCodec(config.mask_size)
 
     def prepare(self, targets: Iterable[Instances]) -> None:
-        """Fit the mask code (section 3.1) to the masks of the data, or read it from a file; flattening needs no fit."""
+        """Fit the mask codec (section 3.1) to the masks of the data, or read it from a file; flattening needs no fit."""
         codec_files.fit_or_load(self.codec, targets, self.config.codec_weights)
 
     def forward(self, images: ImageBatch) -> ModelOutput:

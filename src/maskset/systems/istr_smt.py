@@ -23,7 +23,7 @@ from maskset.detection import Matches, cosine_cost, match_and_corner_losses, pad
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
 from maskset.layers.backbone import FeaturePyramid
-from maskset.layers.blocks import copies
+from maskset.layers.blocks import clones
 from maskset.layers.refinement import DynamicAttention, RegionEncoder, Tower, apply_deltas, image_feature, reset_stage
 from maskset.layers.roi import pyramid_roi_align, to_roi_dtype
 from maskset.losses import name_by_layer, squared_dice_loss
@@ -157,7 +157,7 @@ class IstrSmt(System):
         # Stages, with equal initial weights; the last layers of the class heads are separate, for fine-tuning
         stage, class_head = Stage(config), nn.Linear(config.hidden_dim, config.num_classes)
         reset_stage(stage, class_head)
-        self.stages, self.class_heads = copies(stage, config.stages), copies(class_head, config.stages)
+        self.stages, self.class_heads = clones(stage, config.stages), clones(class_head, config.stages)
         # Mask encoder, which is not trained, and decoder, which is trained further only in an autoencoder
         codecs = {"autoencoder": AutoencoderCodec, "dct": DctCodec, "logit-pca": LogitPcaCodec}
         self.codec: AutoencoderCodec | DctCodec | LogitPcaCodec = codecs[config.codec](config.mask_size, config.code_length)

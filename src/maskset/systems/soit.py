@@ -22,13 +22,13 @@ from maskset.config import Bounds, Fraction, NonNegativeFloat, NonNegativeInt, P
 from maskset.detection import Matches, match_and_box_losses, top_k_detections
 from maskset.instances import Category, Instances, Masks
 from maskset.layers.backbone import LevelProjection
-from maskset.layers.blocks import Mlp, copies
+from maskset.layers.blocks import Mlp, clones
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import chunked_loss, name_by_layer, squared_dice_loss
 from maskset.masks.heads.instance_transformer import instance_transformer, parameter_count
 from maskset.masks.paint import paint
 from maskset.masks.resize import align_corners, aligned_bilinear, resample
-from maskset.masks.targets import resize_by_corners
+from maskset.masks.targets import resize_align_corners
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, System, SystemConfig, check_canvas, check_heads
 
@@ -86,22 +86,22 @@ class Soit(System):
     def __init__(self, config: SoitConfig, categories: tuple[Category, ...]) -> None:
         super().__init__(config, categories, num_slots=config.num_queries)
         width, deformable = config.hidden_dim, (config.num_heads, config.num_levels, config.num_points)
-        rest = (config.feedforward_dim, config.dropout)
+        mlp_settings = (config.feedforward_dim, config.dropout)
         # Backbone and encoder
         self.backbone = config.backbone.build()
         self.project = LevelProjection(self.backbone.channels, width, config.num_levels, bias=False)
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, width))
-        self.encoder = Encoder(config.encoder_layers, width, *deformable, *rest)
+        self.encoder = Encoder(config.encoder_layers, width, *deformable, *mlp_settings)
         # Mask encoder ("Shared Mask Features"): encodes the finest level again, with one head, then reduces its channels
-        self.mask_encoder = Encoder(config.mask_encoder_layers, width, 1, 1, 4, *rest)
+        self.mask_encoder = Encoder(config.mask_encoder_layers, width, 1, 1, 4, *mlp_settings)
         self.mask_projection = nn.Linear(width, config.mask_channels)
         self.mask_norm = nn.LayerNorm(config.mask_channels)
         # Decoder and its heads: class and box for each layer and for the proposals, one mask head for all layers
         self.proposals = Proposals(width)
-        self.decoder = nn.ModuleList(DecoderLayer(width, *deformable, *rest) for _ in range(config.decoder_layers))
-        self.class_heads = copies(nn.Linear(width, config.num_classes), config.decoder_layers)
+        self.decoder = nn.ModuleList(DecoderLayer(width, *deformable, *mlp_settings) for _ in range(config.decoder_layers))
+        self.class_heads = clones(nn.Linear(width, config.num_classes), config.decoder_layers)
         self.proposal_class_head = copy.deepcopy(self.class_heads[0])  # channel 0 is objectness
-        self.box_heads = copies(Mlp(width, width, width, 4), config.decoder_layers + 1)
+        self.box_heads = clones(Mlp(width, width, width, 4), config.decoder_layers + 1)
         numbers = parameter_count(config.mask_channels, config.mask_heads, config.mask_points)
         self.mask_head = Mlp(width, width, width, numbers)
         self._reset_parameters()
@@ -301,5 +301,5 @@ def _mask_targets(images: ImageBatch, targets: Sequence[Instances], features: Fl
     canvas, size = (images.pixels.shape[2], images.pixels.shape[3]), (height * _UPSAMPLING, width * _UPSAMPLING)
     padding = images.padding((height, width)).to(features.device)
     padded = resample(padding.float(), align_corners(height, size[0]), align_corners(width, size[1])) > 0
-    masks = [resize_by_corners(instances.masks, canvas, size, features.device) for instances in targets]
+    masks = [resize_align_corners(instances.masks, canvas, size, features.device) for instances in targets]
     return _MaskTargets(padding, masks, (~padded).float().sum((1, 2)))

@@ -21,7 +21,7 @@ from maskset.detection import match_and_box_losses, top_k_detections
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.backbone import LevelProjection
-from maskset.layers.blocks import Mlp, copies
+from maskset.layers.blocks import Mlp, clones
 from maskset.layers.transformer import DecoderLayer, Encoder, Memory, Proposals, flatten_levels, refine, reset_transformer
 from maskset.losses import dice_loss, name_by_layer, sum_by_layer
 from maskset.masks.codecs import files as codec_files
@@ -105,8 +105,8 @@ class Solq(System):
         )
         # Unified query representation (figure 2): class, box and mask code from the same hidden state
         heads = config.decoder_layers if config.box_refinement else 1
-        self.class_heads = copies(nn.Linear(width, config.num_classes), heads)
-        self.box_heads = copies(Mlp(width, width, width, 4), heads + config.two_stage)
+        self.class_heads = clones(nn.Linear(width, config.num_classes), heads)
+        self.box_heads = clones(Mlp(width, width, width, 4), heads + config.two_stage)
         if config.two_stage:
             self.proposal_class_head = copy.deepcopy(self.class_heads[0])  # channel 0 is objectness
         self.mask_head = Mlp(width, config.mask_hidden_dim, config.mask_hidden_dim, config.code_length)
@@ -176,14 +176,14 @@ class Solq(System):
             return self._terms(output, images, targets)
 
     def _terms(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        count = distributed.divisor(sum(len(instances) for instances in targets), like=images.pixels)
+        object_divisor = distributed.divisor(sum(len(instances) for instances in targets), like=images.pixels)
         labels = [instances.labels for instances in targets]
         boxes = [box_ops.fractions(instances.boxes, instances.masks.size) for instances in targets]
-        codes = self._codes(targets, images.pixels.device)
-        terms = self._layer_terms(output.layers, labels, boxes, codes, count)
+        target_codes = self._target_codes(targets, images.pixels.device)
+        terms = self._layer_terms(output.layers, labels, boxes, target_codes, object_divisor)
         if output.proposals is not None:  # the first stage only separates objects from background
             objectness = [torch.zeros_like(label) for label in labels]
-            first = self._layer_terms([output.proposals], objectness, boxes, None, count)
+            first = self._layer_terms([output.proposals], objectness, boxes, None, object_divisor)
             terms |= {f"{name}/proposals": term for name, term in first.items()}
         return terms
 
@@ -192,33 +192,34 @@ class Solq(System):
         layers: Sequence[SlotPredictions],
         labels: Sequence[Int[Tensor, "_"]],
         boxes: Sequence[Float[Tensor, "_ 4"]],
-        codes: Float[Tensor, "M D"] | None,
-        count: Tensor,
+        target_codes: Float[Tensor, "M D"] | None,
+        object_divisor: Tensor,
     ) -> dict[str, Tensor]:
-        """Return the weighted terms of all layers. `codes` are the targets of all objects, in the order of the images."""
+        """Return the weighted terms of all layers. `target_codes` are those of all objects, in the order of the images."""
         settings = self.config
         weights = (settings.class_weight, settings.l1_weight, settings.giou_weight)
         pairs, sums = match_and_box_losses(layers, labels, boxes, weights)
-        terms = {name: value / count for name, value in sums.items()}
-        if codes is not None:
-            starts = torch.tensor([0, *(len(label) for label in labels[:-1])], device=codes.device).cumsum(0)
+        terms = {name: value / object_divisor for name, value in sums.items()}
+        if target_codes is not None:
+            starts = torch.tensor([0, *(len(label) for label in labels[:-1])], device=target_codes.device).cumsum(0)
             predicted = torch.stack([layer.mask_params for layer in layers if layer.mask_params is not None]).float()
-            errors = self._code_loss(predicted[pairs.layer, pairs.image, pairs.slot], codes[starts[pairs.image] + pairs.object])
+            expected = target_codes[starts[pairs.image] + pairs.object]
+            errors = self._code_loss(predicted[pairs.layer, pairs.image, pairs.slot], expected)
             pairs_per_layer = distributed.divisor(len(pairs) / len(layers), like=errors)
             by_layer = settings.mask_weight * sum_by_layer(errors, pairs.layer, len(layers)) / pairs_per_layer
             terms["mask_code"] = by_layer[-settings.mask_loss_layers :]
         return name_by_layer(terms, len(layers))
 
-    def _codes(self, targets: Sequence[Instances], device: torch.device) -> Float[Tensor, "M D"]:
+    def _target_codes(self, targets: Sequence[Instances], device: torch.device) -> Float[Tensor, "M D"]:
         """Return the target mask codes of the objects of all images (section 3.2)."""
         masks = torch.cat([crop(instances.masks, instances.boxes, self.codec.size) for instances in targets])
         return self.codec.encode(masks.to(device).float())
 
-    def _code_loss(self, codes: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]) -> Float[Tensor, "M"]:
+    def _code_loss(self, predicted: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]) -> Float[Tensor, "M"]:
         """Return the mask loss of each pair: mean absolute error; for flat masks squared error and dice (Table 3a)."""
         if self.config.codec == "flatten":
-            return (codes - targets).square().mean(1) + dice_loss(codes.clamp(0, 1), targets)
-        return (codes - targets).abs().mean(1)
+            return (predicted - targets).square().mean(1) + dice_loss(predicted.clamp(0, 1), targets)
+        return (predicted - targets).abs().mean(1)
 
     @torch.no_grad()
     def postprocess(

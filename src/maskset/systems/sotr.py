@@ -30,7 +30,7 @@ from maskset.losses import chunked_loss, focal_loss, squared_dice_loss
 from maskset.masks.heads.features import MaskFeatureHead, dynamic_conv
 from maskset.masks.nms import greedy_nms, mask_iou, matrix_nms
 from maskset.masks.paint import paint_probabilities
-from maskset.masks.targets import centers_of_mass, quarter_masks
+from maskset.masks.targets import centers_of_mass, downsample_by_4_opencv
 from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor, check_heads
 
@@ -68,10 +68,12 @@ class SotrConfig(SystemConfig):
     )
     grids: tuple[PositiveInt, ...] = setting((40, 36, 24, 16, 12), "cells along each side of the five grids")
     scale_from: tuple[PositiveInt, ...] = setting(
-        (1, 48, 96, 192, 384), "smallest object of each grid, square root of the box area, pixels ..."
+        (1, 48, 96, 192, 384), "smallest object of each grid: square root of the box area, pixels"
     )
-    scale_to: tuple[PositiveInt, ...] = setting((96, 192, 384, 768, 2048), "... and largest, pixels")
-    centre_share: Probability = setting(
+    scale_to: tuple[PositiveInt, ...] = setting(
+        (96, 192, 384, 768, 2048), "largest object of each grid: square root of the box area, pixels"
+    )
+    center_fraction: Probability = setting(
         0.2, "size of the region around the center of mass whose cells are assigned, relative to the box"
     )
     mask_hidden_dim: PositiveInt = setting(128, "width inside the multi-level upsampling")
@@ -83,7 +85,7 @@ class SotrConfig(SystemConfig):
         "gaussian", "Matrix NMS with this decay, or greedy suppression of masks"
     )
     nms_candidates: PositiveInt = setting(500, "number of best masks that enter NMS: the maximum number of detections per image")
-    kept_threshold: Probability = setting(0.05, "minimum score of a detection after Matrix NMS")
+    final_score_threshold: Probability = setting(0.05, "minimum score of a detection after Matrix NMS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +104,7 @@ class SotrConfig(SystemConfig):
         hub = self.backbone.pretrained and not self.backbone.stride_in_first and self.backbone.weights is None
         if hub and max(self.input.std) < 0.02:
             raise ConfigError(
-                "model.backbone.stride_in_first false starts from timm's hub, whose weights want model.input.mean "
+                "model.backbone.stride_in_first false starts from timm's hub, whose weights need model.input.mean "
                 f"0.485 0.456 0.406, std 0.229 0.224 0.225 and channel_order rgb; got std {self.input.std}."
             )
 
@@ -183,7 +185,7 @@ class Sotr(System):
             cells = (objects >= 0).nonzero()[:, 0]
             expected[cells, instances.labels.cpu()[objects[cells]]] = 1
             positive += len(cells)
-        # (cells of all processes + 1) / processes, and likewise the pairs
+        # Divisors, counted over all processes: (cells + 1) / processes, and pairs / processes
         cell_count = distributed.divisor(positive + 1 / distributed.world_size(), like=logits)
         pair_count = distributed.divisor(sum(len(image_pairs.cells) for image_pairs in pairs), like=logits)
         return {
@@ -256,7 +258,7 @@ class Sotr(System):
             return candidates[greedy_nms(iou, candidates.labels, _GREEDY_IOU)]
         scores = candidates.scores * matrix_nms(iou, candidates.labels, self.config.nms)
         order = scores.argsort(descending=True, stable=True)
-        order = order[scores[order] >= self.config.kept_threshold]
+        order = order[scores[order] >= self.config.final_score_threshold]
         return replace(candidates, scores=scores)[order]
 
 
@@ -300,7 +302,7 @@ def assign(targets: Instances, size: tuple[int, int], settings: SotrConfig) -> P
     """Return the pairs of cell and object of one image, on the CPU.
 
     An object is assigned on every grid for its size, to the cells that a region around its center of mass touches. The region
-    has `centre_share` of the box's height and width; at most the cell of the center and its eight neighbors are assigned.
+    has `center_fraction` of the box's height and width; at most the cell of the center and its eight neighbors are assigned.
 
     Args:
         targets: objects of one image, boxes in pixels; an object with an empty mask is assigned to no cell.
@@ -310,13 +312,12 @@ def assign(targets: Instances, size: tuple[int, int], settings: SotrConfig) -> P
     boxes = targets.boxes.cpu()
     areas, centers = centers_of_mass(targets.masks)  # y, x; in float32 as officially: a center may lie on a border of cells
     sides = (boxes[:, 2:] - boxes[:, :2]).flip(1)  # height, width
-    scales = sides.prod(1).sqrt()
+    scales, reach = sides.prod(1).sqrt(), 0.5 * sides * settings.center_fraction
     cells, objects, offset = [], [], 0
     for side, low, high in zip(settings.grids, settings.scale_from, settings.scale_to, strict=True):
         on_grid = ((scales >= low) & (scales <= high) & (areas > 0)).nonzero()[:, 0]
         (rows, in_rows), (columns, in_columns) = (
-            _cells_around(centers[on_grid, axis], 0.5 * sides[on_grid, axis] * settings.centre_share, _STRIDE * size[axis], side)
-            for axis in (0, 1)
+            _cells_around(centers[on_grid, axis], reach[on_grid, axis], _STRIDE * size[axis], side) for axis in (0, 1)
         )
         inside = in_rows[:, :, None] & in_columns[:, None]
         cells.append((offset + side * rows[:, :, None] + columns[:, None])[inside])
@@ -355,13 +356,13 @@ def _mask_loss(
     chunks, expected = [], []
     for i, (image_pairs, instances) in enumerate(zip(pairs, targets, strict=True)):
         objects, mask_of = image_pairs.objects.unique(return_inverse=True)
-        masks = quarter_masks(instances.masks[objects], (features.shape[2], features.shape[3])).to(device)
+        masks = downsample_by_4_opencv(instances.masks[objects], (features.shape[2], features.shape[3])).to(device)
         chunks += kernels[i, image_pairs.cells.to(device)].split(chunk_size)
         expected += [(i, masks, index) for index in mask_of.to(device).split(chunk_size)]
 
-    def values(chunk: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
+    def compute_losses(chunk: int, kernels: Float[Tensor, "n D"], features: Float[Tensor, "B D h w"]) -> Float[Tensor, "1"]:
         image, masks, index = expected[chunk]
         drawn = dynamic_conv(features[image], kernels).sigmoid()
         return squared_dice_loss(drawn, masks[index].float(), eps=0.002).sum()[None]
 
-    return chunked_loss(values, chunks, features).sum()
+    return chunked_loss(compute_losses, chunks, features).sum()

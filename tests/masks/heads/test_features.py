@@ -15,11 +15,11 @@ def levels(widths=(6, 5, 4, 7), size=(64, 96)) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("doublings", "stride", "blocks"),
+    ("upsampling_steps", "stride", "blocks"),
     [((0, 1, 2, 3), 4, [1, 1, 2, 3]), ((1, 2, 3, 4), 2, [1, 2, 3, 4]), ((-1, 0, 1, 2), 8, [1, 1, 1, 2])],
 )
-def test_all_levels_meet_at_the_size_asked_for(doublings, stride, blocks):
-    head = MaskFeatureHead((6, 5, 4, 7), doublings, 8, 10)
+def test_all_levels_meet_at_the_size_asked_for(upsampling_steps, stride, blocks):
+    head = MaskFeatureHead((6, 5, 4, 7), upsampling_steps, 8, 10)
     features = head(levels())
     assert features.shape == (2, 10, 64 // stride, 96 // stride)
     assert [len(branch) for branch in head.branches] == blocks

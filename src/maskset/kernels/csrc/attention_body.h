@@ -28,13 +28,13 @@ INLINE REAL NAME(corner_weight)(const NAME(Sample) * s, int corner) {
 }
 
 /* Write the output of one query and head, of at most MAX_CHANNELS channels. */
-INLINE void NAME(attend)(const REAL *value, const REAL *locations, const REAL *weights, REAL *out, const Sizes *z,
+INLINE void NAME(attend)(const REAL *value, const REAL *locations, const REAL *weights, REAL *out, const Sizes *sizes,
                          ptrdiff_t width) {
     REAL sum[MAX_CHANNELS] = {0}; /* in registers if the width is a compile-time constant */
-    ptrdiff_t start = 0, apart = z->heads * z->width;
-    for (ptrdiff_t level = 0; level < z->levels; level++) {
-        ptrdiff_t high = z->shapes[2 * level], wide = z->shapes[2 * level + 1];
-        for (ptrdiff_t p = 0; p < z->points; p++, locations += 2, weights++) {
+    ptrdiff_t start = 0, apart = sizes->heads * sizes->width;
+    for (ptrdiff_t level = 0; level < sizes->levels; level++) {
+        ptrdiff_t high = sizes->shapes[2 * level], wide = sizes->shapes[2 * level + 1];
+        for (ptrdiff_t p = 0; p < sizes->points; p++, locations += 2, weights++) {
             NAME(Sample) s;
             REAL x = locations[0] * (REAL)wide - (REAL)0.5, y = locations[1] * (REAL)high - (REAL)0.5, a = *weights;
             if (!NAME(locate)(&s, x, y, high, wide, start)) {
@@ -64,12 +64,12 @@ INLINE void NAME(attend)(const REAL *value, const REAL *locations, const REAL *w
 
 /* Add to the value's gradient, and write the gradients of the locations and weights, of one query and head. */
 INLINE void NAME(differentiate)(const REAL *restrict value, const REAL *locations, const REAL *weights, const REAL *restrict grad,
-                                REAL *restrict grad_value, REAL *grad_locations, REAL *grad_weights, const Sizes *z,
+                                REAL *restrict grad_value, REAL *grad_locations, REAL *grad_weights, const Sizes *sizes,
                                 ptrdiff_t width) {
-    ptrdiff_t start = 0, apart = z->heads * z->width;
-    for (ptrdiff_t level = 0; level < z->levels; level++) {
-        ptrdiff_t high = z->shapes[2 * level], wide = z->shapes[2 * level + 1];
-        for (ptrdiff_t p = 0; p < z->points; p++, locations += 2, weights++, grad_locations += 2, grad_weights++) {
+    ptrdiff_t start = 0, apart = sizes->heads * sizes->width;
+    for (ptrdiff_t level = 0; level < sizes->levels; level++) {
+        ptrdiff_t high = sizes->shapes[2 * level], wide = sizes->shapes[2 * level + 1];
+        for (ptrdiff_t p = 0; p < sizes->points; p++, locations += 2, weights++, grad_locations += 2, grad_weights++) {
             NAME(Sample) s;
             REAL x = locations[0] * (REAL)wide - (REAL)0.5, y = locations[1] * (REAL)high - (REAL)0.5, a = *weights;
             grad_locations[0] = grad_locations[1] = *grad_weights = 0;
@@ -129,14 +129,14 @@ INLINE void NAME(differentiate)(const REAL *restrict value, const REAL *location
 
 /* Write out [B Q M D] for value [B S M D], locations [B Q M L P 2], weights [B Q M L P]. Items are the B * Q queries. */
 FAST EXPORT void NAME(deformable_attention)(const REAL *value, const REAL *locations, const REAL *weights, REAL *out,
-                                            const Sizes *z, ptrdiff_t first, ptrdiff_t end) {
-    ptrdiff_t samples = z->levels * z->points, of_image = z->cells * z->heads * z->width;
-    for (ptrdiff_t row = first * z->heads; row < end * z->heads; row++) {
-        const REAL *from = value + row / (z->heads * z->queries) * of_image + row % z->heads * z->width;
-        for (ptrdiff_t d = 0; d < z->width; d += MAX_CHANNELS) {
-            ptrdiff_t channels = z->width - d < MAX_CHANNELS ? z->width - d : MAX_CHANNELS;
+                                            const Sizes *sizes, ptrdiff_t first, ptrdiff_t end) {
+    ptrdiff_t samples = sizes->levels * sizes->points, per_image = sizes->cells * sizes->heads * sizes->width;
+    for (ptrdiff_t row = first * sizes->heads; row < end * sizes->heads; row++) {
+        const REAL *from = value + row / (sizes->heads * sizes->queries) * per_image + row % sizes->heads * sizes->width;
+        for (ptrdiff_t d = 0; d < sizes->width; d += MAX_CHANNELS) {
+            ptrdiff_t channels = sizes->width - d < MAX_CHANNELS ? sizes->width - d : MAX_CHANNELS;
 #define ATTEND(known) \
-    NAME(attend)(from + d, locations + 2 * samples * row, weights + samples * row, out + z->width * row + d, z, known)
+    NAME(attend)(from + d, locations + 2 * samples * row, weights + samples * row, out + sizes->width * row + d, sizes, known)
             WITH_CONSTANT(channels, ATTEND)
 #undef ATTEND
         }
@@ -146,16 +146,16 @@ FAST EXPORT void NAME(deformable_attention)(const REAL *value, const REAL *locat
 /* Add to grad_value, which is zero before, and write the other gradients. Items are the B * M heads, each with its own cells. */
 FAST EXPORT void NAME(deformable_attention_backward)(const REAL *value, const REAL *locations, const REAL *weights,
                                                      const REAL *grad, REAL *grad_value, REAL *grad_locations, REAL *grad_weights,
-                                                     const Sizes *z, ptrdiff_t first, ptrdiff_t end) {
-    ptrdiff_t samples = z->levels * z->points, of_image = z->cells * z->heads * z->width;
+                                                     const Sizes *sizes, ptrdiff_t first, ptrdiff_t end) {
+    ptrdiff_t samples = sizes->levels * sizes->points, per_image = sizes->cells * sizes->heads * sizes->width;
     for (ptrdiff_t item = first; item < end; item++) {
-        ptrdiff_t image = item / z->heads, head = item % z->heads, offset = image * of_image + head * z->width;
-        for (ptrdiff_t query = 0; query < z->queries; query++) {
-            ptrdiff_t row = (image * z->queries + query) * z->heads + head, at = samples * row;
-#define DIFFERENTIATE(known)                                                                                                      \
-    NAME(differentiate)(value + offset, locations + 2 * at, weights + at, grad + z->width * row, grad_value + offset,              \
-                grad_locations + 2 * at, grad_weights + at, z, known)
-            WITH_CONSTANT(z->width, DIFFERENTIATE)
+        ptrdiff_t image = item / sizes->heads, head = item % sizes->heads, offset = image * per_image + head * sizes->width;
+        for (ptrdiff_t query = 0; query < sizes->queries; query++) {
+            ptrdiff_t row = (image * sizes->queries + query) * sizes->heads + head, at = samples * row;
+#define DIFFERENTIATE(known)                                                                                             \
+    NAME(differentiate)(value + offset, locations + 2 * at, weights + at, grad + sizes->width * row, grad_value + offset, \
+                        grad_locations + 2 * at, grad_weights + at, sizes, known)
+            WITH_CONSTANT(sizes->width, DIFFERENTIATE)
 #undef DIFFERENTIATE
         }
     }

@@ -1,7 +1,7 @@
 /* Fields (maps of numbers) resized, and thresholded to masks without storing the resized field. Items are fields.
 
-   Every number is computed in float32 and in the order of the plain versions (maskset/masks/paint.py and resize.py): along the rows
-   first, then along the columns, each product rounded before it is added. */
+   Every number is computed in float32 and in the order of the plain versions (maskset/masks/paint.py and resize.py): first between
+   rows (vertically), then between columns, each product rounded before it is added. */
 #include "runs.h"
 EXACT
 

@@ -1,4 +1,4 @@
-/* Definitions that all C files share. The files know nothing about Python or torch, only arrays, sizes and ranges.
+/* Definitions that all C files share. The files do not depend on Python or torch, only on arrays, sizes and ranges.
 
    Every function processes the items from `first` up to `end` and writes only their results, so that the caller can give disjoint
    ranges to any number of threads; results do not depend on the ranges. Callers check shapes and ranges before (Python does). */
@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 /* A checksum of all signatures and structures, which tests/kernels/test_checks.py computes. */
-#define SIGNATURES 0x2ab7ab97
+#define SIGNATURES 0x0b1f8bb2
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)

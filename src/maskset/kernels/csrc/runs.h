@@ -12,7 +12,7 @@
 typedef struct {
     const int32_t *counts;  /* of all masks, concatenated */
     const int64_t *starts;  /* [masks + 1] where the counts of each begin */
-    const int64_t *above;   /* [height + 1] how many rows of the view are rows of the mask above this one */
+    const int64_t *above;   /* [height + 1] above[y]: number of rows of the view that come from mask rows before y */
     const int64_t *columns; /* [columns of the view] which column of the mask it is; -1: background */
     ptrdiff_t height;       /* of the masks */
     ptrdiff_t rows, width;  /* of the view */

@@ -98,20 +98,22 @@ INLINE void draw_window(const View *view, ptrdiff_t mask, Window w, uint8_t *pix
     }
 }
 
-/* Write a mask cropped to its box into out [bins bins], which is 0 before. `below` has one element per row and one more. */
+/* Write a mask cropped to its box into out [bins bins], which is 0 before. `count_above` has one element per row and one
+   more: the number of set pixels above a row, in the columns that the samples of a bin read. */
 INLINE void crop(const uint8_t *pixels, const Samples *rows, const Samples *columns, ptrdiff_t bins, uint8_t *out, Span *spans,
-                 int32_t *below) {
+                 int32_t *count_above) {
     for (ptrdiff_t row = 0; row < bins; row++) spans[row] = span(rows, row);
     for (ptrdiff_t column = 0; column < bins; column++) {
         Span across = span(columns, column);
-        memset(below, 0, (size_t)(rows->cells + 1) * sizeof(int32_t));
+        memset(count_above, 0, (size_t)(rows->cells + 1) * sizeof(int32_t));
         for (ptrdiff_t x = across.first; x < across.end; x++)
-            for (ptrdiff_t y = 0; y < rows->cells; y++) below[y + 1] += pixels[x * rows->cells + y];
-        for (ptrdiff_t y = 0; y < rows->cells; y++) below[y + 1] += below[y]; /* the number of set pixels above row y + 1 */
-        if (!below[rows->cells]) continue;
+            for (ptrdiff_t y = 0; y < rows->cells; y++) count_above[y + 1] += pixels[x * rows->cells + y];
+        for (ptrdiff_t y = 0; y < rows->cells; y++) count_above[y + 1] += count_above[y];
+        if (!count_above[rows->cells]) continue;
         for (ptrdiff_t row = 0; row < bins; row++) {
             Span down = spans[row];
-            int32_t set = below[down.end] - below[down.first], read = (down.end - down.first) * (across.end - across.first);
+            int32_t set = count_above[down.end] - count_above[down.first];
+            int32_t read = (down.end - down.first) * (across.end - across.first);
             if (set && set == read && down.all_inside && across.all_inside)
                 out[row * bins + column] = 1;
             else if (set)
@@ -121,9 +123,9 @@ INLINE void crop(const uint8_t *pixels, const Samples *rows, const Samples *colu
 }
 
 /* Write masks cropped to boxes [T 4] into out [T bins bins], which is 0 before, in the arithmetic of torchvision's RoIAlign.
-   `scratch` has one byte per pixel of the view, `numbers` one element per row of the view, 3 * bins, and one more. */
+   `scratch` has one byte per pixel of the view, `int_scratch` one element per row of the view, 3 * bins, and one more. */
 FAST EXPORT void targets_crop(const View *view, const double *boxes, ptrdiff_t bins, uint8_t *out, uint8_t *scratch,
-                              int32_t *numbers, ptrdiff_t first, ptrdiff_t end) {
+                              int32_t *int_scratch, ptrdiff_t first, ptrdiff_t end) {
     for (ptrdiff_t i = first; i < end; i++) {
         const double *box = boxes + 4 * i;
         Window w = window(box, view);
@@ -132,7 +134,7 @@ FAST EXPORT void targets_crop(const View *view, const double *boxes, ptrdiff_t b
         Samples columns = samples((float)box[0] - left, (float)box[2] - left, bins, w.right - w.left);
         Samples rows = samples((float)box[1] - top, (float)box[3] - top, bins, w.bottom - w.top);
         draw_window(view, i, w, scratch);
-        crop(scratch, &rows, &columns, bins, out + i * bins * bins, (Span *)numbers, numbers + 3 * bins);
+        crop(scratch, &rows, &columns, bins, out + i * bins * bins, (Span *)int_scratch, int_scratch + 3 * bins);
     }
 }
 
@@ -168,11 +170,12 @@ INLINE Pixels no_pixels(uint8_t *scratch, ptrdiff_t rows) {
     return s;
 }
 
-/* Write bilinear samples, [T rows width], which are 0 before, interpolated along the rows first, then along the columns. Along each
-   axis a sample reads a pixel of the view `near` and one of the view `far` of the same masks. Scratch has 4 * rows bytes. */
-FAST EXPORT void targets_mean(const View *near, const View *far, const float *row_near, const float *row_far,
-                              const float *column_near, const float *column_far, float *out, uint8_t *scratch, ptrdiff_t first,
-                              ptrdiff_t end) {
+/* Write bilinear samples, [T rows width], which are 0 before, interpolated first between rows (vertically), then between columns.
+   Along each axis a sample reads a pixel of the view `near` and one of the view `far` of the same masks. Scratch has 4 * rows
+   bytes. */
+FAST EXPORT void targets_resize(const View *near, const View *far, const float *row_near, const float *row_far,
+                                const float *column_near, const float *column_far, float *out, uint8_t *scratch, ptrdiff_t first,
+                                ptrdiff_t end) {
     Pixels s = no_pixels(scratch, near->rows);
     for (ptrdiff_t mask = first; mask < end; mask++) {
         Cursor at = cursor(near, mask);
@@ -188,10 +191,11 @@ FAST EXPORT void targets_mean(const View *near, const View *far, const float *ro
     }
 }
 
-/* The same as OpenCV does for bytes of 0 and 1: along the columns first, weights in units of 1 / 2048, products shifted. */
-FAST EXPORT void targets_quarter(const View *near, const View *far, const int32_t *row_near, const int32_t *row_far,
-                                 const int32_t *column_near, const int32_t *column_far, uint8_t *out, uint8_t *scratch,
-                                 ptrdiff_t first, ptrdiff_t end) {
+/* The same as OpenCV does for bytes of 0 and 1: first between columns, then between rows (vertically), with weights in units of
+   1 / 2048, products shifted. */
+FAST EXPORT void targets_resize_opencv(const View *near, const View *far, const int32_t *row_near, const int32_t *row_far,
+                                       const int32_t *column_near, const int32_t *column_far, uint8_t *out, uint8_t *scratch,
+                                       ptrdiff_t first, ptrdiff_t end) {
     Pixels s = no_pixels(scratch, near->rows);
     for (ptrdiff_t mask = first; mask < end; mask++) {
         Cursor at = cursor(near, mask);

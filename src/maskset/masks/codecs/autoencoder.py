@@ -24,7 +24,7 @@ class AutoencoderCodec(FittableCodec):
     one call are normalized together.
 
     Args:
-        size: side S of the mask, a multiple of 16 from 32 on, pixels.
+        size: side S of the mask, pixels; a multiple of 16 from 32 to 1024.
         length: D, number of values in a code.
 
     Raises:
@@ -36,7 +36,7 @@ class AutoencoderCodec(FittableCodec):
     def __init__(self, size: int = 112, length: int = 256) -> None:
         super().__init__(size, length)
         if not 32 <= size <= MAX_SIZE or size % 16:
-            raise ConfigError(f"an autoencoder needs a size of 32, 48, 64 or another multiple of 16 to {MAX_SIZE}, got {size}.")
+            raise ConfigError(f"the size of an autoencoder must be a multiple of 16 from 32 to {MAX_SIZE}, got {size}.")
         if not 1 <= length <= size**2:
             raise ConfigError(f"an autoencoder of {size} x {size} masks needs a length of 1 to {size**2}, got {length}.")
         layers: list[nn.Module] = []
@@ -59,6 +59,7 @@ class AutoencoderCodec(FittableCodec):
 
         Adam on the dice loss, on an accelerator if there is one; the learning rate is divided by 10 after one and after two
         thirds of the steps. All masks are held in memory (booleans take a byte per pixel); the batch sizes do not matter.
+        There may be fewer masks than numbers in a code.
         If fitting is interrupted, the codec counts as not fitted.
 
         Args:
@@ -69,7 +70,7 @@ class AutoencoderCodec(FittableCodec):
             progress: whether to show a progress bar on stderr.
 
         Raises:
-            ConfigError: there is no mask. There may be fewer masks than numbers in a code.
+            ConfigError: there is no mask.
         """
         rows = torch.cat([torch.zeros(0, self.size**2, dtype=torch.bool), *self.rows(masks, BATCH, max_masks)])
         self.require_enough(len(rows), 1)

@@ -13,7 +13,7 @@ from maskset.masks.codecs import Float32Module
 def zigzag(size: int) -> list[int]:
     """Return the flat indices row * size + column of a size x size spectrum from low to high frequency, as JPEG scans it.
 
-    The scan follows the antidiagonals, row + column = 0, 1, 2, ...: odd ones downwards, even ones upwards.
+    The scan follows the antidiagonals, row + column = 0, 1, 2, ...: odd ones downward, even ones upward.
     """
     cells = [(row, column) for row in range(size) for column in range(size)]
     cells.sort(key=lambda cell: (sum(cell), cell[0] if sum(cell) % 2 else cell[1]))

@@ -22,7 +22,7 @@ from torch import Tensor
 from maskset.errors import ConfigError
 from maskset.masks.codecs.fittable import MAX_MASKS, FittableCodec
 
-BETA_PER_PIXEL = 0.3 / 28  # beta for masks of side 1: v grows with the side of the mask, and so must beta, for equally few atoms
+BETA_PER_PIXEL = 0.3 / 28  # beta is proportional to the side, so that the number of nonzero coefficients stays about the same
 ITERATIONS = 100  # of FISTA for one code
 LEARNING_STEPS, LEARNING_BATCH, LEARNING_ITERATIONS = 200, 512, 30  # batches, masks in each, iterations of FISTA for them
 
@@ -93,14 +93,14 @@ def _fista(
 ) -> Float[Tensor, "n D"]:
     """Return the codes after some iterations of the accelerated proximal gradient method, starting at zero."""
     gram, target = atoms @ atoms.T, masks @ atoms.T
-    codes = ahead = torch.zeros_like(target)
+    codes = extrapolated = torch.zeros_like(target)
     momentum = 1.0
     for _ in range(iterations):
-        stepped = ahead - (ahead @ gram - target) / curvature
+        stepped = extrapolated - (extrapolated @ gram - target) / curvature
         shrunk = stepped.sign() * (stepped.abs() - beta / curvature).clamp(min=0)
-        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        ahead = shrunk + (momentum - 1) / following * (shrunk - codes)
-        codes, momentum = shrunk, following
+        next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        extrapolated = shrunk + (momentum - 1) / next_momentum * (shrunk - codes)
+        codes, momentum = shrunk, next_momentum
     return codes
 
 

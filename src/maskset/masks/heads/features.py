@@ -17,17 +17,17 @@ class MaskFeatureHead(nn.Module):
 
     Args:
         channels: width of each level.
-        doublings: how often each level is doubled to reach the output size, such as 0, 1, 2, 3; -1 halves it.
+        upsampling_steps: log2 of each level's upsampling factor, such as 0, 1, 2, 3; -1 downsamples by 2.
         hidden: width of the sum.
         width: D, width of the output.
     """
 
-    def __init__(self, channels: Sequence[int], doublings: Sequence[int], hidden: int, width: int) -> None:
+    def __init__(self, channels: Sequence[int], upsampling_steps: Sequence[int], hidden: int, width: int) -> None:
         super().__init__()
-        self.factors = [2.0 ** ((count > 0) - (count < 0)) for count in doublings]
+        self.factors = [2.0 ** ((count > 0) - (count < 0)) for count in upsampling_steps]
         self.branches = nn.ModuleList(
             nn.ModuleList(ConvBlock(hidden if i else wide, hidden, 3) for i in range(max(1, abs(count))))
-            for wide, count in zip(channels, doublings, strict=True)
+            for wide, count in zip(channels, upsampling_steps, strict=True)
         )
         self.output = ConvBlock(hidden, width, 1)
 
