@@ -142,7 +142,7 @@ def test_a_map_of_stride_4_comes_before_the_same_others(name, monkeypatch, tmp_p
 
 
 def test_a_backbone_without_a_map_of_stride_4_is_refused_where_one_is_needed():
-    with pytest.raises(ConfigError, match=r"strides \[.*\], needed are \[4, 8, 16, 32\]"):
+    with pytest.raises(ConfigError, match=r"strides \[.*\], but the system needs \[4, 8, 16, 32\]"):
         build_backbone("vit_tiny_patch16_224", "frozen", 0, 0.0, finest=4)
 
 

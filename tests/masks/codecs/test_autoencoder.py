@@ -135,7 +135,9 @@ def test_the_reconstruction_of_a_mask_does_not_depend_on_the_other_masks():
     assert together[:1] == compare.reconstruct(codec, targets.masks[:1], targets.boxes[:1])
 
 
-@pytest.mark.parametrize(("size", "length", "message"), [(16, 8, "must be a multiple of 16 from 32 to 1024, got 16"), (32, 0, "1 to 1024, got 0")])
+@pytest.mark.parametrize(
+    ("size", "length", "message"), [(16, 8, "must be a multiple of 16 from 32 to 1024, got 16"), (32, 0, "1 to 1024, got 0")]
+)
 def test_sizes_and_lengths_that_cannot_work_are_refused(size, length, message):
     with pytest.raises(ConfigError, match=message):
         AutoencoderCodec(size, length)
