@@ -16,7 +16,7 @@ from maskset.instances import Masks
 from maskset.kernels import library, runs
 from maskset.kernels.attention import check_attention
 from maskset.masks.paint import paint_probabilities, paste_soft
-from maskset.masks.targets import central_means, crop, resize_by_corners
+from maskset.masks.targets import crop, downsample_by_stride, resize_align_corners
 
 
 @pytest.mark.parametrize("boxes", [torch.ones(3, 0), torch.ones(3, 3), torch.ones(3), torch.ones(3, 4, dtype=torch.bool)])
@@ -101,9 +101,9 @@ def test_torchs_default_type_changes_nothing(dtype):
         masks = Masks.from_dense(torch.arange(3 * 40 * 60).view(3, 40, 60) % 7 < 3)
         soft = (torch.arange(2 * 25, dtype=torch.float32) % 9 / 9).view(2, 5, 5)
         boxes = torch.tensor([[1, 2, 30, 20], [0, 0, 9, 9]], dtype=torch.float32)
-        resized = resize_by_corners(masks, (48, 64), (12, 16), torch.device("cpu"))
+        resized = resize_align_corners(masks, (48, 64), (12, 16), torch.device("cpu"))
         painted = paint_probabilities(soft, 4, (18, 20), (36, 40)).dense()
-        return [central_means(masks, 4, (12, 16)), resized, paste_soft(soft, boxes, (40, 50), 0.5).dense(), painted]
+        return [downsample_by_stride(masks, 4, (12, 16)), resized, paste_soft(soft, boxes, (40, 50), 0.5).dense(), painted]
 
     expected = results()
     torch.set_default_dtype(dtype)

@@ -73,9 +73,7 @@ class IstrSmtConfig(SystemConfig):
     codec: Literal["autoencoder", "dct", "logit-pca"] = setting(
         "autoencoder", "mask codec (SMT, DCT, PCA of the official README)"
     )
-    mask_size: PositiveInt = setting(
-        112, "side S of the box-local mask, pixels; its features have a quarter of it, cells"
-    )
+    mask_size: PositiveInt = setting(112, "side S of the box-local mask, pixels; its features have a quarter of it, cells")
     code_length: PositiveInt = setting(256, "D numbers for a mask")
     codec_weights: str | None = setting(None, "file of a codec fitted by `maskset codecs fit`; None: fit it, or take --init's")
     autoencoder_steps: PositiveInt = setting(3000, "batches of 64 masks to fit the autoencoder, if no weights are given")
