@@ -25,7 +25,7 @@ WORDS = (
     r"\blicence\b",
     r"\blearnt\b",
     r"\bcolour",
-    r"(?<!unit\.)\bcentres?\b",  # golden("soit", "unit.centres") is the name of a stored array
+    r"(?<!unit\.)centre",  # golden("soit", "unit.centres") is the name of a stored array
     r"\bneighbour",
     r"\bbehaviour",
     r"(normal|optim|initial|general|binar|raster|recogn|serial|minim|maxim)is(e|es|ed|er|ers|ing|ation)\b",
