@@ -3,7 +3,10 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 from maskset import demo
+from maskset.errors import Terminated
 from maskset.evaluation.metrics import Metrics
 
 
@@ -27,3 +30,13 @@ def test_the_demo_measures_draws_and_says_what_to_type_next(tmp_path, monkeypatc
 
     demo.demo(tmp_path / "demo")  # once more: the run is there
     assert asked == [("solq-tiny", "shapes:", False), ("solq-tiny", "shapes:", True)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated])
+def test_a_stopped_demo_says_that_it_can_be_continued(tmp_path, monkeypatch, error):
+    def stop(*arguments, **options):
+        raise error("the same command with --resume continues the run")
+
+    monkeypatch.setattr(demo, "train", stop)
+    with pytest.raises(error, match="^the same command continues the demo"):
+        demo.demo(tmp_path)

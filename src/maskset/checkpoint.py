@@ -231,7 +231,10 @@ def _why_unreadable(path: Path, reason: str) -> str:
             f"{path} is a PyTorch pickle, which could run code and is never loaded. "
             f"Convert an official .pth checkpoint: maskset convert SYSTEM {path} OUT.safetensors"
         )
-    return f"{path} is not a safetensors file, or is damaged or cut short ({reason})."
+    return (
+        f"{path} is not a safetensors file, or is damaged or cut short ({reason}): "
+        "name a run folder, or a checkpoint that maskset wrote."
+    )
 
 
 def _hint(source: str | Path, path: Path) -> str:

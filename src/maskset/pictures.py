@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from maskset.errors import DataError, SourceError
@@ -195,7 +195,8 @@ def _decode(file: str | Path | io.IOBase, name: str, size: tuple[int, int] | Non
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of every kind for damaged files
-        raise DataError(f"{name} cannot be read as an image: {error}") from error
+        reason = "its format is not known." if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name} cannot be read as an image: {reason}") from error
     if size is not None and pixels.shape[:2] != size:
         raise DataError(
             f"{name} is {pixels.shape[1]} x {pixels.shape[0]} pixels (width x height), but its annotations are for "

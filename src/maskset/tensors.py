@@ -29,6 +29,8 @@ def check_device(device: Device) -> torch.device:
             kind = torch.accelerator.current_accelerator()
             usable += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
         reason = str(error).splitlines()[0].partition(". ")[0]  # torch's message for mps is a page long
+        if isinstance(error, TypeError) or "Expected one of" in reason:
+            reason = "it is not the name of a device"
         raise ConfigError(f"device {str(device)!r} cannot be used ({reason}). Available here: {', '.join(usable)}.") from None
     return checked
 

@@ -108,7 +108,7 @@ class Metrics:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.images} images, {self.objects} objects, {len(self.per_class)} classes, "
+            f"{self.images} images, {self.objects} objects, {pluralize(len(self.per_class), 'class')}, "
             f"at most {self.max_detections} detections per image",
             "",
             f"{'':10}{'IoU':12}{'area':10}{'mask':>7}{'box':>8}",

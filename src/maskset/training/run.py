@@ -47,6 +47,8 @@ from maskset.training.state import (
 from maskset.training.step import Batch, Step, averaged_copy
 from maskset.training.transfer import transfer
 
+_LAUNCH_VARIABLES = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"  # set by torchrun and others
+
 
 @dataclass(frozen=True)
 class Run:
@@ -138,7 +140,7 @@ def open_run(
     progress: bool = True,
 ) -> tuple[Run, list[str]]:
     """Return a run that is ready to start or resume, and lines of text about it. Nothing is written. See `maskset.train`."""
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+    for variable in _LAUNCH_VARIABLES:
         launched(variable, 0)  # else accelerate's error does not name the variable
     check_folder(folder, resume)
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
@@ -214,8 +216,9 @@ def _open_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # of waiting for the first to evaluate
         )
     except (ImportError, RuntimeError, ValueError) as error:
-        asked = ", ".join(sorted(name for name in os.environ if name.startswith("ACCELERATE_"))) or "no ACCELERATE_ variable"
-        raise ConfigError(f"accelerate cannot start ({error}). The environment sets {asked}.") from error
+        names = sorted(name for name in os.environ if name.startswith("ACCELERATE_") or name in _LAUNCH_VARIABLES)
+        advice = f" Unset or correct the environment variables {', '.join(names)}." if names else ""
+        raise ConfigError(f"accelerate cannot start ({error}).{advice}") from error
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ConfigError(
             f"training runs on one or several CPUs or GPUs with DDP, not with {accelerator.distributed_type.value}."
