@@ -170,9 +170,7 @@ class _Reader:
 
     def _sample(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
         pixels, targets = self._read_or_next(index, problems)
-        rng = np.random.default_rng(
-            [self.seed, self.epoch, index + 1]
-        )  # with a 0 at the end it would repeat the numbers of the order
+        rng = np.random.default_rng([self.seed, self.epoch, index + 1])  # a 0 at the end would repeat the numbers of the order
         return augment(pixels, targets, self.config, rng)
 
     def _read_or_next(self, index: int, problems: list[str]) -> tuple[Tensor, Instances]:
@@ -204,9 +202,7 @@ def _in_workers(reader: _Reader, batches: list[list[int]], workers: int) -> Iter
         num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else torch's own is used, and a resumed run would depend on workers
-        multiprocessing_context="fork"
-        if sys.platform == "linux"
-        else None,  # other start methods copy the data set into each worker
+        multiprocessing_context="fork" if sys.platform == "linux" else None,  # others copy the data set into each worker
         worker_init_fn=_handle_sigterm,
     )
     try:
