@@ -37,7 +37,6 @@ def run(name: str, *, quick: bool = False, threads: int = 1, out: Path | None = 
     if out is not None:
         page.check(out)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes and other libraries
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr
     torch.set_num_threads(threads)
     module = importlib.import_module(f"benchmarks.{name}")
     start, report = time.monotonic(), Report(name, _about(module.__doc__ or ""), threads)
