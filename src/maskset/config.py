@@ -69,12 +69,12 @@ def check_bounds(settings: Any, part: str) -> None:
         ConfigError: a number is not allowed; the message names the setting.
     """
     bounds = _bounds(type(settings))
-    for name, value in vars(settings).items():
-        optional = type(settings).__dataclass_fields__[name].default is None
+    for declared in fields(settings):
+        name, value = declared.name, getattr(settings, declared.name)
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{part}.{name} must be a finite number, got {number}.")
-            if name in bounds and not (optional and number is None):
+            if name in bounds and not (number is None and declared.default is None):
                 bounds[name].check(f"{part}.{name}", number)
 
 

@@ -71,9 +71,8 @@ class DeformableConvolution(nn.Module):
 
     def forward(self, x: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
         """Return a map of the same or half the size, computed in float32, since torchvision's operator takes only one type."""
-        predicted = self.offset(
-            x
-        ).float()  # [B 27 h w]: y and x of each sample in turn, cells; then the weights before the sigmoid
+        # [B 27 h w]: y and x of each sample in turn, cells; then the weights before the sigmoid
+        predicted = self.offset(x).float()
         with torch.autocast(x.device.type, enabled=False):
             stride = (self.stride, self.stride)
             offsets, weights = predicted[:, :18], predicted[:, 18:].sigmoid()
