@@ -71,7 +71,8 @@ def check_bounds(settings: Any, part: str) -> None:
     bounds = _bounds(type(settings))
     for declared in fields(settings):
         name, value = declared.name, getattr(settings, declared.name)
-        for number in value if isinstance(value, (tuple, list)) else (value,):
+        numbers: Sequence[Any] = value if isinstance(value, (tuple, list)) else (value,)
+        for number in numbers:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{part}.{name} must be a finite number, got {number}.")
             if name in bounds and not (number is None and declared.default is None):
