@@ -76,7 +76,7 @@ def check_bounds(settings: Any, part: str) -> None:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{part}.{name} must be a finite number, got {number}.")
             if name in bounds and not (number is None and declared.default is None):
-                bounds[name].check(f"{part}.{name}", number)
+                bounds[name].check(f"{part}.{name}", number)  # type: ignore[arg-type]  # a required number may be None by mistake
 
 
 @functools.cache
