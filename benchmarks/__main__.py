@@ -13,6 +13,11 @@ from maskset.files import check_folder
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark and return the exit code: 0 done, 1 implementations disagree, 2 invalid input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["learning"]:  # which has other options
+        from benchmarks import learning
+
+        return learning.main(arguments[1:])
     options = parse(arguments)
     try:
         if options.out is not None:
@@ -55,7 +60,11 @@ def _gpu(options: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the values of the flags."""
-    listed = {**BENCHMARKS, "gpu": "checks of everything that runs on a GPU, in at most 8 minutes; exit code 1 if one fails"}
+    listed = {
+        **BENCHMARKS,
+        "gpu": "checks of everything that runs on a GPU, in at most 8 minutes; exit code 1 if one fails",
+        "learning": "AP of systems and peers at equal computing time; its options: learning --help",
+    }
     names = "\n".join(f"  {name:<12}{description}" for name, description in listed.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",

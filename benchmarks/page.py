@@ -3,10 +3,13 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from benchmarks import curves
 from maskset.errors import ConfigError
 from maskset.files import atomic_write
+from maskset.messages import pluralize
 
 _BEGIN = "# Benchmarks\n\nMade from the files in [results](results) by"
 _HEAD = f"""\
@@ -63,12 +66,16 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page, in Markdown."""
     ours = {name: result for name, result in results.items() if _is_benchmark(result)}
     checked = {name: result for name, result in results.items() if isinstance(result, dict) and "checks" in result}
-    others = {name: result for name, result in results.items() if name not in ours | checked}
+    learned = {name: result for name, result in results.items() if curves.is_learning(result)}
+    others = {name: result for name, result in results.items() if name not in ours | checked | learned}
     parts = [_HEAD, *summary(ours.values())]
     for name, result in ours.items():
         parts += [f"## [{name.removesuffix('.json')}](results/{name})", *section(result)]
     for name, result in checked.items():
         parts += [f"## [{name.removesuffix('.json')}](results/{name})", *_checks(result)]
+    for name, result in learned.items():
+        stem = name.removesuffix(".json")
+        parts += [f"## [{stem}](results/{name})", *learning_section(result), f"![AP against time]({stem}.svg)"]
     if others:
         parts += ["## Other results", "From other commands, which the files name with all that they found."]
         rows = [[f"[{name}](results/{name})", f"`{command}`"] for name, result in others.items() for command in _commands(result)]
@@ -125,6 +132,48 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
     yield from result["notes"]
     if result["benchmark"] == "scaling":
         yield "![Time and memory against image size, slots and objects](scaling.svg)"
+
+
+def learning_section(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paragraphs and tables of one setting of `learning`."""
+    setting, all_curves = result["setting"], curves.curves(result)
+    start = "with ImageNet weights and frozen norms" if setting["pretrained"] else "from scratch"
+    yield (
+        f"How fast models learn in {setting['minutes']:g} minutes of computing time each ({setting['device']}; reading images "
+        f"counts, evaluation does not) on {setting['data']}: {setting['train_images']:,} images to train on, "
+        f"{setting['val_images']:,} to evaluate on, {pluralize(setting['classes'], 'class')}. All have {setting['backbone']} "
+        f"{start}, batches of {setting['batch_size']} images, flips, short sides {', '.join(map(str, setting['short_sides']))} "
+        f"pixels ({setting['short_side']} at evaluation) and at most {setting['max_detections']} detections in an image. Values "
+        "are medians over seeds."
+    )
+    heads = ["model", "seeds", "M parameters", "steps", "s/step", *curves.METRICS.values()]
+    yield _table(heads, [_final(curve) for curve in all_curves])
+    for curve in all_curves:
+        if len(curve.runs) > 1:
+            lowest, highest = min(curve.last_values), max(curve.last_values)
+            yield f"{curve.model}: mask AP of the seeds from {lowest:.3f} to {highest:.3f}."
+    if all_curves:
+        shares = [point["share"] for point in all_curves[0].runs[0]["points"]]
+        rows = [[curve.model, *(_ap(value) for value in curve.values["mask_ap"])] for curve in all_curves]
+        yield _table(["mask AP after", *(f"{60 * setting['minutes'] * share:,.0f} s" for share in shares)], rows)
+    origins: dict[str, list[str]] = {}
+    for run in result["runs"]:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        origins.setdefault(f"{_place(run)}, commit {run['commit']}; {versions}", []).append(f"`{run['command']}`")
+    yield "\n".join(f"- {origin}: {', '.join(commands)}." for origin, commands in origins.items())
+
+
+def _final(curve: curves.Curve) -> list[str]:
+    """Return the row of a model at the end of the time."""
+    last = [run["points"][-1] for run in curve.runs]
+    steps, pace = median(point["steps"] for point in last), median(point["seconds"] / point["steps"] for point in last)
+    size = curve.runs[0]["parameters"] / 1e6
+    metrics = [_ap(values[-1]) for values in curve.values.values()]
+    return [curve.model, str(len(last)), f"{size:.1f}", f"{steps:,.0f}", f"{pace:.2f}", *metrics]
+
+
+def _ap(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _checks(result: Mapping[str, Any]) -> Iterator[str]:
