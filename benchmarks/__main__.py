@@ -13,11 +13,6 @@ from maskset.files import check_folder
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark and return the exit code: 0 done, 1 implementations disagree, 2 invalid input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["learning"]:  # which has other options
-        from benchmarks import learning
-
-        return learning.main(arguments[1:])
     options = parse(arguments)
     try:
         if options.out is not None:
@@ -27,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.name == "gpu":
         return _gpu(options)
+    if options.name == "learning":
+        from benchmarks import learning
+
+        return learning.run(options)
     from benchmarks.report import Disagreement
     from benchmarks.run import run
 
@@ -59,11 +58,16 @@ def _gpu(options: argparse.Namespace) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the values of the flags."""
+    """Return the values of the flags; `learning`, which has others, has a parser of its own."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["learning"]:
+        from benchmarks import learning
+
+        return learning.parse(arguments[1:])
     listed = {
         **BENCHMARKS,
         "gpu": "checks of everything that runs on a GPU, in at most 8 minutes; exit code 1 if one fails",
-        "learning": "AP of systems and peers at equal computing time; its options: learning --help",
+        "learning": "AP of systems and peers at equal computing time; other options, see `learning --help`",
     }
     names = "\n".join(f"  {name:<12}{description}" for name, description in listed.items())
     parser = argparse.ArgumentParser(
@@ -73,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("name", metavar="NAME", choices=[*BENCHMARKS, "gpu"], help="one of the benchmarks below")
+    parser.add_argument("name", metavar="NAME", choices=listed, help="one of the benchmarks below")
     parser.add_argument("--quick", action="store_true", help="small inputs, one round: checks only that the results agree")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     results = "folder for results/NAME.json and a README.md with all results in it (default: only print)"
@@ -82,6 +86,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     device = "for `gpu` only: where to compute (default: cuda); cpu rehearses the checks"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=device)
     options = parser.parse_args(arguments)
+    if options.name == "learning":
+        parser.error("`learning` has other options and comes before them: python -m benchmarks learning --help")
     if options.images is not None and options.name != "evaluation":
         parser.error("--images is an option of `evaluation` only.")
     if options.device != "cuda" and options.name != "gpu":

@@ -1,10 +1,10 @@
 """How fast systems learn at equal computing time, against torchvision's Mask R-CNN and transformers' Mask2Former.
 
-All models of a run have the same images, augmentation, input size, batch size, backbone, initial weights of it, and evaluator.
-Each is trained for the same time: CPU seconds of the process, or seconds on a GPU. Reading images counts, evaluation does not.
-The learning rate follows the used share of the time: each recipe's schedule is scaled to the steps that the time will have been
-enough for at the speed so far. A number of steps that a trial measures would be wrong by as much as the machine's speed, and the
-cost of a model's step, change afterward, so that models would be compared at unequal times.
+All models have the same images, augmentation, input size, batch size, backbone with the same initial weights, and evaluator. Each
+is trained for the same time: CPU seconds of the process, or seconds on a GPU. Reading images counts, evaluation does not.
+The schedule of each recipe follows the used share of the time: in each step it is scaled to the number of steps that fit into
+the time at the mean speed so far. If a trial fixed the number of steps, every later change of the machine's speed or of the cost
+of a step would give a model more or less time than the others.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from maskset import recipes
 from maskset.data import open_data, shapes
 from maskset.errors import ConfigError, MasksetError, TrainingDiverged
 from maskset.evaluation.evaluate import evaluate
-from maskset.files import check_folder
 from maskset.recipe import Recipe
 from maskset.recipes.solq import SCRATCH
 from maskset.systems.base import BackboneConfig
@@ -79,9 +78,8 @@ class Setting:
     max_detections: int
 
 
-def main(arguments: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the benchmark and return the exit code: 0 done, 1 a model failed, 2 invalid input, 130 interrupted."""
-    options = parse(arguments)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # else training chooses the number of threads
     torch.set_num_threads(options.threads)
     with ExitStack() as stack:
@@ -126,6 +124,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("the figures of --quick are not worth keeping: leave out --quick or --out.")
     if not options.minutes > 0 or options.threads < 1 or min(options.seeds) < 0:
         parser.error("--minutes must be above 0, --threads at least 1, and --seeds at least 0.")
+    options.name = "learning"
     options.models = options.models or [*(["solq-tiny"] if options.quick else small), *PEERS]
     return options
 
@@ -137,13 +136,12 @@ def learn(options: argparse.Namespace) -> list[str]:
     recipe_of_run = {(name, seed): recipe_of(name, setting, seed) for name, seed in plan}  # all names are checked first
     require(*(["transformers"] if "mask2former" in options.models else []), *(["matplotlib"] if options.out else []))
     if options.out is not None:
-        check_folder(options.out)
         page.check(options.out)
     result = curves.read(asdict(setting), None if options.out is None else options.out / "results")
     failures = []
     for name, seed in plan:
         title = f"{name}, seed {seed}"
-        if not options.again and any((run["model"], run["seed"]) == (name, seed) for run in result["runs"]):
+        if not options.again and any((done["model"], done["seed"]) == (name, seed) for done in result["runs"]):
             print(f"{title}: done already; --again repeats it.", flush=True)
             continue
         try:
@@ -152,19 +150,19 @@ def learn(options: argparse.Namespace) -> list[str]:
             print(f"{title} failed: {error}", file=sys.stderr)
             failures.append(name)
             continue
-        run = {"model": name, "seed": seed, **measured, "command": command(name, seed, setting, options.threads), **where()}
+        record = {"model": name, "seed": seed, **measured, "command": command(name, seed, setting, options.threads), **where()}
         if options.out is None:
-            result["runs"].append(run)
+            result["runs"].append(record)
         else:
-            result = write(run, setting, options.out)
+            result = write(record, setting, options.out)
     if result["runs"]:
         print("", *page.learning_section(result), sep="\n\n")
     return failures
 
 
-def write(run: dict[str, Any], setting: Setting, folder: Path) -> dict[str, Any]:
+def write(record: dict[str, Any], setting: Setting, folder: Path) -> dict[str, Any]:
     """Add a run to the results in a folder, draw and write everything that follows from them, and return all of the setting."""
-    path = curves.save(run, asdict(setting), folder / "results")
+    path = curves.save(record, asdict(setting), folder / "results")
     result = curves.read(asdict(setting), folder / "results")
     figure = curves.draw(result, folder / f"{path.stem}.svg")
     print(f"written: {path}, {figure}, {page.write(folder)}", flush=True)
@@ -185,7 +183,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
         train_images=len(train_data),
         val_images=len(val_data),
         classes=len(train_data.categories),
-        minutes=0.01 if options.quick else options.minutes,
+        minutes=0.002 if options.quick else options.minutes,
         device=torch.cuda.get_device_name() if gpu else f"CPU, {options.threads} thread{'s' * (options.threads > 1)}",
         backbone=(PRETRAINED if options.pretrained else SCRATCH).name,
         pretrained=options.pretrained,
@@ -193,7 +191,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
         short_side=64 if options.quick else small.model.input.short_side,
         long_side=96 if options.quick else small.data.long_side,
         batch_size=2 if options.quick else small.train.batch_size,
-        max_detections=small.train.max_detections,
+        max_detections=20 if options.quick else small.train.max_detections,
     )
 
 
@@ -227,8 +225,8 @@ def measure(recipe: Recipe, data: str, setting: Setting, title: str) -> dict[str
     """
     with tempfile.TemporaryDirectory() as folder:  # nothing is written
         run, lines = open_run(recipe, data, Path(folder), None, False, None, progress=False)
-    told = [line for line in lines if line.startswith(("model:", "backbone", "warning:"))]  # the rest is about folder and epochs
-    print(f"\n{title}", *told, sep="\n", flush=True)
+    facts = [line for line in lines if line.startswith(("model:", "backbone", "warning:"))]  # the rest is about folder and epochs
+    print(f"\n{title}", *facts, sep="\n", flush=True)
     model, budget, points, shares = run.state.model.train(), 60 * setting.minutes, [], list(SHARES)
     trial = compute_one_gradient(run)
     print(f"trial: {trial:.1f} s for a step and what is done once, which does not count", flush=True)
@@ -304,5 +302,5 @@ def command(name: str, seed: int, setting: Setting, threads: int) -> str:
 
 
 def _text(values: dict[str, float | None]) -> str:
-    shown = {label: values[name] for name, label in curves.METRICS.items()}
-    return ", ".join(f"{label} {'-' if value is None else format(value, '.3f')}" for label, value in shown.items())
+    numbers = {label: values[name] for name, label in curves.METRICS.items()}
+    return ", ".join(f"{label} {'-' if number is None else format(number, '.3f')}" for label, number in numbers.items())

@@ -14,8 +14,8 @@ from maskset.messages import pluralize
 _BEGIN = "# Benchmarks\n\nMade from the files in [results](results) by"
 _HEAD = f"""\
 {_BEGIN} `python -m benchmarks NAME --out benchmarks`; do not edit. `make bench` measures everything
-again. The implementations of a case take turns in one process. Times are medians of the rounds in milliseconds, with the
-fastest round in parentheses; memory is in MiB. "Speed-up" and "memory saving" are relative to the
+but `learning`, which takes hours, again. The implementations of a case take turns in one process. Times are medians of the rounds
+in milliseconds, with the fastest round in parentheses; memory is in MiB. "Speed-up" and "memory saving" are relative to the
 baseline, whose values are 1.00.
 
 The first table lists the target and the measured speed-up (or memory saving) over the baseline in each row. SOLQ misses the

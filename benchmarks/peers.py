@@ -45,7 +45,7 @@ class MaskRcnnConfig(SystemConfig):
     anchor_sizes: tuple[PositiveInt, ...] = setting((8, 16, 32, 64, 128), "sides of the anchors at each level, pixels")
     proposals: PositiveInt = setting(500, "proposals of an image")
     box_samples: PositiveInt = setting(256, "proposals of an image that the box head learns from")
-    detections: PositiveInt = setting(300, "detections of an image")
+    detections: PositiveInt = setting(300, "maximum number of detections of an image")
 
     def build(self, categories: tuple[Category, ...]) -> "MaskRcnn":
         """Return an untrained model."""
@@ -106,10 +106,13 @@ class MaskRcnn(System):
         threshold: float = 0.0,
     ) -> list[Instances]:
         """Return the detections of each image; boxes and masks are scaled to its size first, as torchvision does."""
+        self.roi_heads.detections_per_img = min(limit, self.num_slots)  # type: ignore[assignment]
         results = []
-        for detections, valid, size in zip(self._compute(images)[0], images.sizes.tolist(), sizes, strict=True):
-            best = (detections["scores"] >= threshold).nonzero()[:limit, 0]
-            scale = torch.tensor([size[1] / valid[1], size[0] / valid[0]] * 2, device=best.device)
+        for pixels, valid, size in zip(images.pixels, images.sizes, sizes, strict=True):
+            # One image at a time: the maps of the mask head take as much memory as the detections of all.
+            (detections,), _ = self._compute(ImageBatch(pixels[None], valid[None]))
+            best = detections["scores"] >= threshold
+            scale = (torch.tensor(size, device=pixels.device) / valid.to(pixels.device)).flip(0).repeat(2)
             boxes, soft = detections["boxes"][best] * scale, detections["masks"][best]
             parts = zip(soft.split(_PASTED), boxes.split(_PASTED), strict=True)
             masks = [Masks.from_dense(paste_masks_in_image(*part, size)[:, 0] > 0.5) for part in parts]

@@ -49,7 +49,7 @@ def test_a_quick_run_trains_a_recipe_and_both_peers_and_writes_nothing(capsys, t
     output = capsys.readouterr().out
     for name in ("solq-tiny", *PEERS):
         assert f"| {name} " in output
-        assert f"learning shapes --models {name} --minutes 0.01 --seeds 0`" in output
+        assert f"learning shapes --models {name} --minutes 0.002 --seeds 0`" in output
     assert not list(tmp_path.iterdir())
 
 
