@@ -9,6 +9,7 @@ from maskset.errors import ConfigError
 from maskset.layers import backbone as backbones
 from maskset.layers.backbone import FrozenBatchNorm, GroupNorm, build_backbone, check_frozen_layers
 from maskset.layers.swin import SwinSize
+from maskset.systems.base import BackboneConfig
 
 PREFIX = "backbone.0.body."
 TINY_SWIN = SwinSize(16, (2, 2, 2, 2), (1, 2, 4, 8))
@@ -144,6 +145,31 @@ def test_a_map_of_stride_4_comes_before_the_same_others(name, monkeypatch, tmp_p
 def test_a_backbone_without_a_map_of_stride_4_is_refused_where_one_is_needed():
     with pytest.raises(ConfigError, match=r"strides \[.*\], but the system needs \[4, 8, 16, 32\]"):
         build_backbone("vit_tiny_patch16_224", "frozen", 0, 0.0, finest=4)
+
+
+@pytest.mark.parametrize(("name", "width"), [("tf_efficientnet_lite0", 16), ("resnet10t", 64)])
+def test_a_map_of_stride_2_comes_before_the_same_others(name, width):
+    pixels = torch.randn(1, 3, 64, 96)
+    usual, finer = (build_backbone(name, "group", 0, 0.0, finest).eval() for finest in (4, 2))
+    finer.load_state_dict(usual.state_dict())
+    assert finer.strides == [2, 4, 8, 16, 32]
+    assert finer.channels == [width, *usual.channels]
+    first, *others = finer(pixels)
+    assert first.shape == (1, width, 32, 48)
+    for found, expected in zip(others, usual(pixels), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("swin_tiny", r"strides \[4, 8, 16, 32\], but the system needs \[2, 4, 8, 16, 32\].*--model.backbone.name"),
+        ("convnext_atto", r"fewer than 5 feature maps, but the system needs strides \[2, 4, 8, 16, 32\].*--model.backbone.name"),
+    ],
+)
+def test_a_backbone_without_a_map_of_stride_2_is_refused_where_one_is_needed(name, message):
+    with pytest.raises(ConfigError, match=message):
+        BackboneConfig(name=name).build(finest=2)
 
 
 def test_an_odd_size_is_rounded_up():

@@ -1,4 +1,4 @@
-"""Backbones, which compute maps at strides (4,) 8, 16 and 32 of an image, and necks, which turn them into levels of one width.
+"""Backbones, which compute maps at strides (2, 4,) 8, 16 and 32 of an image, and necks, which turn them into levels of one width.
 
 Swin is in `layers/swin.py`; all other backbones come from timm.
 """
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from maskset.errors import ConfigError
 from maskset.layers.swin import SWIN_SIZES, SwinTransformer
 
-STRIDES = [4, 8, 16, 32]
+STRIDES = [4, 8, 16, 32]  # of a feature pyramid
+_ALL_STRIDES = [2, *STRIDES]
 
 
 class Backbone(nn.Module):
@@ -36,7 +37,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, body: nn.Module, channels: list[int], channels_last: bool = False) -> None:
         super().__init__()
         self.name, self.body = name, body
-        self.channels, self.strides = channels, STRIDES[-len(channels) :]
+        self.channels, self.strides = channels, _ALL_STRIDES[-len(channels) :]
         self.stride_in_first = False
         self._channels_last = channels_last
 
@@ -118,7 +119,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def build_backbone(
-    name: str, norm: Literal["frozen", "group"], frozen_stages: int, drop_path: float, finest: Literal[4, 8] = 8
+    name: str, norm: Literal["frozen", "group"], frozen_stages: int, drop_path: float, finest: Literal[2, 4, 8] = 8
 ) -> Backbone:
     """Return a backbone with random weights.
 
@@ -127,18 +128,23 @@ def build_backbone(
         norm: replacement of batch norm; ignored for Swin, which has none.
         frozen_stages: how many of stem, stage 1, stage 2, ... are not trained; ignored for Swin, which is always trained.
         drop_path: maximum probability of skipping a residual branch in Swin; ignored for others.
-        finest: stride of the first map; the others are 8, 16 and 32.
+        finest: stride of the first map; the others have strides up to 32. Swin has none of stride 2.
 
     Raises:
         ConfigError: there is no such model, it has other maps or stages, or `drop_path` is not a probability.
     """
     if not 0 <= drop_path < 1:
         raise ConfigError(f"drop_path must be in [0, 1), got {drop_path} (--model.backbone.drop-path).")
-    strides = STRIDES[STRIDES.index(finest) :]
+    strides = _ALL_STRIDES[_ALL_STRIDES.index(finest) :]
     if name in SWIN_SIZES:
+        if finest < 4:
+            raise ConfigError(
+                f"the backbone {name!r} has feature maps at strides {STRIDES}, but the system needs {strides}: use a "
+                "convolutional one, such as tf_efficientnet_lite0 (--model.backbone.name)."
+            )
         swin = SwinTransformer(SWIN_SIZES[name], drop_path, len(strides))
         return Backbone(name, swin, swin.channels)
-    body = _timm_body(name, len(strides))
+    body = _timm_body(name, strides)
     if body.feature_info.reduction() != strides:
         raise ConfigError(
             f"the backbone {name!r} has feature maps at strides {body.feature_info.reduction()}, but the system needs {strides}."
@@ -178,15 +184,20 @@ def _activation(norm: nn.BatchNorm2d) -> nn.Module:
     return getattr(norm, "act", nn.Identity())
 
 
-def _timm_body(name: str, maps: int) -> Any:
-    """Return a network of timm with random weights, which returns its last `maps` maps."""
+def _timm_body(name: str, strides: Sequence[int]) -> Any:
+    """Return a network of timm with random weights, which returns as many of its last maps as there are strides."""
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, [*SWIN_SIZES, *timm.list_models()], n=3)
         raise ConfigError(f"there is no backbone {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "."))
     try:
-        return timm.create_model(name, features_only=True, out_indices=tuple(range(-maps, 0)))
+        return timm.create_model(name, features_only=True, out_indices=tuple(range(-len(strides), 0)))
+    except IndexError:
+        raise ConfigError(
+            f"the backbone {name!r} has fewer than {len(strides)} feature maps, but the system needs strides {list(strides)}: "
+            "use one that has them, such as tf_efficientnet_lite0 (--model.backbone.name)."
+        ) from None
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the backbone {name!r} cannot be built: {error}") from None
 

@@ -50,7 +50,7 @@ class BackboneConfig:
         check_bounds(self, "model.backbone")
         check_frozen_layers(self.name, self.norm, self.frozen_stages, self.pretrained)
 
-    def build(self, finest: Literal[4, 8] = 8) -> Backbone:
+    def build(self, finest: Literal[2, 4, 8] = 8) -> Backbone:
         """Return the backbone with random weights.
 
         Args:
