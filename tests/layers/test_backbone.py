@@ -254,3 +254,14 @@ def test_the_order_of_pixels_in_memory_changes_no_bit_of_the_maps():
     pixels = torch.randn(2, 3, 64, 96)
     for ours, other in zip(backbone(pixels), backbone(pixels.contiguous(memory_format=torch.channels_last)), strict=True):
         assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize(("name", "last"), [("tf_efficientnet_lite0", True), ("resnet10t", False), ("resnext50_32x4d", False)])
+def test_a_body_with_depthwise_convolutions_computes_in_channels_last_on_a_cpu(name, last):
+    torch.manual_seed(0)
+    backbone, pixels = build_backbone(name, "frozen", 0, 0.0).eval(), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps, expected = backbone(pixels), backbone.body(pixels)
+    for found, other in zip(maps, expected, strict=True):
+        assert found.is_contiguous(memory_format=torch.channels_last) is last
+        torch.testing.assert_close(found, other, atol=1e-4, rtol=1e-4)

@@ -40,13 +40,17 @@ class Backbone(nn.Module):
         self.channels, self.strides = channels, _ALL_STRIDES[-len(channels) :]
         self.stride_in_first = False
         self._channels_last = channels_last
+        convolutions = (module for module in body.modules() if isinstance(module, nn.Conv2d))
+        self._depthwise = any(convolution.groups == convolution.in_channels > 1 for convolution in convolutions)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
         """Return one map [B C h w] for each stride, finest first."""
         device = pixels.device.type
         half = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        # In float32, channels-last gains little on a CPU, and convolutions round more.
-        order = torch.channels_last if half else torch.contiguous_format
+        # In float32 on a CPU, channels-last makes depthwise convolutions about a quarter faster to train. Others gain little from
+        # it, and round more. Only the order of the pixels decides: that of the weights makes no measurable difference.
+        last = half or (self._depthwise and device == "cpu")
+        order = torch.channels_last if last else torch.contiguous_format
         maps = self.body(pixels.contiguous(memory_format=order))
         return [x.permute(0, 3, 1, 2) for x in maps] if self._channels_last else maps
 
