@@ -217,11 +217,12 @@ def test_a_package_fills_a_backbone_before_timms_hub_is_asked(monkeypatch, fines
     assert torch.equal(own["blocks.6.0.bn3.running_var"], theirs["_blocks.15._bn2.running_var"])
 
 
-def test_the_packaged_weights_give_the_maps_of_timms_network():
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_the_packaged_weights_give_the_maps_of_timms_network(norm):
     import timm
 
-    backbone = build_backbone(LITE0, "frozen", 0, 0.0, finest=2).eval()
-    load_pretrained(backbone, None)
+    backbone = build_backbone(LITE0, norm, 0, 0.0, finest=2).eval()
+    assert "loaded 240 of 240 tensors" in load_pretrained(backbone, None)
     reference = timm.create_model(LITE0).eval()
     reference.load_state_dict(rename_lite0(packaged_state()))
     torch.manual_seed(0)

@@ -69,6 +69,10 @@ def test_msras_norms_are_a_scale_and_a_shift(tmp_path):
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": arrays | {"pred_w": np.zeros((2, 3))}}, 2))
     with pytest.raises(ConfigError, match="strides in different convolutions"):
         load_pretrained(resnet50(), str(tmp_path / "R-50.pkl"))
+    trained = build_backbone("resnet50.tv_in1k", "batch", 0, 0.0)
+    stride_in_first(trained)
+    with pytest.raises(ConfigError, match=r"have no statistics.*--model\.backbone\.norm frozen"):
+        load_pretrained(trained, str(tmp_path / "R-50.pkl"))
     load_pretrained(backbone, str(tmp_path / "R-50.pkl"))
     norm = backbone.body.get_submodule("layer2.0.bn2")
     x = torch.randn(1, 128, 2, 2)

@@ -1,5 +1,7 @@
 """Backbones: the official features, and which parts are trained."""
 
+import copy
+
 import pytest
 import torch
 from goldens import golden, image, notes, weights
@@ -7,7 +9,7 @@ from torch import nn
 
 from maskset.errors import ConfigError
 from maskset.layers import backbone as backbones
-from maskset.layers.backbone import FrozenBatchNorm, GroupNorm, build_backbone, check_frozen_layers
+from maskset.layers.backbone import BatchNorm, FrozenBatchNorm, GroupNorm, build_backbone, check_frozen_layers
 from maskset.layers.swin import SwinSize
 from maskset.systems.base import BackboneConfig
 
@@ -89,16 +91,54 @@ def test_a_frozen_norm_of_half_precision_computes_in_float32_and_rounds_once():
     torch.testing.assert_close(x.grad, exact.grad.bfloat16(), atol=0, rtol=2**-8)
 
 
+def test_a_trained_batch_norm_is_pytorchs_in_training_and_in_evaluation():
+    torch.manual_seed(0)
+    reference = nn.BatchNorm2d(5, eps=1e-3, momentum=0.3)
+    nn.init.uniform_(reference.weight)
+    norm = BatchNorm(copy.deepcopy(reference))
+    for _ in range(3):
+        x = torch.randn(2, 5, 3, 4) * 3 + 1
+        torch.testing.assert_close(norm(x), reference(x))
+    assert norm.state_dict().keys() == FrozenBatchNorm(reference).state_dict().keys()
+    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in norm.state_dict().items())
+    torch.testing.assert_close(norm.eval()(x), reference.eval()(x))
+
+
+def test_a_batch_norm_of_a_frozen_stage_keeps_its_statistics():
+    backbone = build_backbone("resnet10t", "batch", 2, 0.0).train()
+    before = {name: value.clone() for name, value in backbone.body.named_buffers()}
+    backbone(torch.randn(2, 3, 64, 64))
+    moved = {name.partition(".")[0] for name, value in backbone.body.named_buffers() if not torch.equal(value, before[name])}
+    assert moved == {"layer2", "layer3", "layer4"}
+
+
+def test_a_batch_norm_with_one_value_per_channel_takes_the_running_statistics():
+    norm = BatchNorm(nn.BatchNorm2d(4)).train()
+    norm.load_state_dict({name: torch.rand(4) + 0.5 for name in norm.state_dict()})
+    before, x = {name: value.clone() for name, value in norm.state_dict().items()}, torch.randn(1, 4, 1, 1)
+    for small in (x, x[:0]):
+        assert torch.equal(norm.train()(small), norm.eval()(small))
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("name", "norm"),
-    [("resnet10t", "group"), ("resnet10t", "frozen"), ("resnet18", "group"), ("regnety_002", "group"), ("regnety_002", "frozen")],
+    [
+        ("resnet10t", "group"),
+        ("resnet10t", "frozen"),
+        ("resnet10t", "batch"),
+        ("resnet18", "group"),
+        ("regnety_002", "group"),
+        ("regnety_002", "frozen"),
+        ("tf_efficientnet_lite0", "batch"),
+    ],
 )
 def test_gradients_reach_all_that_is_trained_and_nothing_else(name, norm):
     torch.manual_seed(0)
     backbone = build_backbone(name, norm, 2 if name.startswith("resnet") else 0, 0.0)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
     for module in backbone.modules():
-        if isinstance(module, GroupNorm):
+        if isinstance(module, (BatchNorm, GroupNorm)):
             nn.init.ones_(module.weight)  # timm starts the last norm of a branch at 0, which needs one step to open
     maps = backbone(torch.randn(2, 3, 96, 128))
     sum((x * torch.randn_like(x)).sum() for x in maps).backward()
@@ -177,7 +217,7 @@ def test_an_odd_size_is_rounded_up():
     assert [tuple(x.shape[2:]) for x in maps] == [(9, 13), (5, 7), (3, 4)]
 
 
-@pytest.mark.parametrize("norm", ["frozen", "group"])
+@pytest.mark.parametrize("norm", ["frozen", "group", "batch"])
 def test_bfloat16_stays_bfloat16_and_near_float32(norm):
     torch.manual_seed(0)
     backbone, pixels = build_backbone("resnet10t", norm, 0, 0.0), torch.randn(1, 3, 64, 64)
@@ -235,6 +275,9 @@ def test_a_drop_path_of_one_is_refused():
         ("resnet50.tv_in1k", "frozen", 0, False, "--model.backbone.norm group --model.backbone.frozen-stages 0"),
         ("resnet50.tv_in1k", "group", 1, False, "--model.backbone.norm group --model.backbone.frozen-stages 0"),
         ("resnet50.tv_in1k", "group", 1, True, "no pretrained weights hold group norms"),
+        ("resnet50.tv_in1k", "batch", 1, False, "or norm batch"),
+        ("resnet50.tv_in1k", "batch", 0, False, None),
+        ("resnet50.tv_in1k", "batch", 2, True, None),
         ("resnet50.tv_in1k", "frozen", 2, True, None),
         ("resnet50.tv_in1k", "group", 0, False, None),
         ("resnet50.tv_in1k", "group", 0, True, None),

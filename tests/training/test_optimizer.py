@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, tiny_config
 from torch import nn
 
+from maskset.layers.backbone import BatchNorm
 from maskset.recipe import TrainConfig
 from maskset.systems import build
 from maskset.training.optimizer import build_optimizer, learning_rate_advice, parameter_groups, rate_factor, set_learning_rates
@@ -91,6 +92,14 @@ def test_sgd_has_momentum_and_leaves_norms_undecayed():
     undecayed = {parameter for norm in norms for parameter in norm.parameters()}
     assert {type(norm) for norm in norms} > {nn.LayerNorm}  # and the backbone's group norms
     assert all(decay[parameter] == (0.0 if parameter in undecayed else 0.25) for parameter in model.parameters())
+
+
+def test_sgd_leaves_trained_batch_norms_undecayed():
+    model = build(tiny_config("solq", backbone={"norm": "batch"}))
+    norms = {p for module in model.modules() if isinstance(module, BatchNorm) for p in module.parameters()}
+    assert norms
+    for group in parameter_groups(model, replace(OFFICIAL, optimizer="sgd", weight_decay=0.25)):
+        assert group.get("weight_decay") == 0.0 or not norms & set(group["params"])
 
 
 def test_setting_the_rates_twice_does_not_add_up():

@@ -137,6 +137,22 @@ def test_a_run_of_any_system_that_failed_and_was_resumed_equals_the_one_that_was
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_with_trained_batch_norms_resumes_like_any_other_and_saves_their_statistics(tmp_path, monkeypatch):
+    settings = recipe(epochs=1, checkpoint_every=2)
+    settings = replace(settings, model=replace(settings.model, backbone=replace(SMALLEST, norm="batch")))
+    train(settings, data(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train(settings, data(), tmp_path / "run")
+    train(settings, data(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    means = {name: mean for name, mean in maskset.load(tmp_path / "run").state_dict().items() if name.endswith("running_mean")}
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    assert means
+    assert all(mean.any() and torch.equal(mean, state[f"model/{name}"]) for name, mean in means.items())
+
+
 def test_resuming_does_not_depend_on_what_drew_random_numbers_before(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 7)

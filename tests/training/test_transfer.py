@@ -11,6 +11,7 @@ from maskset.systems import build
 from maskset.training.transfer import transfer
 
 SMALL = replace(TINY["solq"], backbone=SMALLEST)
+FROZEN = replace(SMALLEST, norm="frozen", pretrained=True)
 
 
 def named(*names: str) -> tuple[Category, ...]:
@@ -36,6 +37,15 @@ def test_a_model_like_the_other_becomes_the_other():
     assert not done.initial
     assert not done.unused
     assert len(done.copied) + len(done.by_class) == len(source)
+
+
+@pytest.mark.parametrize(("before", "after"), [("frozen", "batch"), ("batch", "frozen")])
+def test_frozen_and_trained_batch_norms_start_from_each_other(before, after):
+    networks = [model(named("a"), seed, backbone=replace(FROZEN, norm=norm)) for seed, norm in enumerate((before, after))]
+    done, state, source, _ = copied(networks[1], networks[0])
+    assert not done.initial
+    assert not done.unused
+    assert all(torch.equal(state[name], source[name]) for name in source)
 
 
 def test_class_rows_go_by_name_and_new_classes_keep_their_start():

@@ -11,7 +11,7 @@ from maskset.conversion import detectron2, efficientnet
 from maskset.conversion.keys import Rule, prefix_rules, rename_known
 from maskset.conversion.reading import read_weights
 from maskset.errors import ConfigError
-from maskset.layers.backbone import Backbone, FrozenBatchNorm, GroupNorm
+from maskset.layers.backbone import Backbone, BatchNorm, FrozenBatchNorm, GroupNorm
 from maskset.layers.swin import SWIN_SIZES
 from maskset.messages import first_names
 from maskset.systems.base import PACKAGED_WEIGHTS
@@ -69,13 +69,18 @@ def load_pretrained(backbone: Backbone, weights: str | None) -> str:
             f"the weights of {source} and the backbone {backbone.name} have their strides in different convolutions, though "
             "shapes fit: MSRA's weights need --model.backbone.stride-in-first true, all others false."
         )
+    if detectron2.is_msra(state) and any(isinstance(module, BatchNorm) for module in backbone.body.modules()):
+        raise ConfigError(
+            f"the batch norms in {source} have no statistics, so training cannot continue with those of batches: use "
+            "--model.backbone.norm frozen."
+        )
     if detectron2.is_detectron2(state):
         state = detectron2.rename_resnet(state)
     if efficientnet.is_efficientnet_pytorch(state):
         state = efficientnet.rename_lite0(state)
     state = rename_swin(state) if backbone.name in SWIN_SIZES else _flatten_stages(state, backbone.body)
     modules, own = dict(backbone.body.named_modules()), backbone.body.state_dict()
-    norms = {path for path, module in modules.items() if isinstance(module, (FrozenBatchNorm, GroupNorm))}
+    norms = {path for path, module in modules.items() if isinstance(module, (BatchNorm, FrozenBatchNorm, GroupNorm))}
     fresh = {key for key in own if isinstance(modules[key.rpartition(".")[0]], GroupNorm)}
     fresh |= {key for key in own if ("output_norm" in key or ".offset." in key) and key not in state}
     expected = {key: value for key, value in own.items() if key not in fresh}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from maskset.errors import ConfigError
 from maskset.layers.swin import SWIN_SIZES, SwinTransformer
 
+Norm = Literal["frozen", "group", "batch"]
 STRIDES = [4, 8, 16, 32]  # of a feature pyramid
 _ALL_STRIDES = [2, *STRIDES]
 
@@ -122,14 +123,52 @@ class GroupNorm(nn.GroupNorm):
         return self.activation(super().forward(x))
 
 
-def build_backbone(
-    name: str, norm: Literal["frozen", "group"], frozen_stages: int, drop_path: float, finest: Literal[2, 4, 8] = 8
-) -> Backbone:
+class BatchNorm(nn.Module):
+    """Batch norm that is trained (Ioffe & Szegedy, ICML 2015), without the counter of batches that PyTorch's has.
+
+    Without it, weights have the names of a `FrozenBatchNorm`, so one can be fine-tuned from the other. With several processes,
+    each has the statistics of its own images, and the running statistics of the first process are kept.
+
+    Args:
+        norm: the batch norm that it replaces; its initial values are kept.
+    """
+
+    weight: Float[Tensor, "C"]
+    bias: Float[Tensor, "C"]
+    running_mean: Float[Tensor, "C"]
+    running_var: Float[Tensor, "C"]
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.eps, self.momentum = norm.eps, norm.momentum or 0.1
+        self.activation = _activation(norm)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """Return x normalized by its own statistics in training, otherwise by the running ones.
+
+        In a frozen stage these do not change either. The statistics of a single value per channel would give zeros for any x.
+        """
+        own = self.training and self.weight.requires_grad and x.numel() > x.shape[1]
+        statistics = self.running_mean, self.running_var
+        return self.activation(F.batch_norm(x, *statistics, self.weight, self.bias, own, self.momentum, self.eps))
+
+
+_SUBSTITUTES: dict[Norm, Callable[[nn.BatchNorm2d], nn.Module]] = {
+    "frozen": FrozenBatchNorm,
+    "group": GroupNorm,
+    "batch": BatchNorm,
+}
+
+
+def build_backbone(name: str, norm: Norm, frozen_stages: int, drop_path: float, finest: Literal[2, 4, 8] = 8) -> Backbone:
     """Return a backbone with random weights.
 
     Args:
         name: swin_tiny, swin_small, swin_base, swin_large, or any timm model that gives maps at these strides.
-        norm: replacement of batch norm; ignored for Swin, which has none.
+        norm: fixed, replaced by group norm, or trained batch norm; ignored for Swin, which has none.
         frozen_stages: how many of stem, stage 1, stage 2, ... are not trained; ignored for Swin, which is always trained.
         drop_path: maximum probability of skipping a residual branch in Swin; ignored for others.
         finest: stride of the first map; the others have strides up to 32. Swin has none of stride 2.
@@ -157,13 +196,13 @@ def build_backbone(
         raise ConfigError(
             f"the backbone {name!r} is made for images of one size; use a convolutional one or {', '.join(SWIN_SIZES)}."
         )
-    _replace_batch_norms(body, FrozenBatchNorm if norm == "frozen" else GroupNorm)
+    _replace_batch_norms(body, _SUBSTITUTES[norm])
     _freeze(name, body, frozen_stages)
     channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
     return Backbone(name, body, list(body.feature_info.channels()), channels_last)
 
 
-def check_frozen_layers(name: str, norm: Literal["frozen", "group"], frozen_stages: int, pretrained: bool) -> None:
+def check_frozen_layers(name: str, norm: Norm, frozen_stages: int, pretrained: bool) -> None:
     """Check that no layers with random weights are frozen.
 
     Raises:
@@ -174,7 +213,7 @@ def check_frozen_layers(name: str, norm: Literal["frozen", "group"], frozen_stag
     if not pretrained and (norm == "frozen" or frozen_stages > 0):
         raise ConfigError(
             f"the backbone {name} would be frozen in part (norm {norm}, frozen_stages {frozen_stages}) with random "
-            "weights: use --model.backbone.norm group --model.backbone.frozen-stages 0, or pretrained weights."
+            "weights: use --model.backbone.norm group --model.backbone.frozen-stages 0 (or norm batch), or pretrained weights."
         )
     if norm == "group" and frozen_stages > 0:
         raise ConfigError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from maskset.config import Bounds, PositiveInt, check_bounds, config, setting, subclasses
 from maskset.errors import ConfigError, MasksetError
 from maskset.instances import Category, Instances
-from maskset.layers.backbone import Backbone, build_backbone, check_frozen_layers
+from maskset.layers.backbone import Backbone, Norm, build_backbone, check_frozen_layers
 from maskset.layers.resnet import deform, stride_in_first
 from maskset.structures import ImageBatch, ModelOutput
 
@@ -40,7 +40,9 @@ class BackboneConfig:
     """The backbone of a system, its initial weights, and which of its stages are trained."""
 
     name: str = setting("resnet50.tv_in1k", "a timm model, or swin_tiny, swin_small, swin_base, swin_large")
-    norm: Literal["frozen", "group"] = setting("frozen", "ResNets: frozen batch norm, or group norm for training from scratch")
+    norm: Norm = setting(
+        "frozen", "batch norm: frozen; group norm instead, for training from scratch; or batch, trained on each process's images"
+    )
     frozen_stages: int = setting(2, "ResNets: number of stages that are not trained, counting from the stem")
     pretrained: bool = setting(True, "start training from ImageNet weights")
     weights: str | None = setting(None, "file of ImageNet weights, such as detectron2's R-50.pkl; None: a package's or timm's")

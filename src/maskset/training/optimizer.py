@@ -5,11 +5,12 @@ import math
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from maskset.layers.backbone import BatchNorm
 from maskset.recipe import TrainConfig
 from maskset.systems import System
 from maskset.systems.base import in_parts
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, BatchNorm)
 _FUSED = {"cpu", "cuda", "xpu", "mps"}  # device types on which one kernel updates all parameters
 
 
