@@ -25,7 +25,7 @@ GROUND = {
     "instances",
     "structures",
 }
-PARTS = GROUND | {"layers", "masks", "losses", "detection"}
+PARTS = GROUND | {"layers", "masks", "losses", "detection", "assignment"}
 
 # The longest name that a module's name starts with decides; "systems.*" is any other module right below systems.
 # What may be imported: these, with all inside them.
@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": GROUND | {"layers"},
     "losses": GROUND,
     "detection": GROUND | {"losses"},
+    "assignment": GROUND | {"detection"},
     "masks": GROUND | {"layers", "masks"},
     "masks.codecs": GROUND | {"losses", "masks"},
     "systems": {"systems", "config", "errors", "instances", "structures"},

@@ -13,6 +13,7 @@ from maskset.systems.base import BackboneConfig
 from maskset.systems.isda import IsdaConfig
 from maskset.systems.istr import IstrConfig
 from maskset.systems.istr_smt import IstrSmtConfig
+from maskset.systems.sextant import SextantConfig
 from maskset.systems.soit import SoitConfig
 from maskset.systems.solq import SolqConfig
 from maskset.systems.sotr import SotrConfig
@@ -48,6 +49,10 @@ TINY: dict[str, SystemConfig] = {
         backbone=BACKBONE, num_classes=3, hidden_dim=32, num_heads=4, depth=2,
         grids=(10, 8, 6, 4, 3), scale_from=(1, 8, 16, 24, 32), scale_to=(16, 24, 32, 48, 96), mask_hidden_dim=16, mask_dim=24,
         score_threshold=0.0, final_score_threshold=0.0, input=InputConfig(short_side=64, long_side=96, divisor=32),
+    ),
+    "sextant": SextantConfig(
+        backbone=BACKBONE, num_classes=3, hidden_dim=32, head_layers=1, num_queries=12, mask_dim=8, mask_hidden_dim=4,
+        input=InputConfig(short_side=64, long_side=96, divisor=32),
     ),
 }  # fmt: skip
 

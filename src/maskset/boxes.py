@@ -27,6 +27,16 @@ def area(boxes: Boxes) -> Float[Tensor, "..."]:
     return (high - low).clamp(min=0).prod(-1)
 
 
+def iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
+    """Return the IoU of corner boxes, element by element; shapes broadcast. It is 0 where neither box has an area."""
+    (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = _sides(a), _sides(b)
+    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
+    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
+    overlap = width.clamp_(min=0) * height.clamp_(min=0)
+    union = area(a) + area(b) - overlap
+    return overlap / union.clamp_(min=torch.finfo(union.dtype).tiny)
+
+
 def generalized_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
     """Return the generalized IoU of corner boxes in [-1, 1], element by element; shapes broadcast.
 

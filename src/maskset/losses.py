@@ -21,6 +21,19 @@ def focal_loss(
     return (alpha * targets + (1 - alpha) * (1 - targets)) * miss**gamma * entropy
 
 
+def varifocal_loss(
+    logits: Float[Tensor, "*n K"], targets: Float[Tensor, "*n K"], alpha: float = 0.75, gamma: float = 2.0
+) -> Float[Tensor, "*n K"]:
+    """Return the varifocal loss of every logit (Zhang et al., CVPR 2021, eq. 2); targets are in [0, 1], 0 for other classes.
+
+    In the paper, all zeros have the focal weight alpha p^gamma. Here the other classes of a slot with an object have the weight
+    of its own class: between classes that are equally likely, the focal weight would hardly decide.
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    quality = targets.amax(-1, keepdim=True)
+    return entropy * torch.where(quality > 0, quality, alpha * logits.detach().sigmoid() ** gamma)
+
+
 def l1_loss(boxes: Float[Tensor, "n 4"], targets: Float[Tensor, "n 4"]) -> Float[Tensor, "n"]:
     """Return the sum of absolute differences of each pair."""
     return (boxes - targets).abs().sum(-1)

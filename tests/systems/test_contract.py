@@ -20,14 +20,15 @@ from maskset.instances import Category, Instances, Masks
 from maskset.kernels import library
 from maskset.kernels.attention import implementations, using
 from maskset.layers import blocks
-from maskset.masks.paint import paint, paint_probabilities
+from maskset.masks.paint import paint, paint_probabilities, paste_soft
 from maskset.masks.resize import align_corners, aligned_bilinear, resample
-from maskset.masks.targets import downsample_by_4_opencv, downsample_by_stride, resize_align_corners
+from maskset.masks.targets import crop, downsample_by_4_opencv, downsample_by_stride, resize_align_corners
 from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems import CONFIGS, System, build
 from maskset.systems.isda import Isda
 from maskset.systems.istr import Istr
 from maskset.systems.istr_smt import IstrSmt
+from maskset.systems.sextant import Sextant
 from maskset.systems.soit import Soit
 from maskset.systems.solq import Solq
 from maskset.systems.sotr import Sotr
@@ -278,7 +279,7 @@ def test_a_model_moves_to_another_device_whole(name):
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
-WAITS = {"solq": 1, "soit": 2, "isda": 1, "istr": 1, "istr-smt": 2, "sotr": 0}
+WAITS = {"solq": 1, "soit": 2, "isda": 1, "istr": 1, "istr-smt": 2, "sotr": 0, "sextant": 1}
 
 
 @every_system
@@ -395,6 +396,7 @@ LEARNING_BY_HEART = {
     "sotr": {"grids": (16, 14, 12, 8, 6), "center_fraction": 0.1},  # no two of the objects share a cell
     "istr": {"num_queries": 20},
     "istr-smt": {"num_queries": 20, "autoencoder_steps": 300},
+    "sextant": {"num_queries": 20},
 }
 
 
@@ -450,6 +452,11 @@ def after_the_quarter_mask(model: Sotr, found: Instances) -> Masks:
     return paint_probabilities(cells.float(), 4, (height, width), (height, width))
 
 
+def drawn_in_its_region(model: Sextant, found: Instances) -> Masks:
+    regions = model.region(found.boxes)
+    return paste_soft(crop(found.masks, regions, model.config.mask_size).float(), regions, found.masks.size, 0.5)
+
+
 def drawn_at_stride_8(model: Soit, found: Instances) -> Masks:
     """Return the masks as the best map of their logits at stride 8 draws them: no instance-aware transformer draws better."""
     (height, width), cells = found.masks.size, (found.masks.size[0] // 8, found.masks.size[1] // 8)
@@ -472,4 +479,5 @@ LEFT: dict[str, Callable] = {
     "istr": after_the_code,
     "istr-smt": after_the_autoencoder,
     "sotr": after_the_quarter_mask,
+    "sextant": drawn_in_its_region,
 }

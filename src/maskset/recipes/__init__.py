@@ -12,9 +12,10 @@ from types import ModuleType
 
 from maskset import config
 from maskset.recipe import Recipe
-from maskset.recipes import isda, istr, soit, solq, sotr
+from maskset.recipes import isda, istr, sextant, soit, solq, sotr
 from maskset.recipes.isda import *  # noqa: F403
 from maskset.recipes.istr import *  # noqa: F403
+from maskset.recipes.sextant import *  # noqa: F403
 from maskset.recipes.soit import *  # noqa: F403
 from maskset.recipes.solq import *  # noqa: F403
 from maskset.recipes.sotr import *  # noqa: F403
@@ -27,7 +28,7 @@ def _recipes_in(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    name: recipe for module in (solq, soit, isda, istr, sotr) for name, recipe in _recipes_in(module).items()
+    name: recipe for module in (solq, soit, isda, istr, sotr, sextant) for name, recipe in _recipes_in(module).items()
 }
 
 

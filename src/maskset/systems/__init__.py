@@ -8,11 +8,20 @@ from maskset.systems.base import InputConfig, System, SystemConfig
 from maskset.systems.isda import IsdaConfig
 from maskset.systems.istr import IstrConfig
 from maskset.systems.istr_smt import IstrSmtConfig
+from maskset.systems.sextant import SextantConfig
 from maskset.systems.soit import SoitConfig
 from maskset.systems.solq import SolqConfig
 from maskset.systems.sotr import SotrConfig
 
-SYSTEMS: tuple[type[SystemConfig], ...] = (SolqConfig, SoitConfig, IsdaConfig, IstrConfig, IstrSmtConfig, SotrConfig)
+SYSTEMS: tuple[type[SystemConfig], ...] = (
+    SolqConfig,
+    SoitConfig,
+    IsdaConfig,
+    IstrConfig,
+    IstrSmtConfig,
+    SotrConfig,
+    SextantConfig,
+)
 CONFIGS: dict[str, type[SystemConfig]] = {cls.system: cls for cls in SYSTEMS}
 
 

@@ -1,0 +1,357 @@
+"""Sextant: maskset's own system, which joins what learns fastest in the others (docs/systems/sextant.md).
+
+Every cell of a feature pyramid may report an object, as in SOTR. It holds one vector that says class, box and mask, as in SOLQ.
+In training, many cells learn from each object, which is why the system learns fast. A second class head learns from one cell per
+object; at inference only its best cells, the queries, report. A few of them are duplicates, which a learned penalty suppresses,
+so that there is no NMS. A mask is drawn inside its box, at the resolution of the object (ISTR), by a small network whose weights
+come from the vector and which knows its position relative to the box (SOIT, ISDA). From top to bottom: backbone and pyramid,
+cells, queries, masks, then losses and results.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from maskset import boxes as box_ops
+from maskset import distributed
+from maskset.assignment import Assignment, Overlaps, assign
+from maskset.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, config, setting
+from maskset.detection import pad
+from maskset.errors import ConfigError
+from maskset.instances import Category, Instances
+from maskset.layers.backbone import FeaturePyramid, group_count
+from maskset.layers.blocks import cell_grid
+from maskset.losses import squared_dice_loss, varifocal_loss
+from maskset.masks.heads.features import ConvBlock
+from maskset.masks.paint import paste_soft
+from maskset.masks.targets import crop
+from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
+from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor
+
+_CANVAS = 32  # pixels; on multiples of it each pyramid level is exactly twice as large as the next
+_FINEST = 4  # pixels per cell of the finest pyramid level
+_MASK_STRIDE = 2  # pixels per cell of the mask features
+_OUTSIDE = -20.0  # class logit of a cell on the padding
+_MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
+
+
+@config
+class SextantConfig(SystemConfig):
+    """Settings of Sextant; the defaults are those of the recipe sextant-small."""
+
+    system: Literal["sextant"] = "sextant"
+    input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
+    hidden_dim: PositiveInt = setting(96, "C, width of the pyramid and length of a cell's vector")
+    head_layers: NonNegativeInt = setting(2, "convolutions between the pyramid and the cells' vectors")
+    num_queries: PositiveInt = setting(300, "N, cells that become queries: the maximum number of objects per image")
+    mask_dim: PositiveInt = setting(16, "width of the mask features")
+    mask_hidden_dim: PositiveInt = setting(8, "hidden width of the network that draws a mask")
+    mask_size: PositiveInt = setting(28, "S, side of a mask in its box, cells")
+    box_margin: NonNegativeFloat = setting(0.25, "how much larger than its box the region of a mask is, as a fraction of the box")
+    positives: PositiveInt = setting(8, "cells that learn from one object")
+    dense_powers: tuple[NonNegativeFloat, NonNegativeFloat] = setting(
+        (0.5, 4.0), "exponents of class probability and IoU in the one-to-many assignment"
+    )
+    unique_powers: tuple[NonNegativeFloat, NonNegativeFloat] = setting((1.0, 2.0), "the same in the one-to-one assignments")
+    min_target: Probability = setting(0.3, "minimum class target of an assigned cell; above it, the target is the IoU")
+    mask_positives: PositiveInt = setting(2, "cells whose masks learn from one object, at most `positives`")
+    class_weight: NonNegativeFloat = setting(1.0, "weight of the varifocal loss of each class head")
+    l1_weight: NonNegativeFloat = setting(1.0, "weight of the box loss, relative to the size of the object")
+    giou_weight: NonNegativeFloat = setting(2.0, "weight of the generalized IoU loss")
+    mask_weight: NonNegativeFloat = setting(2.0, "weight of the cross-entropy of masks")
+    dice_weight: NonNegativeFloat = setting(2.0, "weight of the dice loss of masks")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divisor(self, _CANVAS)
+        if self.mask_positives > self.positives:
+            raise ConfigError(f"model.mask_positives must be at most positives ({self.positives}), got {self.mask_positives}.")
+
+    def build(self, categories: tuple[Category, ...]) -> "Sextant":
+        """Return an untrained Sextant."""
+        return Sextant(self, categories)
+
+
+class Sextant(System):
+    """The network. See `SextantConfig` for its parts.
+
+    `ModelOutput.layers` are the cells with the one-to-many class logits, the same cells with the one-to-one class logits, and the
+    queries. `mask_params` is the vector of a cell, from which `draw_masks` computes its mask.
+    """
+
+    CLASS_PARTS = ("class_head", "selection_head", "class_change")
+
+    config: SextantConfig
+
+    def __init__(self, config: SextantConfig, categories: tuple[Category, ...]) -> None:
+        super().__init__(config, categories, num_slots=config.num_queries)
+        width = config.hidden_dim
+        # Backbone: C1 (stride 2), and C2 ... C5, which become P2 ... P5
+        self.backbone = config.backbone.build(finest=2)
+        first, *channels = self.backbone.channels
+        self.pyramid = FeaturePyramid(channels, width)
+        self.level_norms = nn.ModuleList(nn.GroupNorm(group_count(width), width) for _ in channels)
+        # Cells: the same heads for all levels
+        self.tower = nn.Sequential(*(ConvBlock(width, width, 3) for _ in range(config.head_layers)))
+        self.class_head = nn.Linear(width, config.num_classes)
+        self.box_head = nn.Linear(width, 4)
+        self.selection_tower = ConvBlock(width, width, 3)
+        self.selection_head = nn.Linear(width, config.num_classes)
+        # Queries
+        self.class_change = nn.Linear(width, config.num_classes)
+        self.duplicate_penalty = nn.Parameter(torch.tensor(4.0))
+        # Masks
+        self.fine_projection = nn.Conv2d(first, config.mask_dim, 1)
+        self.coarse_projection = nn.Conv2d(width, config.mask_dim, 1)
+        self.mask_block = ConvBlock(config.mask_dim, config.mask_dim, 3)
+        self.mask_output = nn.Conv2d(config.mask_dim, config.mask_dim, 3, padding=1)
+        self.kernel_head = nn.Linear(width, sum(self._kernel_sizes()))
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for head in (self.class_head, self.selection_head):
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.constant_(head.bias, -math.log(99))  # every class starts at a probability of 0.01
+        nn.init.normal_(self.box_head.weight, std=0.01)
+        nn.init.constant_(self.box_head.bias, math.log(1.5))  # a box of three cells around the center of its cell
+        nn.init.zeros_(self.class_change.weight)  # a query starts with the logits of its cell
+        nn.init.zeros_(self.class_change.bias)
+        # At first all masks are drawn by the same network, which learns as any other; the vectors then change its weights.
+        nn.init.normal_(self.kernel_head.weight, std=0.01)
+        weights, biases, output, output_bias = self.kernel_head.bias.detach().split(self._kernel_sizes())
+        weights.normal_(0, math.sqrt(2 / (self.config.mask_dim + 2)))
+        output.normal_(0, math.sqrt(1 / self.config.mask_hidden_dim))
+        biases.zero_()
+        output_bias.zero_()
+
+    def _kernel_sizes(self) -> list[int]:
+        """Return how many numbers of a kernel are weights and biases of the hidden layer, and weights and bias of the output."""
+        hidden = self.config.mask_hidden_dim
+        return [hidden * (self.config.mask_dim + 2), hidden, hidden, 1]
+
+    def forward(self, images: ImageBatch) -> ModelOutput:
+        """Return the cells with both kinds of class logits, the queries, and the mask features [B D H/2 W/2]."""
+        check_canvas(images, self.input.divisor)
+        first, *maps = self.backbone(images.pixels)
+        levels = self.pyramid(maps)  # P2 ... P5, strides 4, 8, 16, 32; each [B C h w]
+        levels = [norm(level).relu() for norm, level in zip(self.level_norms, levels, strict=True)]
+        fine = self.fine_projection(first)
+        coarse = F.interpolate(self.coarse_projection(levels[0]), scale_factor=2, mode="bilinear")
+        mask_features = self.mask_output(self.mask_block(fine + coarse))
+        cells, selection = self._cells(levels, images)
+        queries = self._queries(selection)
+        return ModelOutput([cells, selection, queries], mask_features=mask_features)
+
+    def _cells(self, levels: Sequence[Float[Tensor, "B C _ _"]], images: ImageBatch) -> tuple[SlotPredictions, SlotPredictions]:
+        """Return the cells of all levels, level by level, row by row, with the logits of each class head."""
+        vectors, selection, boxes, outside = [], [], [], []
+        for i, level in enumerate(levels):
+            stride, size = _FINEST * 2**i, (level.shape[2], level.shape[3])
+            features = self.tower(level)
+            vectors.append(features.permute(0, 2, 3, 1).flatten(1, 2))
+            selection.append(self.selection_tower(features).permute(0, 2, 3, 1).flatten(1, 2))
+            sides = self.box_head(vectors[-1]).float().clamp(max=8).exp()  # distances to left, top, right, bottom, in cells
+            center = cell_grid(*size, like=sides)
+            corners = torch.cat([center - sides[..., :2], center + sides[..., 2:]], -1) * stride
+            boxes.append(box_ops.to_centers(corners) / _scale(images))
+            outside.append(images.padding(size).flatten(1))
+        vector, box, padding = torch.cat(vectors, 1), torch.cat(boxes, 1), torch.cat(outside, 1)[..., None]
+        logits = self.class_head(vector).masked_fill(padding, _OUTSIDE)
+        selection_logits = self.selection_head(torch.cat(selection, 1)).masked_fill(padding, _OUTSIDE)
+        return SlotPredictions(logits, vector, box), SlotPredictions(selection_logits, vector, box)
+
+    def _queries(self, cells: SlotPredictions) -> SlotPredictions:
+        """Return the N cells with the highest one-to-one scores, best first, with scores that know of each other.
+
+        The score of a query falls with its IoU with a better one of its class, by a learned amount. It takes one step, in which
+        all queries are compared at once. Nothing of it teaches the cells.
+        """
+        assert cells.boxes is not None
+        assert cells.mask_params is not None
+        scores = cells.class_logits.detach().amax(2)
+        best = scores.topk(min(self.config.num_queries, scores.shape[1]), 1).indices
+        logits, vectors, boxes = (
+            values.gather(1, best[..., None].expand(-1, -1, values.shape[2]))
+            for values in (cells.class_logits.detach(), cells.mask_params, cells.boxes)
+        )
+        overlap = overlap_with_better(logits, boxes.detach())
+        penalty = F.softplus(self.duplicate_penalty) * overlap.square()
+        changed = logits + self.class_change(vectors.detach()) - penalty[..., None].to(logits.dtype)
+        return SlotPredictions(changed, vectors, boxes)
+
+    def draw_masks(
+        self,
+        features: Float[Tensor, "B D h w"],
+        image: Int[Tensor, "n"],
+        vectors: Float[Tensor, "n C"],
+        boxes: Float[Tensor, "n 4"],
+    ) -> Float[Tensor, "n S S"]:
+        """Return the logits of masks in the regions of their boxes, see `region`.
+
+        A cell of a mask is a bilinear sample of the mask features and the position of the sample relative to the box, from -1 to
+        1 across it; a network with one hidden layer, whose weights `kernel_head` computes from the vector, makes a logit of them.
+
+        Args:
+            features: mask features of the batch.
+            image: index of the image of each mask.
+            vectors: of the cells.
+            boxes: x0 y0 x1 y1, pixels of the canvas.
+        """
+        hidden, size = self.config.mask_hidden_dim, self.config.mask_size
+        regions = torch.cat([image[:, None].to(features.dtype), self.region(boxes).to(features.dtype)], 1)
+        samples = roi_align(features.contiguous(), regions, size, 1 / _MASK_STRIDE, sampling_ratio=1, aligned=True)  # [n D S S]
+        position = cell_grid(size, size, like=samples).T * (2 / size) - 1  # [2 S*S], x and y across the region
+        position = position * (1 + self.config.box_margin)
+        weights, biases, output, output_bias = self.kernel_head(vectors).split(self._kernel_sizes(), 1)
+        weights = weights.unflatten(1, (hidden, -1))
+        states = torch.baddbmm(biases[..., None], weights[..., :-2], samples.flatten(2)) + weights[..., -2:] @ position
+        return torch.baddbmm(output_bias[..., None], output[:, None], states.relu())[:, 0].unflatten(1, (size, size))
+
+    def region(self, boxes: Float[Tensor, "... 4"]) -> Float[Tensor, "... 4"]:
+        """Return the corner boxes, enlarged about their centers by the margin, in which masks are drawn."""
+        center, size = box_ops.to_centers(boxes).split(2, dim=-1)
+        return box_ops.to_corners(torch.cat([center, size * (1 + self.config.box_margin)], -1))
+
+    def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return the terms "class" of the queries, "class/1" of the one-to-one and "class/0" of the one-to-many logits of the
+        cells, "box_l1", "box_giou", "mask" and "mask_dice".
+
+        Masks are drawn and compared in the predicted boxes, as at inference. Computed in float32.
+        """
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self._terms(output, images, targets)
+
+    def _terms(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        settings = self.config
+        cells, selection, queries = output.layers
+        assert cells.boxes is not None
+        assert queries.boxes is not None
+        device, scale = cells.boxes.device, _scale(images)
+        boxes = [objects.boxes.to(device, torch.float32) for objects in targets]
+        labels = [objects.labels.to(device) for objects in targets]
+        corners, query_corners = box_ops.to_corners(cells.boxes) * scale, box_ops.to_corners(queries.boxes) * scale
+        overlaps = [Overlaps(predicted, expected) for predicted, expected in zip(corners.detach(), boxes, strict=True)]
+        floor = settings.min_target
+        many = assign(cells.class_logits, overlaps, labels, settings.positives, settings.dense_powers, floor)
+        one = assign(selection.class_logits, overlaps, labels, 1, settings.unique_powers, floor)
+        overlaps = [Overlaps(predicted, expected) for predicted, expected in zip(query_corners.detach(), boxes, strict=True)]
+        final = assign(queries.class_logits, overlaps, labels, 1, settings.unique_powers, floor)
+        objects = distributed.divisor(sum(map(len, labels)), like=scale)
+        quality = distributed.divisor(many.targets.sum(), like=scale)
+        terms = {"class": self._class_loss(queries, final, labels) / objects}
+        terms["class/1"] = self._class_loss(selection, one, labels) / objects
+        terms["class/0"] = self._class_loss(cells, many, labels) / quality
+        l1, giou = self._box_losses(corners, many, boxes)
+        return terms | {"box_l1": l1 / quality, "box_giou": giou / quality} | self._mask_losses(output, corners, many, targets)
+
+    def _class_loss(self, slots: SlotPredictions, assignment: Assignment, labels: Sequence[Int[Tensor, "_"]]) -> Tensor:
+        """Return the sum of the varifocal losses of all slots and classes."""
+        logits = slots.class_logits.float()
+        channels = assignment.slots * logits.shape[2] + pad(labels)[..., None]  # [B T k], indices of slot and class
+        expected = torch.zeros_like(logits).flatten(1)
+        expected = expected.scatter_reduce(1, channels.flatten(1), assignment.targets.flatten(1), "amax").view_as(logits)
+        return self.config.class_weight * varifocal_loss(logits, expected).sum()
+
+    def _box_losses(
+        self, corners: Float[Tensor, "B N 4"], many: Assignment, boxes: Sequence[Float[Tensor, "_ 4"]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums of the L1 and generalized IoU losses of the assigned cells, weighted by their class targets.
+
+        The L1 distance is relative to the width and height of the object, of at least two pixels, and at most 8.
+        """
+        predicted = corners.gather(1, many.slots.flatten(1)[..., None].expand(-1, -1, 4)).unflatten(1, many.slots.shape[1:])
+        expected = pad(boxes)[:, :, None]  # [B T 1 4]
+        size = (expected[..., 2:] - expected[..., :2]).clamp(min=2)
+        l1 = ((predicted - expected) / torch.cat([size, size], -1)).abs().sum(-1).clamp(max=8)
+        giou = 1 - box_ops.generalized_iou(predicted, expected)
+        return (self.config.l1_weight * (l1 * many.targets).sum(), self.config.giou_weight * (giou * many.targets).sum())
+
+    def _mask_losses(
+        self, output: ModelOutput, corners: Float[Tensor, "B N 4"], many: Assignment, targets: Sequence[Instances]
+    ) -> dict[str, Tensor]:
+        """Return the mean cross-entropy and dice loss of the masks of the `mask_positives` best cells of each object."""
+        vectors, features = output.layers[0].mask_params, output.mask_features
+        assert vectors is not None
+        assert features is not None
+        lengths, size, count = [len(objects) for objects in targets], self.config.mask_size, self.config.mask_positives
+        image = torch.arange(len(targets)).repeat_interleave(torch.tensor(lengths)).to(corners.device)
+        number = torch.cat([torch.arange(length) for length in lengths]).to(corners.device)
+        cells = many.slots[image, number, :count].flatten()
+        weights = (many.targets[image, number, :count] > 0).flatten().float()
+        image = image.repeat_interleave(count)
+        boxes = corners.detach()[image, cells]
+        regions = self.region(boxes).cpu().split([length * count for length in lengths])  # the only copy to the host
+        masks = [
+            crop(objects.masks[[i for i in range(len(objects)) for _ in range(count)]], region, size)
+            for objects, region in zip(targets, regions, strict=True)
+        ]
+        logits = self.draw_masks(features.float(), image, vectors[image, cells].float(), boxes)
+        expected = torch.cat(masks).to(logits.device, torch.float32)
+        total = distributed.divisor(weights.sum(), like=logits)
+        entropy = F.binary_cross_entropy_with_logits(logits, expected, reduction="none").mean((1, 2))
+        dice = squared_dice_loss(logits.sigmoid(), expected, eps=1.0)
+        return {
+            "mask": self.config.mask_weight * (entropy * weights).sum() / total,
+            "mask_dice": self.config.dice_weight * (dice * weights).sum() / total,
+        }
+
+    @torch.no_grad()
+    def postprocess(
+        self,
+        output: ModelOutput,
+        images: ImageBatch,
+        sizes: Sequence[tuple[int, int]],
+        limit: int = 100,
+        threshold: float = 0.0,
+    ) -> list[Instances]:
+        """Return the `limit` best pairs of query and class of each image; a query may appear with several classes.
+
+        The score is the class probability times the mean probability inside the mask. There is no NMS. Boxes are the bounding
+        boxes of the masks.
+        """
+        queries, features, detections = output.layers[-1], output.mask_features, []
+        assert queries.boxes is not None
+        assert queries.mask_params is not None
+        assert features is not None
+        with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
+            corners, count = box_ops.to_corners(queries.boxes) * _scale(images), queries.boxes.shape[1]
+            image = torch.arange(len(images), device=corners.device).repeat_interleave(count)
+            vectors = queries.mask_params.flatten(0, 1).float()
+            drawn = self.draw_masks(features.float(), image, vectors, corners.flatten(0, 1)).sigmoid().unflatten(0, (-1, count))
+            inside = drawn > _MASK_THRESHOLD
+            confidence = (drawn * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
+            all_scores = queries.class_logits.float().sigmoid() * confidence[..., None]
+            regions = self.region(box_ops.to_corners(queries.boxes))  # fractions of the image
+            for scores, masks, region, size in zip(all_scores, drawn, regions, sizes, strict=True):
+                best, index = scores.flatten().topk(min(limit, scores.numel()))
+                best, index = best[best >= threshold], index[best >= threshold]
+                slots, mask_of = (index // scores.shape[1]).unique(return_inverse=True)  # one mask for all classes
+                painted = paste_soft(masks[slots], region[slots] * box_ops.scale_of(size, region), size, _MASK_THRESHOLD)
+                painted = painted[mask_of.tolist()]
+                labels = (index % scores.shape[1]).cpu()
+                detections.append(Instances(labels, painted.boxes(), painted, best.cpu(), self.categories))
+        return detections
+
+
+def overlap_with_better(logits: Float[Tensor, "B N K"], boxes: Float[Tensor, "B N 4"]) -> Float[Tensor, "B N"]:
+    """Return the greatest IoU of each query with one before it whose best class is the same.
+
+    Args:
+        logits: of the queries, best first.
+        boxes: cx cy w h.
+    """
+    corners, label = box_ops.to_corners(boxes), logits.argmax(2)
+    same = label[:, :, None] == label[:, None]
+    return (box_ops.iou(corners[:, :, None], corners[:, None]) * same).tril(-1).amax(2)
+
+
+def _scale(images: ImageBatch) -> Float[Tensor, "B 1 4"]:
+    """Return width, height, width, height of each image without padding, pixels."""
+    return images.sizes.flip(1).repeat(1, 2)[:, None].to(images.pixels.device, torch.float32)
