@@ -8,30 +8,35 @@ of a step would give a model more or less time than the others.
 """
 
 import argparse
+import difflib
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.ops import batched_nms
 
 from benchmarks import curves, page
 from benchmarks.measure import require
 from benchmarks.peers import PEERS
 from benchmarks.report import where
 from benchmarks.training import step as compute_gradients
-from maskset import recipes
-from maskset.data import open_data, shapes
+from maskset import flags, recipes
+from maskset.data import Dataset, open_data, shapes
 from maskset.errors import ConfigError, MasksetError, TrainingDiverged
-from maskset.evaluation.evaluate import evaluate
+from maskset.evaluation.average_precision import average_precision
+from maskset.evaluation.evaluate import detections_in
+from maskset.instances import Instances
 from maskset.recipe import Recipe
+from maskset.recipes.backbones import PRETRAINED, PRETRAINED_INPUT
 from maskset.recipes.solq import SCRATCH
-from maskset.systems.base import BackboneConfig
 from maskset.training.guards import explain_shortages, restore_process_settings
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_run
@@ -39,8 +44,8 @@ from maskset.training.state import seed_everything
 from maskset.training.step import NotFinite, average, update
 
 SHARES = 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0  # of the time after which models are evaluated
-PRETRAINED = BackboneConfig(name="tf_efficientnet_lite0", norm="frozen", frozen_stages=0, pretrained=True)
-_HALF: Any = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "channel_order": "rgb"}  # what its weights were trained with
+_NMS_IOU = 0.5
+_COMMON = "data.", "model.input.", "train.batch_size", "train.accumulate", "train.seed"  # settings that all models share
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     about, small = (__doc__ or "").split("\n\n")[0], [name for name in recipes.RECIPES if name.endswith("-small")]
     parser = argparse.ArgumentParser(prog="python -m benchmarks learning", description=about, allow_abbrev=False)
     parser.add_argument("data", metavar="DATA", nargs="?", help="data folder with splits train and val, or shapes:")
-    names = f"recipes, and {' and '.join(PEERS)} (default: all small recipes and these)"
+    names = f"recipes, and {' and '.join(PEERS)} (default: all small recipes and these); with other settings: NAME:SETTING=VALUE"
     parser.add_argument("--models", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--minutes", type=float, default=20.0, help="training time of each model (default: 20)")
     parser.add_argument(
@@ -134,7 +139,10 @@ def learn(options: argparse.Namespace) -> list[str]:
     setting = setting_of(options)
     plan = [(name, seed) for seed in options.seeds for name in options.models]
     recipe_of_run = {(name, seed): recipe_of(name, setting, seed) for name, seed in plan}  # all names are checked first
-    require(*(["transformers"] if "mask2former" in options.models else []), *(["matplotlib"] if options.out else []))
+    require(
+        *(["transformers"] if any(name.startswith("mask2former") for name in options.models) else []),
+        *(["matplotlib"] if options.out else []),
+    )
     if options.out is not None:
         page.check(options.out)
     result = curves.read(asdict(setting), None if options.out is None else options.out / "results")
@@ -202,17 +210,40 @@ def recipe_of(name: str, setting: Setting, seed: int) -> Recipe:
         ConfigError: there is no such recipe or peer.
     """
     small = recipes.get("solq-small")
+    name, *changes = name.split(":")
     if name not in PEERS and not recipes.known(name):
         raise ConfigError(f"there is no model {name!r}: --models takes {', '.join([*PEERS, *recipes.RECIPES])}.")
     own = replace(small, model=PEERS[name]()) if name in PEERS else recipes.get(name)
     sides = {"short_side": setting.short_side, "long_side": setting.long_side}
-    input = replace(own.model.input, **sides, **(_HALF if setting.pretrained else {}))
+    input = replace(own.model.input, **sides)
+    if setting.pretrained:
+        input = replace(input, mean=PRETRAINED_INPUT.mean, std=PRETRAINED_INPUT.std, channel_order=PRETRAINED_INPUT.channel_order)
     data = replace(small.data, short_sides=tuple(setting.short_sides), long_side=setting.long_side, workers=0)
-    return Recipe(
+    recipe = Recipe(
         model=replace(own.model, input=input, backbone=PRETRAINED if setting.pretrained else SCRATCH),
         data=data,
         train=replace(own.train, batch_size=setting.batch_size, accumulate=1, seed=seed),
     )
+    return flags.apply(recipe, dict(_change(recipe, name, change) for change in changes))
+
+
+def _change(recipe: Recipe, name: str, change: str) -> tuple[str, str]:
+    """Return name and value of a setting from NAME=VALUE.
+
+    Raises:
+        ConfigError: there is no such setting, it has no value, or all models have it in common.
+    """
+    setting, _, value = change.partition("=")
+    known = [other.name for other in flags.flatten(recipe)]
+    if setting not in known:
+        near = difflib.get_close_matches(setting, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "such as model.num_queries=100."
+        raise ConfigError(f"{name}:{change}: there is no setting {setting!r}; {hint}")
+    if setting.startswith(_COMMON):
+        raise ConfigError(f"{name}:{change}: {setting} is the same for all models of a benchmark.")
+    if not value:
+        raise ConfigError(f"{name}:{change}: the value of {setting} is missing, as in {setting}=2.")
+    return setting, value
 
 
 @restore_process_settings()
@@ -233,8 +264,10 @@ def measure(recipe: Recipe, data: str, setting: Setting, title: str) -> dict[str
     for seconds in train(run, budget):
         if seconds < shares[0] * budget:
             continue
-        metrics = evaluate(run.eval_model, run.val_data, max_detections=setting.max_detections, progress=False).to_dict()
-        values = {name: metrics[name] if metrics[name] is None else round(metrics[name], 4) for name in curves.METRICS}
+        detections = list(detections_in(run.eval_model, run.val_data, range(len(run.val_data)), setting.max_detections))
+        metrics = average_precision(run.val_data, detections, setting.max_detections).to_dict()
+        metrics["mask_ap_with_nms"] = mask_ap_with_nms(detections, run.val_data, setting.max_detections)
+        values = {name: _rounded(metrics[name]) for name in (*curves.METRICS, "mask_ap_with_nms")}
         while shares and seconds >= shares[0] * budget:
             points.append({"share": shares.pop(0), "seconds": round(seconds, 2), "steps": run.progress.step, **values})
         print(f"{title}: {seconds:,.0f} of {budget:,.0f} s, step {run.progress.step}: {_text(values)}", flush=True)
@@ -248,6 +281,19 @@ def measure(recipe: Recipe, data: str, setting: Setting, title: str) -> dict[str
         "trial_seconds": round(trial, 2),
         "points": points,
     }
+
+
+def mask_ap_with_nms(detections: Iterable[tuple[int, Instances]], dataset: Dataset, max_detections: int) -> float:
+    """Return the mask AP after greedy NMS of the detections' boxes in each class: no better than without, if none is needed."""
+    remaining = []
+    for index, found in detections:
+        assert found.scores is not None
+        remaining.append((index, found[batched_nms(found.boxes, found.scores, found.labels, _NMS_IOU)]))
+    return average_precision(dataset, remaining, max_detections).mask_ap
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(value, 4)
 
 
 def compute_one_gradient(run: Run) -> float:

@@ -144,9 +144,9 @@ def learning_section(result: Mapping[str, Any]) -> Iterator[str]:
         f"{setting['val_images']:,} to evaluate on, {pluralize(setting['classes'], 'class')}. All have {setting['backbone']} "
         f"{start}, batches of {setting['batch_size']} images, flips, short sides {', '.join(map(str, setting['short_sides']))} "
         f"pixels ({setting['short_side']} at evaluation) and at most {setting['max_detections']} detections in an image. Values "
-        "are medians over seeds."
+        "are medians over seeds. The last column is the mask AP after greedy NMS of the results' boxes at an IoU of 0.5."
     )
-    heads = ["model", "seeds", "M parameters", "steps", "s/step", *curves.METRICS.values()]
+    heads = ["model", "seeds", "M parameters", "steps", "s/step", *curves.METRICS.values(), "mask AP with NMS"]
     yield _table(heads, [_final(curve) for curve in all_curves])
     for curve in all_curves:
         if len(curve.runs) > 1:
@@ -169,7 +169,9 @@ def _final(curve: curves.Curve) -> list[str]:
     steps, pace = median(point["steps"] for point in last), median(point["seconds"] / point["steps"] for point in last)
     size = curve.runs[0]["parameters"] / 1e6
     metrics = [_ap(values[-1]) for values in curve.values.values()]
-    return [curve.model, str(len(last)), f"{size:.1f}", f"{steps:,.0f}", f"{pace:.2f}", *metrics]
+    suppressed = [point["mask_ap_with_nms"] for point in last if "mask_ap_with_nms" in point]
+    with_nms = _ap(median(suppressed) if suppressed else None)
+    return [curve.model, str(len(last)), f"{size:.1f}", f"{steps:,.0f}", f"{pace:.2f}", *metrics, with_nms]
 
 
 def _ap(value: float | None) -> str:

@@ -163,7 +163,7 @@ def test_the_page_has_medians_over_seeds_and_the_figure_depends_on_results_alone
     result = json.loads(path.read_text())
     text = page.page({path.name: result})
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(("| a ", "| b "))]
-    assert lines[0] == ["a", "3", "6.0", "200", "6.00", "0.400", "0.400", "0.400", "0.400", "0.400", "", "0.400"]
+    assert lines[0] == ["a", "3", "6.0", "200", "6.00", "0.400", "0.400", "0.400", "0.400", "0.400", "", "0.400", ""]
     assert lines[2:] == [["a", "0.200", "0.400"], ["b", "0.100", "0.200"]]
     assert "a: mask AP of the seeds from 0.300 to 0.500." in text
     assert "![AP against time](learning-nuclei-20min.svg)" in text
@@ -243,3 +243,31 @@ def test_mask2former_draws_a_mask_without_the_padding_at_the_size_of_the_image(m
     assert result.categories[result.labels[0]] == Category("triangle", 3)
     probability = class_logits[0, 1].softmax(0)[2] * torch.tensor(4.0).sigmoid()
     assert result.scores.tolist() == pytest.approx([probability.item()])
+
+
+def test_a_model_can_have_other_settings():
+    setting = learning.Setting(**SETTING | {"long_side": 384})
+    recipe = learning.recipe_of("solq-small:model.num_queries=7:train.learning_rate=0.5", setting, 0)
+    assert (recipe.model.num_queries, recipe.train.learning_rate) == (7, 0.5)
+    wrong = {
+        "model.num_querys=7": "did you mean model.num_queries",
+        "model.num_queries": "the value of model.num_queries is missing",
+        "train.batch_size=8": "train.batch_size is the same for all models",
+    }
+    for change, message in wrong.items():
+        with pytest.raises(ConfigError, match=message):
+            learning.recipe_of(f"solq-small:{change}", setting, 0)
+
+
+def test_nms_removes_the_duplicates_that_a_model_reports(monkeypatch):
+    counted = []
+    count = lambda dataset, detections, limit: counted.extend(detections) or SimpleNamespace(mask_ap=0.5)  # noqa: E731
+    monkeypatch.setattr(learning, "average_precision", count)
+    data = ShapesDataset("val", count=1)
+    objects = data.targets(0)
+    twice = [*range(len(objects)), *range(len(objects))]
+    scores = torch.linspace(0.1, 0.9, len(twice))
+    assert learning.mask_ap_with_nms([(0, replace(objects[twice], scores=scores))], data, 100) == 0.5
+    ((index, remaining),) = counted
+    assert index == 0
+    assert sorted(remaining.scores.tolist()) == scores[len(objects) :].tolist()

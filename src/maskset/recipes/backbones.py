@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from maskset.recipes.solq import SCRATCH
 from maskset.systems.base import PACKAGED_WEIGHTS, BackboneConfig, InputConfig
 
-_LITE0 = "tf_efficientnet_lite0"
+PRETRAINED = BackboneConfig(name="tf_efficientnet_lite0", frozen_stages=0)
+PRETRAINED_INPUT = InputConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # what its weights were trained with
 
 
 def small_backbone() -> tuple[BackboneConfig, InputConfig]:
@@ -14,7 +15,6 @@ def small_backbone() -> tuple[BackboneConfig, InputConfig]:
     With maskset[pretrained] it is EfficientNet-Lite0 from ImageNet weights, which needs no download; without, it is a small
     ResNet from random weights, so that the recipe runs everywhere. A run stores which one it has in its recipe.json.
     """
-    if find_spec(PACKAGED_WEIGHTS[_LITE0]) is None:
+    if find_spec(PACKAGED_WEIGHTS[PRETRAINED.name]) is None:
         return SCRATCH, InputConfig()
-    halves = (0.5, 0.5, 0.5)
-    return BackboneConfig(name=_LITE0, frozen_stages=0), InputConfig(mean=halves, std=halves)
+    return PRETRAINED, PRETRAINED_INPUT
