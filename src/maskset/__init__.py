@@ -1,4 +1,4 @@
-"""maskset turns an image into a set of masks: six end-to-end instance segmentation systems with transformers."""
+"""maskset turns an image into a set of masks: six published systems with transformers, and one of our own."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -29,12 +29,8 @@ def area(boxes: Boxes) -> Float[Tensor, "..."]:
 
 def iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
     """Return the IoU of corner boxes, element by element; shapes broadcast. It is 0 where neither box has an area."""
-    (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = _sides(a), _sides(b)
-    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
-    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
-    overlap = width.clamp_(min=0) * height.clamp_(min=0)
-    union = area(a) + area(b) - overlap
-    return overlap / union.clamp_(min=torch.finfo(union.dtype).tiny)
+    overlap, union = _overlap_and_union(a, b, _sides(a), _sides(b))
+    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def generalized_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
@@ -42,16 +38,22 @@ def generalized_iou(a: Boxes, b: Boxes) -> Float[Tensor, "..."]:
 
     IoU minus the share of the smallest enclosing box that neither covers (Rezatofighi et al., CVPR 2019, algorithm 1).
     """
-    (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = _sides(a), _sides(b)
-    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
-    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
-    overlap = width.clamp_(min=0) * height.clamp_(min=0)
-    union = area(a) + area(b) - overlap
+    sides, other_sides = _sides(a), _sides(b)
+    overlap, union = _overlap_and_union(a, b, sides, other_sides)
+    (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = sides, other_sides
     width = torch.maximum(right, other_right) - torch.minimum(left, other_left)
     height = torch.maximum(bottom, other_bottom) - torch.minimum(top, other_top)
     hull = width.clamp_(min=0) * height.clamp_(min=0)
     tiny = torch.finfo(union.dtype).tiny
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def _overlap_and_union(a: Boxes, b: Boxes, sides: Sequence[Tensor], other_sides: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = sides, other_sides
+    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
+    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
+    overlap = width.clamp_(min=0) * height.clamp_(min=0)
+    return overlap, area(a) + area(b) - overlap
 
 
 def clip(boxes: Boxes, size: tuple[int, int]) -> Boxes:

@@ -16,8 +16,13 @@ from pkgutil import iter_modules
 from maskset.arguments import FIRST_SETTINGS, count, new_file, new_folder, new_json, usable_device
 from maskset.errors import MasksetError
 
-_MODULES = iter_modules([str(Path(__file__).parent / "systems")])  # one for each system; importing them takes seconds
-SYSTEMS = ", ".join(module.name.replace("_", "-") for module in _MODULES if module.name != "base")
+
+def _modules(folder: str) -> set[str]:
+    """Return the names of the modules in a folder of the package, without importing them, which takes seconds."""
+    return {module.name for module in iter_modules([str(Path(__file__).parent / folder)])}
+
+
+CONVERTIBLE = ", ".join(sorted(name.replace("_", "-") for name in _modules("systems") & _modules("conversion")))
 
 
 def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -25,7 +30,7 @@ def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _demo(options: Namespace) -> None:
-    """Train a small model on generated images (10 minutes on a CPU)."""
+    """Train a small model on generated images (4 minutes on a CPU)."""
     from maskset.demo import demo
 
     demo(options.out)
@@ -211,7 +216,7 @@ def _codecs_compare(options: Namespace) -> None:
 
 
 def _convert_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("system", metavar="SYSTEM", help=f"system of the checkpoint: {SYSTEMS}")
+    parser.add_argument("system", metavar="SYSTEM", help=f"system of the checkpoint: {CONVERTIBLE}")
     parser.add_argument("source", type=Path, metavar="FILE", help="the official .pth file")
     parser.add_argument("out", type=new_file, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--coco80", action="store_true", help="keep COCO's 80 classes of the 91 channels")

@@ -27,7 +27,7 @@ def varifocal_loss(
     """Return the varifocal loss of every logit (Zhang et al., CVPR 2021, eq. 2); targets are in [0, 1], 0 for other classes.
 
     In the paper, all zeros have the focal weight alpha p^gamma. Here the other classes of a slot with an object have the weight
-    of its own class: between classes that are equally likely, the focal weight would hardly decide.
+    of its own class: between classes that are equally likely, the focal weight would hardly decide. Weights have no gradient.
     """
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     quality = targets.amax(-1, keepdim=True)

@@ -10,7 +10,7 @@ Shape letters, used in every file of the package:
     L  decoder layers or feature levels
 
 A *slot* is one place where a system may report an object: a query (SOLQ, SOIT, ISDA), a region of interest (ISTR) or a
-grid cell (SOTR).
+cell (SOTR, Sextant).
 """
 
 from collections.abc import Sequence

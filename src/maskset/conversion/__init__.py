@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -191,12 +192,16 @@ def _fingerprint(source: Path) -> str:
 
 
 def _converter(system: Any) -> Any:
-    """Return the module that converts a system; its name is the system's."""
-    if not isinstance(system, str) or system not in CONFIGS:
-        near = difflib.get_close_matches(str(system), CONFIGS, n=1)
+    """Return the module that converts a system and is named like it. A system without official weights has none."""
+    modules = {name: f"maskset.conversion.{name.replace('-', '_')}" for name in CONFIGS}
+    convertible = [name for name, module in modules.items() if find_spec(module)]
+    if not isinstance(system, str) or system not in convertible:
+        if system in CONFIGS:
+            raise ConversionError(f"{system} has no official weights, so there is nothing to convert.")
+        near = difflib.get_close_matches(str(system), convertible, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ": the system comes first, then the weights."
-        raise ConversionError(f"the system must be one of {', '.join(CONFIGS)}, got {system!r:.80}{hint}")
-    return import_module(f"maskset.conversion.{system.replace('-', '_')}")
+        raise ConversionError(f"the system must be one of {', '.join(convertible)}, got {system!r:.80}{hint}")
+    return import_module(modules[system])
 
 
 __all__ = ["Conversion", "ConversionError", "convert", "convert_file", "initialize_file", "read_state_dict"]

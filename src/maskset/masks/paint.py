@@ -4,12 +4,12 @@
 |-----------------------|----------------|--------------------------------------------------------|-------------------------|
 | `binarize`            | SOLQ           | above the middle of the soft mask's range              | none                    |
 | `paste`               | SOLQ           | bilinear samples of a binary mask, >= 0.5 (detectron2) | `fields_paste`          |
-| `paste_soft`          | ISTR, ISTR-SMT | bilinear samples of probabilities, >= threshold        | `fields_paste`          |
+| `paste_soft`          | ISTR*, Sextant | bilinear samples of probabilities, >= threshold        | `fields_paste`          |
 | `paint`               | SOIT           | sigmoid and resizes of logits, > threshold             | `fields_resize`, `_cut` |
 | `paint_probabilities` | ISDA, SOTR     | resize by the stride, cut off padding, resize, > 0.5   | by `paint`              |
 
-Where the C library is available it does the work, on the CPU (kernels/fields.py, kernels/csrc/fields.c). The Python code here is
-the reference that the C code is tested against (tests/kernels/test_fields.py).
+ISTR* is ISTR and ISTR-SMT. Where the C library is available it does the work, on the CPU (kernels/fields.py,
+kernels/csrc/fields.c). The Python code here is the reference that the C code is tested against (tests/kernels/test_fields.py).
 """
 
 from collections.abc import Callable, Sequence

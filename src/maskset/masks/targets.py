@@ -2,14 +2,15 @@
 
 | function                 | used by              | rule                                               | C function              |
 |--------------------------|----------------------|----------------------------------------------------|-------------------------|
-| `crop`                   | SOLQ, ISTR, ISTR-SMT | RoIAlign in the box, >= 0.5 (detectron2)           | `targets_crop`          |
+| `crop`                   | SOLQ, ISTR*, Sextant | RoIAlign in the box, >= 0.5 (detectron2)           | `targets_crop`          |
 | `downsample_by_stride`   | ISDA                 | bilinear by 1 / stride, half-pixel (`interpolate`) | `targets_resize`        |
 | `downsample_by_4_opencv` | SOTR                 | `cv2.resize` of bytes by 1 / 4 (mmcv, `imrescale`) | `targets_resize_opencv` |
 | `resize_align_corners`   | SOIT                 | bilinear, `align_corners=True`, of the padded mask | `targets_resize`        |
 | `centers_of_mass`        | SOTR                 | mean y and x of the pixels (scipy)                 | none                    |
 
-Masks on the CPU are processed by C (kernels/runs.py, kernels/csrc/targets.c) where the library is available. The Python code here
-is the reference that the C code is tested against (tests/kernels/test_targets.py); it also runs on other devices.
+ISTR* is ISTR and ISTR-SMT. Masks on the CPU are processed by C (kernels/runs.py, kernels/csrc/targets.c) where the library is
+available. The Python code here is the reference that the C code is tested against (tests/kernels/test_targets.py). It also runs
+on other devices.
 """
 
 import math

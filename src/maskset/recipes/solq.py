@@ -91,11 +91,11 @@ def solq_small() -> Recipe:
 
 
 def solq_tiny() -> Recipe:
-    """A very small SOLQ from scratch for generated shapes: the recipe of `make demo`.
+    """A very small SOLQ from scratch for generated shapes.
 
     Command: maskset train solq-tiny --data shapes: --out RUN
-    Expect: mask AP 0.35, AP50 0.69 on 200 unseen images (`make demo`), after 9 minutes on two CPU cores.
-    Status: trained by `make demo`; with so little time, many steps of few small images beat fewer steps of larger ones.
+    Expect: mask AP 0.35, AP50 0.69 on 200 unseen images, after 9 minutes on two CPU cores.
+    Status: trained to the end; with so little time, many steps of few small images beat fewer steps of larger ones.
     """
     return Recipe(
         model=SolqConfig(

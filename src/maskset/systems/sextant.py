@@ -20,7 +20,7 @@ from torchvision.ops import roi_align
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.assignment import Assignment, Overlaps, assign
+from maskset.assignment import Assignment, assign, fit
 from maskset.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, config, setting
 from maskset.detection import pad
 from maskset.errors import ConfigError
@@ -38,22 +38,22 @@ _CANVAS = 32  # pixels; on multiples of it each pyramid level is exactly twice a
 _FINEST = 4  # pixels per cell of the finest pyramid level
 _MASK_STRIDE = 2  # pixels per cell of the mask features
 _OUTSIDE = -20.0  # class logit of a cell on the padding
-_MASK_THRESHOLD = 0.5  # probability above which a cell belongs to a mask
+_MASK_THRESHOLD = 0.5  # probability from which on a pixel belongs to a mask
 
 
 @config
 class SextantConfig(SystemConfig):
-    """Settings of Sextant; the defaults are those of the recipe sextant-small."""
+    """Settings of Sextant; the defaults are those of the recipe sextant-small, but for backbone and input."""
 
     system: Literal["sextant"] = "sextant"
     input: InputConfig = setting(InputConfig(divisor=_CANVAS), "how images become the network's input")
     backbone: BackboneConfig = setting(BackboneConfig(), "the backbone")
-    hidden_dim: PositiveInt = setting(96, "C, width of the pyramid and length of a cell's vector")
+    hidden_dim: PositiveInt = setting(64, "C, width of the pyramid and length of a cell's vector")
     head_layers: NonNegativeInt = setting(2, "convolutions between the pyramid and the cells' vectors")
     num_queries: PositiveInt = setting(300, "N, cells that become queries: the maximum number of objects per image")
     mask_dim: PositiveInt = setting(16, "width of the mask features")
     mask_hidden_dim: PositiveInt = setting(8, "hidden width of the network that draws a mask")
-    mask_size: PositiveInt = setting(28, "S, side of a mask in its box, cells")
+    mask_size: PositiveInt = setting(20, "S, side of a mask in its box, cells")
     box_margin: NonNegativeFloat = setting(0.25, "how much larger than its box the region of a mask is, as a fraction of the box")
     positives: PositiveInt = setting(8, "cells that learn from one object")
     dense_powers: tuple[NonNegativeFloat, NonNegativeFloat] = setting(
@@ -157,7 +157,7 @@ class Sextant(System):
             features = self.tower(level)
             vectors.append(features.permute(0, 2, 3, 1).flatten(1, 2))
             selection.append(self.selection_tower(features).permute(0, 2, 3, 1).flatten(1, 2))
-            sides = self.box_head(vectors[-1]).float().clamp(max=8).exp()  # distances to left, top, right, bottom, in cells
+            sides = self.box_head(vectors[-1]).float().clamp(max=6).exp()  # distances to left, top, right, bottom, in cells
             center = cell_grid(*size, like=sides)
             corners = torch.cat([center - sides[..., :2], center + sides[..., 2:]], -1) * stride
             boxes.append(box_ops.to_centers(corners) / _scale(images))
@@ -168,10 +168,10 @@ class Sextant(System):
         return SlotPredictions(logits, vector, box), SlotPredictions(selection_logits, vector, box)
 
     def _queries(self, cells: SlotPredictions) -> SlotPredictions:
-        """Return the N cells with the highest one-to-one scores, best first, with scores that know of each other.
+        """Return the N cells with the highest one-to-one scores, best first, with logits that depend on each other.
 
-        The score of a query falls with its IoU with a better one of its class, by a learned amount. It takes one step, in which
-        all queries are compared at once. Nothing of it teaches the cells.
+        The logits are those of the cell, plus a linear function of its vector, less a penalty that grows with the IoU with a
+        better query of the same class. All queries are compared at once. No gradient reaches the cells through these logits.
         """
         assert cells.boxes is not None
         assert cells.mask_params is not None
@@ -183,8 +183,8 @@ class Sextant(System):
         )
         overlap = overlap_with_better(logits, boxes.detach())
         penalty = F.softplus(self.duplicate_penalty) * overlap.square()
-        changed = logits + self.class_change(vectors.detach()) - penalty[..., None].to(logits.dtype)
-        return SlotPredictions(changed, vectors, boxes)
+        logits = logits + self.class_change(vectors.detach()) - penalty[..., None].to(logits.dtype)
+        return SlotPredictions(logits, vectors, boxes)
 
     def draw_masks(
         self,
@@ -205,14 +205,15 @@ class Sextant(System):
             boxes: x0 y0 x1 y1, pixels of the canvas.
         """
         hidden, size = self.config.mask_hidden_dim, self.config.mask_size
-        regions = torch.cat([image[:, None].to(features.dtype), self.region(boxes).to(features.dtype)], 1)
+        finite = self.region(boxes).to(features.dtype).nan_to_num(0.0, 0.0, 0.0)  # the kernel of roi_align may crash on others
+        regions = torch.cat([image[:, None].to(features.dtype), finite], 1)
         samples = roi_align(features.contiguous(), regions, size, 1 / _MASK_STRIDE, sampling_ratio=1, aligned=True)  # [n D S S]
         position = cell_grid(size, size, like=samples).T * (2 / size) - 1  # [2 S*S], x and y across the region
         position = position * (1 + self.config.box_margin)
-        weights, biases, output, output_bias = self.kernel_head(vectors).split(self._kernel_sizes(), 1)
+        weights, biases, last, last_bias = self.kernel_head(vectors).split(self._kernel_sizes(), 1)
         weights = weights.unflatten(1, (hidden, -1))
         states = torch.baddbmm(biases[..., None], weights[..., :-2], samples.flatten(2)) + weights[..., -2:] @ position
-        return torch.baddbmm(output_bias[..., None], output[:, None], states.relu())[:, 0].unflatten(1, (size, size))
+        return torch.baddbmm(last_bias[..., None], last[:, None], states.relu())[:, 0].unflatten(1, (size, size))
 
     def region(self, boxes: Float[Tensor, "... 4"]) -> Float[Tensor, "... 4"]:
         """Return the corner boxes, enlarged about their centers by the margin, in which masks are drawn."""
@@ -221,7 +222,7 @@ class Sextant(System):
 
     def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Return the terms "class" of the queries, "class/1" of the one-to-one and "class/0" of the one-to-many logits of the
-        cells, "box_l1", "box_giou", "mask" and "mask_dice".
+        cells; and, of the cells, whose boxes and vectors all layers share, "box_l1", "box_giou", "mask" and "mask_dice".
 
         Masks are drawn and compared in the predicted boxes, as at inference. Computed in float32.
         """
@@ -229,70 +230,79 @@ class Sextant(System):
             return self._terms(output, images, targets)
 
     def _terms(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        settings = self.config
+        settings, floor = self.config, self.config.min_target
         cells, selection, queries = output.layers
         assert cells.boxes is not None
         assert queries.boxes is not None
-        device, scale = cells.boxes.device, _scale(images)
-        boxes = [objects.boxes.to(device, torch.float32) for objects in targets]
-        labels = [objects.labels.to(device) for objects in targets]
-        corners, query_corners = box_ops.to_corners(cells.boxes) * scale, box_ops.to_corners(queries.boxes) * scale
-        overlaps = [Overlaps(predicted, expected) for predicted, expected in zip(corners.detach(), boxes, strict=True)]
-        floor = settings.min_target
-        many = assign(cells.class_logits, overlaps, labels, settings.positives, settings.dense_powers, floor)
-        one = assign(selection.class_logits, overlaps, labels, 1, settings.unique_powers, floor)
-        overlaps = [Overlaps(predicted, expected) for predicted, expected in zip(query_corners.detach(), boxes, strict=True)]
-        final = assign(queries.class_logits, overlaps, labels, 1, settings.unique_powers, floor)
-        objects = distributed.divisor(sum(map(len, labels)), like=scale)
-        quality = distributed.divisor(many.targets.sum(), like=scale)
-        terms = {"class": self._class_loss(queries, final, labels) / objects}
-        terms["class/1"] = self._class_loss(selection, one, labels) / objects
-        terms["class/0"] = self._class_loss(cells, many, labels) / quality
-        l1, giou = self._box_losses(corners, many, boxes)
-        return terms | {"box_l1": l1 / quality, "box_giou": giou / quality} | self._mask_losses(output, corners, many, targets)
+        lengths, scale = [len(objects) for objects in targets], _scale(images)
+        padded_labels = pad([objects.labels for objects in targets]).to(scale.device)  # [B T]
+        padded_boxes = pad([objects.boxes for objects in targets]).to(scale.device, torch.float32)  # [B T 4]
+        labels = [row[:length] for row, length in zip(padded_labels, lengths, strict=True)]
+        boxes = [row[:length] for row, length in zip(padded_boxes, lengths, strict=True)]
 
-    def _class_loss(self, slots: SlotPredictions, assignment: Assignment, labels: Sequence[Int[Tensor, "_"]]) -> Tensor:
+        corners, query_corners = box_ops.to_corners(cells.boxes) * scale, box_ops.to_corners(queries.boxes) * scale
+        usable = cells.class_logits.amax(2) != _OUTSIDE
+        fits = [fit(*each) for each in zip(corners, boxes, usable, strict=True)]
+        dense = assign(cells.class_logits, fits, labels, settings.positives, settings.dense_powers, floor)
+        unique = assign(selection.class_logits, fits, labels, 1, settings.unique_powers, floor)
+        usable = queries.class_logits.amax(2) > _OUTSIDE
+        fits = [fit(*each) for each in zip(query_corners, boxes, usable, strict=True)]
+        of_queries = assign(queries.class_logits, fits, labels, 1, settings.unique_powers, floor)
+
+        object_count = distributed.divisor(sum(lengths), like=scale)
+        target_sum = distributed.divisor(dense.targets.sum(), like=scale)
+        l1, giou = self._box_losses(corners, dense, padded_boxes)
+        return {
+            "class": self._class_loss(queries, of_queries, padded_labels) / object_count,
+            "class/1": self._class_loss(selection, unique, padded_labels) / object_count,
+            "class/0": self._class_loss(cells, dense, padded_labels) / target_sum,
+            "box_l1": l1 / target_sum,
+            "box_giou": giou / target_sum,
+            **self._mask_losses(output, corners, dense, targets),
+        }
+
+    def _class_loss(self, slots: SlotPredictions, assignment: Assignment, labels: Int[Tensor, "B T"]) -> Tensor:
         """Return the sum of the varifocal losses of all slots and classes."""
         logits = slots.class_logits.float()
-        channels = assignment.slots * logits.shape[2] + pad(labels)[..., None]  # [B T k], indices of slot and class
+        channels = assignment.slots * logits.shape[2] + labels[..., None]  # [B T k], indices of slot and class
         expected = torch.zeros_like(logits).flatten(1)
         expected = expected.scatter_reduce(1, channels.flatten(1), assignment.targets.flatten(1), "amax").view_as(logits)
         return self.config.class_weight * varifocal_loss(logits, expected).sum()
 
     def _box_losses(
-        self, corners: Float[Tensor, "B N 4"], many: Assignment, boxes: Sequence[Float[Tensor, "_ 4"]]
+        self, corners: Float[Tensor, "B N 4"], dense: Assignment, boxes: Float[Tensor, "B T 4"]
     ) -> tuple[Tensor, Tensor]:
         """Return the sums of the L1 and generalized IoU losses of the assigned cells, weighted by their class targets.
 
         The L1 distance is relative to the width and height of the object, of at least two pixels, and at most 8.
         """
-        predicted = corners.gather(1, many.slots.flatten(1)[..., None].expand(-1, -1, 4)).unflatten(1, many.slots.shape[1:])
-        expected = pad(boxes)[:, :, None]  # [B T 1 4]
+        predicted = corners.gather(1, dense.slots.flatten(1)[..., None].expand(-1, -1, 4)).unflatten(1, dense.slots.shape[1:])
+        expected = boxes[:, :, None]  # [B T 1 4]
         size = (expected[..., 2:] - expected[..., :2]).clamp(min=2)
         l1 = ((predicted - expected) / torch.cat([size, size], -1)).abs().sum(-1).clamp(max=8)
         giou = 1 - box_ops.generalized_iou(predicted, expected)
-        return (self.config.l1_weight * (l1 * many.targets).sum(), self.config.giou_weight * (giou * many.targets).sum())
+        return self.config.l1_weight * (l1 * dense.targets).sum(), self.config.giou_weight * (giou * dense.targets).sum()
 
     def _mask_losses(
-        self, output: ModelOutput, corners: Float[Tensor, "B N 4"], many: Assignment, targets: Sequence[Instances]
+        self, output: ModelOutput, corners: Float[Tensor, "B N 4"], dense: Assignment, targets: Sequence[Instances]
     ) -> dict[str, Tensor]:
         """Return the mean cross-entropy and dice loss of the masks of the `mask_positives` best cells of each object."""
         vectors, features = output.layers[0].mask_params, output.mask_features
         assert vectors is not None
         assert features is not None
-        lengths, size, count = [len(objects) for objects in targets], self.config.mask_size, self.config.mask_positives
+        lengths, count = [len(objects) for objects in targets], min(self.config.mask_positives, dense.slots.shape[2])
         image = torch.arange(len(targets)).repeat_interleave(torch.tensor(lengths)).to(corners.device)
         number = torch.cat([torch.arange(length) for length in lengths]).to(corners.device)
-        cells = many.slots[image, number, :count].flatten()
-        weights = (many.targets[image, number, :count] > 0).flatten().float()
+        cells = dense.slots[image, number, :count].flatten()
+        weights = (dense.targets[image, number, :count] > 0).flatten().float()
         image = image.repeat_interleave(count)
         boxes = corners.detach()[image, cells]
+        logits = self.draw_masks(features.float(), image, vectors[image, cells].float(), boxes)
         regions = self.region(boxes).cpu().split([length * count for length in lengths])  # the only copy to the host
         masks = [
-            crop(objects.masks[[i for i in range(len(objects)) for _ in range(count)]], region, size)
+            crop(objects.masks[[i for i in range(len(objects)) for _ in range(count)]], region, self.config.mask_size)
             for objects, region in zip(targets, regions, strict=True)
         ]
-        logits = self.draw_masks(features.float(), image, vectors[image, cells].float(), boxes)
         expected = torch.cat(masks).to(logits.device, torch.float32)
         total = distributed.divisor(weights.sum(), like=logits)
         entropy = F.binary_cross_entropy_with_logits(logits, expected, reduction="none").mean((1, 2))
@@ -325,7 +335,7 @@ class Sextant(System):
             image = torch.arange(len(images), device=corners.device).repeat_interleave(count)
             vectors = queries.mask_params.flatten(0, 1).float()
             drawn = self.draw_masks(features.float(), image, vectors, corners.flatten(0, 1)).sigmoid().unflatten(0, (-1, count))
-            inside = drawn > _MASK_THRESHOLD
+            inside = drawn >= _MASK_THRESHOLD
             confidence = (drawn * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
             all_scores = queries.class_logits.float().sigmoid() * confidence[..., None]
             regions = self.region(box_ops.to_corners(queries.boxes))  # fractions of the image
