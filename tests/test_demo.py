@@ -29,7 +29,7 @@ def test_the_demo_measures_draws_and_says_what_to_type_next(tmp_path, monkeypatc
     assert len(list((tmp_path / "demo" / "predictions" / "drawings").iterdir())) == 12
 
     demo.demo(tmp_path / "demo")  # once more: the run is there
-    assert asked == [("solq-tiny", "shapes:", False), ("solq-tiny", "shapes:", True)]
+    assert asked == [("sextant-tiny", "shapes:", False), ("sextant-tiny", "shapes:", True)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated])

@@ -18,7 +18,7 @@ The model is in {run}, drawings of its predictions are in {predictions}/drawings
 
   detect objects in your images      maskset predict {run} IMAGE...
   show the model's settings          maskset show {run}
-  train on your own data             maskset train solq-small --data FOLDER --out runs/first
+  train on your own data             maskset train sextant-small --data FOLDER --out runs/first
 """
 
 
@@ -32,7 +32,7 @@ def demo(folder: Path) -> Metrics:
     """
     run, images, predictions = folder / "run", folder / "images", folder / "predictions"
     try:
-        train("solq-tiny", "shapes:", run, resume=(run / "recipe.json").is_file())
+        train("sextant-tiny", "shapes:", run, resume=(run / "recipe.json").is_file())
     except KeyboardInterrupt as interrupt:  # training names its own flag to resume
         raise type(interrupt)("the same command continues the demo.") from None
 
