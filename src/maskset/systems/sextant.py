@@ -26,7 +26,7 @@ from maskset.detection import pad
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.backbone import FeaturePyramid, group_count
-from maskset.layers.blocks import cell_grid
+from maskset.layers.blocks import Layer, cell_grid
 from maskset.losses import squared_dice_loss, varifocal_loss
 from maskset.masks.heads.features import ConvBlock
 from maskset.masks.paint import paste_soft
@@ -99,7 +99,7 @@ class Sextant(System):
         self.pyramid = FeaturePyramid(channels, width)
         self.level_norms = nn.ModuleList(nn.GroupNorm(group_count(width), width) for _ in channels)
         # Cells: the same heads for all levels
-        self.tower = nn.Sequential(*(ConvBlock(width, width, 3) for _ in range(config.head_layers)))
+        self.tower = Tower(*(ConvBlock(width, width, 3) for _ in range(config.head_layers)))
         self.class_head = nn.Linear(width, config.num_classes)
         self.box_head = nn.Linear(width, 4)
         self.selection_tower = ConvBlock(width, width, 3)
@@ -348,6 +348,10 @@ class Sextant(System):
                 labels = (index % scores.shape[1]).cpu()
                 detections.append(Instances(labels, painted.boxes(), painted, best.cpu(), self.categories))
         return detections
+
+
+class Tower(Layer, nn.Sequential):
+    """Convolutions, which can recompute their activations as a transformer's layer can."""
 
 
 def overlap_with_better(logits: Float[Tensor, "B N K"], boxes: Float[Tensor, "B N 4"]) -> Float[Tensor, "B N"]:
