@@ -199,7 +199,7 @@ class Sextant(System):
         1 across it; a network with one hidden layer, whose weights `kernel_head` computes from the vector, makes a logit of them.
 
         Args:
-            features: mask features of the batch.
+            features: mask features of the batch; the result has their type.
             image: index of the image of each mask.
             vectors: of the cells.
             boxes: x0 y0 x1 y1, pixels of the canvas.
@@ -210,7 +210,8 @@ class Sextant(System):
         samples = roi_align(features.contiguous(), regions, size, 1 / _MASK_STRIDE, sampling_ratio=1, aligned=True)  # [n D S S]
         position = cell_grid(size, size, like=samples).T * (2 / size) - 1  # [2 S*S], x and y across the region
         position = position * (1 + self.config.box_margin)
-        weights, biases, last, last_bias = self.kernel_head(vectors).split(self._kernel_sizes(), 1)
+        kernels = self.kernel_head(vectors.to(self.kernel_head.weight.dtype)).to(features.dtype)
+        weights, biases, last, last_bias = kernels.split(self._kernel_sizes(), 1)
         weights = weights.unflatten(1, (hidden, -1))
         states = torch.baddbmm(biases[..., None], weights[..., :-2], samples.flatten(2)) + weights[..., -2:] @ position
         return torch.baddbmm(last_bias[..., None], last[:, None], states.relu())[:, 0].unflatten(1, (size, size))
@@ -297,7 +298,7 @@ class Sextant(System):
         weights = (dense.targets[image, number, :count] > 0).flatten().float()
         image = image.repeat_interleave(count)
         boxes = corners.detach()[image, cells]
-        logits = self.draw_masks(features.float(), image, vectors[image, cells].float(), boxes)
+        logits = self.draw_masks(features.float(), image, vectors[image, cells], boxes)
         regions = self.region(boxes).cpu().split([length * count for length in lengths])  # the only copy to the host
         masks = [
             crop(objects.masks[[i for i in range(len(objects)) for _ in range(count)]], region, self.config.mask_size)
@@ -333,7 +334,7 @@ class Sextant(System):
         with torch.autocast(images.pixels.device.type, enabled=False):  # rounding would move the masks' edges
             corners, count = box_ops.to_corners(queries.boxes) * _scale(images), queries.boxes.shape[1]
             image = torch.arange(len(images), device=corners.device).repeat_interleave(count)
-            vectors = queries.mask_params.flatten(0, 1).float()
+            vectors = queries.mask_params.flatten(0, 1)
             drawn = self.draw_masks(features.float(), image, vectors, corners.flatten(0, 1)).sigmoid().unflatten(0, (-1, count))
             inside = drawn >= _MASK_THRESHOLD
             confidence = (drawn * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
