@@ -14,7 +14,8 @@ def sextant_small() -> Recipe:
     Command: maskset train sextant-small --data FOLDER --out RUN
     Expect: depends on the data; images are resized to 256 pixels, with at most 300 objects each. It starts from ImageNet weights
     where maskset[pretrained] is installed, else from random ones.
-    Status: trained on a CPU on 536 microscope images of nuclei (`python -m benchmarks learning`). Not yet for all its epochs.
+    Status: trained for 20 CPU minutes on 536 microscope images of nuclei (`python -m benchmarks learning`): mask AP 0.58, AP50
+    0.88 on 64 other images. Not yet for all its epochs.
     """
     backbone, input = small_backbone()
     return Recipe(
@@ -39,7 +40,8 @@ def sextant_tiny() -> Recipe:
     """A very small Sextant for generated shapes: the recipe of `make demo`.
 
     Command: maskset train sextant-tiny --data shapes: --out RUN
-    Expect: DEMO
+    Expect: mask AP 0.80, AP50 0.95 on the 200 images of shapes' val after 500 of its 750 steps, which took 2.5 minutes of one CPU
+    core that had other work, from ImageNet weights. From random weights, without maskset[pretrained], classes take far longer.
     Status: trained by `make demo`.
     """
     small = sextant_small()
