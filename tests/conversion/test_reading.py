@@ -227,6 +227,11 @@ def test_an_unknown_system_is_refused_before_the_file_is_read(tmp_path):
         convert_file("official.pth", Path("solq"), tmp_path / "out.safetensors")
 
 
+def test_a_system_without_official_weights_says_so():
+    with pytest.raises(ConversionError, match="sextant has no official weights"):
+        convert("sextant", STATE)
+
+
 @pytest.mark.parametrize("arguments", [(STATE, "solq"), (None, STATE), ("solq", "official.pth"), ("solq", None)])
 def test_swapped_and_wrong_arguments_are_refused(arguments):
     with pytest.raises(ConversionError, match="the system comes first|convert takes the state dict of official weights"):

@@ -196,7 +196,7 @@ def _converter(system: Any) -> Any:
     modules = {name: f"maskset.conversion.{name.replace('-', '_')}" for name in CONFIGS}
     convertible = [name for name, module in modules.items() if find_spec(module)]
     if not isinstance(system, str) or system not in convertible:
-        if system in CONFIGS:
+        if isinstance(system, str) and system in CONFIGS:
             raise ConversionError(f"{system} has no official weights, so there is nothing to convert.")
         near = difflib.get_close_matches(str(system), convertible, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ": the system comes first, then the weights."
