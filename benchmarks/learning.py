@@ -11,6 +11,7 @@ import argparse
 import difflib
 import math
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -341,10 +342,10 @@ def clock() -> float:
 
 def command(name: str, seed: int, setting: Setting, threads: int) -> str:
     """Return the command that repeats a run."""
-    flags = [f"--models {name} --minutes {setting.minutes:g} --seeds {seed}"]
-    flags += ["--pretrained"] if setting.pretrained else []
-    flags += [f"--threads {threads}"] if threads > 1 else []
-    return f"python -m benchmarks learning {setting.data} {' '.join(flags)}"
+    words = ["--models", name, "--minutes", f"{setting.minutes:g}", "--seeds", str(seed)]
+    words += ["--pretrained"] if setting.pretrained else []
+    words += ["--threads", str(threads)] if threads > 1 else []
+    return shlex.join(["python", "-m", "benchmarks", "learning", setting.data, *words])
 
 
 def _text(values: dict[str, float | None]) -> str:

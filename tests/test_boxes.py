@@ -20,6 +20,7 @@ def test_formats_are_torchvisions_and_turn_back():
 def test_overlaps_are_torchvisions():
     a, b = random_corners(6), random_corners(9, seed=1)
     torch.testing.assert_close(box_ops.generalized_iou(a[:, None], b[None]), ops.generalized_box_iou(a, b))
+    torch.testing.assert_close(box_ops.iou(a[:, None], b[None]), ops.box_iou(a, b))
     torch.testing.assert_close(box_ops.area(a), ops.box_area(a))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskset.losses import chunked_loss, squared_dice_loss
+from maskset.losses import chunked_loss, squared_dice_loss, varifocal_loss
 
 
 def values(index: int, piece: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -53,3 +53,15 @@ def test_dice_with_squares_of_a_mask_with_itself_is_nearly_nothing_and_of_nothin
     assert squared_dice_loss(mask, mask, 0.002).item() < 1e-4
     assert squared_dice_loss(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), 0.002).item() == 1
     assert squared_dice_loss(torch.zeros(0, 3, 3), torch.zeros(0, 3, 3), 0.002).shape == (0,)
+
+
+def test_the_varifocal_loss_weighs_all_classes_of_an_object_by_its_quality_and_background_by_its_score():
+    logits = torch.tensor([[1.0, -2.0], [0.5, -1.0]], dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([[0.7, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    p = logits.sigmoid()
+    weights = torch.cat([torch.full((1, 2), 0.7, dtype=torch.float64), 0.75 * p[1:].detach() ** 2])
+    expected = -weights * (targets * p.log() + (1 - targets) * (1 - p).log())
+    found = varifocal_loss(logits, targets)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)

@@ -46,6 +46,14 @@ def test_cells_on_the_padding_never_become_queries():
     assert (queries.class_logits > -15).all()  # 426 of the 510 cells are inside
 
 
+def test_queries_on_the_padding_keep_their_logits_and_learn_from_no_object():
+    model = tiny(num_queries=510)
+    torch.nn.init.ones_(model.class_change.bias)
+    images, _ = batch(shapes(1), model.config)
+    _, selection, queries = model(images).layers
+    assert int((queries.class_logits.amax(2) == -20).sum()) == int((selection.class_logits.amax(2) == -20).sum()) > 0
+
+
 def test_queries_start_as_the_best_cells_less_the_penalty_of_duplicates():
     model = tiny()
     images, _ = batch(shapes(1), model.config)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
 from maskset.recipes.backbones import small_backbone
+from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.sextant import SextantConfig
 
@@ -17,22 +18,11 @@ def sextant_small() -> Recipe:
     Status: trained for 20 CPU minutes on 536 microscope images of nuclei (`python -m benchmarks learning`): mask AP 0.58, AP50
     0.88 on 64 other images. Not yet for all its epochs.
     """
-    backbone, input = small_backbone()
+    small, (backbone, input) = solq_small(), small_backbone()
     return Recipe(
         model=SextantConfig(input=replace(input, divisor=32, short_side=256, long_side=384), backbone=backbone),
-        data=DataConfig(augmentation="flip", short_sides=(224, 256, 288), long_side=384),
-        train=TrainConfig(
-            epochs=30,
-            batch_size=4,
-            reference_batch_size=4,
-            learning_rate=2e-3,
-            backbone_learning_rate=8e-4,
-            schedule="cosine",
-            warmup_steps=50,
-            clip_norm=1.0,
-            evaluate_every=2,
-            max_detections=300,
-        ),
+        data=small.data,
+        train=replace(small.train, epochs=30, learning_rate=2e-3, backbone_learning_rate=8e-4),
     )
 
 
@@ -44,14 +34,12 @@ def sextant_tiny() -> Recipe:
     From random weights, without maskset[pretrained], classes take far longer.
     Status: trained by `make demo`.
     """
-    small = sextant_small()
-    return replace(
-        small,
-        model=replace(small.model, input=replace(small.model.input, short_side=96, long_side=160), num_queries=50, mask_size=28),
-        data=DataConfig(augmentation="flip", short_sides=(96,), long_side=160, workers=1),
-        train=replace(
-            small.train, epochs=3, batch_size=8, reference_batch_size=8, evaluate_every=2, log_every=50, max_detections=100
-        ),
+    small, tiny = sextant_small(), solq_tiny()
+    input = replace(small.model.input, short_side=96, long_side=160)
+    return Recipe(
+        model=replace(small.model, input=input, num_queries=50, mask_size=28),
+        data=tiny.data,
+        train=replace(tiny.train, epochs=3, learning_rate=2e-3, backbone_learning_rate=8e-4),
     )
 
 

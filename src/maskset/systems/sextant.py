@@ -1,11 +1,11 @@
-"""Sextant: maskset's own system, which joins what learns fastest in the others (docs/systems/sextant.md).
+"""Sextant: maskset's own system, made to learn quickly from little data (docs/systems/sextant.md).
 
 Every cell of a feature pyramid may report an object, as in SOTR. It holds one vector that says class, box and mask, as in SOLQ.
-In training, many cells learn from each object, which is why the system learns fast. A second class head learns from one cell per
-object; at inference only its best cells, the queries, report. A few of them are duplicates, which a learned penalty suppresses,
-so that there is no NMS. A mask is drawn inside its box, at the resolution of the object (ISTR), by a small network whose weights
-come from the vector and which knows its position relative to the box (SOIT, ISDA). From top to bottom: backbone and pyramid,
-cells, queries, masks, then losses and results.
+In training, many cells learn from each object. A second class head learns from one cell per object; at inference only its best
+cells, the queries, report. A learned penalty suppresses duplicates among them, so that there is no NMS. A mask is drawn inside
+its box, at the resolution of the object (ISTR), by a small network whose weights come from the vector and which knows its
+position relative to the box (SOIT, ISDA). From top to bottom: backbone and pyramid, cells, queries, masks, then losses and
+results.
 """
 
 import math
@@ -20,7 +20,7 @@ from torchvision.ops import roi_align
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.assignment import Assignment, assign, fit
+from maskset.assignment import Assignment, Fit, assign, fit
 from maskset.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, config, setting
 from maskset.detection import pad
 from maskset.errors import ConfigError
@@ -183,8 +183,8 @@ class Sextant(System):
         )
         overlap = overlap_with_better(logits, boxes.detach())
         penalty = F.softplus(self.duplicate_penalty) * overlap.square()
-        logits = logits + self.class_change(vectors.detach()) - penalty[..., None].to(logits.dtype)
-        return SlotPredictions(logits, vectors, boxes)
+        changed = logits + self.class_change(vectors.detach()) - penalty[..., None].to(logits.dtype)
+        return SlotPredictions(torch.where(logits == _OUTSIDE, logits, changed), vectors, boxes)
 
     def draw_masks(
         self,
@@ -241,13 +241,11 @@ class Sextant(System):
         labels = [row[:length] for row, length in zip(padded_labels, lengths, strict=True)]
         boxes = [row[:length] for row, length in zip(padded_boxes, lengths, strict=True)]
 
-        corners, query_corners = box_ops.to_corners(cells.boxes) * scale, box_ops.to_corners(queries.boxes) * scale
-        usable = cells.class_logits.amax(2) != _OUTSIDE
-        fits = [fit(*each) for each in zip(corners, boxes, usable, strict=True)]
+        corners = box_ops.to_corners(cells.boxes) * scale
+        fits = _fits(cells, corners, boxes)
         dense = assign(cells.class_logits, fits, labels, settings.positives, settings.dense_powers, floor)
         unique = assign(selection.class_logits, fits, labels, 1, settings.unique_powers, floor)
-        usable = queries.class_logits.amax(2) > _OUTSIDE
-        fits = [fit(*each) for each in zip(query_corners, boxes, usable, strict=True)]
+        fits = _fits(queries, box_ops.to_corners(queries.boxes) * scale, boxes)
         of_queries = assign(queries.class_logits, fits, labels, 1, settings.unique_powers, floor)
 
         object_count = distributed.divisor(sum(lengths), like=scale)
@@ -365,6 +363,12 @@ def overlap_with_better(logits: Float[Tensor, "B N K"], boxes: Float[Tensor, "B 
     corners, label = box_ops.to_corners(boxes), logits.argmax(2)
     same = label[:, :, None] == label[:, None]
     return (box_ops.iou(corners[:, :, None], corners[:, None]) * same).tril(-1).amax(2)
+
+
+def _fits(slots: SlotPredictions, corners: Float[Tensor, "B N 4"], boxes: Sequence[Float[Tensor, "_ 4"]]) -> list[Fit]:
+    """Return how well the slots of each image fit its objects. Slots on the padding may not learn from any."""
+    usable = slots.class_logits.amax(2) != _OUTSIDE
+    return [fit(*each) for each in zip(corners, boxes, usable, strict=True)]
 
 
 def _scale(images: ImageBatch) -> Float[Tensor, "B 1 4"]:
