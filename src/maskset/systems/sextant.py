@@ -182,7 +182,7 @@ class Sextant(System):
             for values in (cells.class_logits.detach(), cells.mask_params, cells.boxes)
         )
         overlap = overlap_with_better(logits, boxes.detach())
-        penalty = F.softplus(self.duplicate_penalty) * overlap.square()
+        penalty = self.duplicate_penalty * overlap.square()
         changed = logits + self.class_change(vectors.detach()) - penalty[..., None].to(logits.dtype)
         return SlotPredictions(torch.where(logits == _OUTSIDE, logits, changed), vectors, boxes)
 
