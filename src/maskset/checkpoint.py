@@ -29,6 +29,7 @@ HUB_FILE = "model.safetensors"  # name of the checkpoint in a repository on the 
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _DTYPES = _FLOATS | _INTEGERS  # names of types in safetensors files
+BUNDLED = Path(__file__).parent / "models"
 _RUN_FILES = ("best.safetensors", "last.safetensors")  # the checkpoints of a run folder, the preferred one first
 
 
@@ -73,7 +74,8 @@ def load(source: str | Path) -> System:
     """Return a trained model, on the CPU and ready to predict.
 
     Args:
-        source: a run folder (its best weights, else its last), a .safetensors file, or "hub:owner/name".
+        source: a run folder (its best weights, else its last), a .safetensors file, "hub:owner/name", or a model in the package:
+            "nuclei".
 
     Raises:
         CheckpointError: there is no such file, or it is not a checkpoint.
@@ -91,7 +93,9 @@ def load(source: str | Path) -> System:
 
 
 def find(source: str | Path) -> Path:
-    """Return the checkpoint file of a run folder, a path or "hub:owner/name".
+    """Return the checkpoint file of a run folder, a path, "hub:owner/name", or the name of a model in the package.
+
+    A run folder or file comes before a model in the package with the same name.
 
     Raises:
         CheckpointError: there is none.
@@ -101,22 +105,29 @@ def find(source: str | Path) -> Path:
     if isinstance(source, str) and source.startswith("hub:"):
         return _download(source.removeprefix("hub:"))
     path = Path(source)
-    if path.is_dir():
-        checkpoints = [path / name for name in _RUN_FILES if (path / name).is_file()]
-        if not checkpoints:
-            raise CheckpointError(
-                f"the folder {path} does not contain {' or '.join(_RUN_FILES)}: "
-                "it is not a run folder, or the run has not saved a checkpoint."
-            )
+    checkpoints = [path / name for name in _RUN_FILES if (path / name).is_file()]
+    if checkpoints:
         return checkpoints[0]
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}.{_hint(source, path)}")
-    return path
+    if path.is_file():
+        return path
+    if str(source) in bundled_models():
+        return bundled_models()[str(source)]
+    if path.is_dir():
+        raise CheckpointError(
+            f"the folder {path} does not contain {' or '.join(_RUN_FILES)}: "
+            "it is not a run folder, or the run has not saved a checkpoint."
+        )
+    raise CheckpointError(f"there is no checkpoint {path}.{_hint(source, path)}")
+
+
+def bundled_models() -> dict[str, Path]:
+    """Return the models in the package, by name."""
+    return {path.stem: path for path in sorted(BUNDLED.glob("*.safetensors"))}
 
 
 def is_model(source: str) -> bool:
-    """Return whether a text names a model for `find`: a hub name, a .safetensors file or a folder."""
-    return source.startswith("hub:") or source.endswith(".safetensors") or Path(source).is_dir()
+    """Return whether a text names a model for `find`: a hub name, a .safetensors file, a folder or a model in the package."""
+    return source.startswith("hub:") or source.endswith(".safetensors") or Path(source).is_dir() or source in bundled_models()
 
 
 def read_metadata(path: str | Path) -> Metadata:
@@ -245,9 +256,12 @@ def _hint(source: str | Path, path: Path) -> str:
             f" It is a recipe: train it with 'maskset train {source} --data DATA --out RUN' and name RUN, or convert official "
             f"weights with 'maskset convert {system} FILE OUT.safetensors' and name OUT.safetensors."
         )
-    near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
+    models = {name: name for name in bundled_models()} | {
+        name: str(path.parent / name) for name in (os.listdir(path.parent) if path.parent.is_dir() else [])
+    }
+    near = difflib.get_close_matches(path.name, models, n=1)
     if near:
-        return f" Did you mean {path.parent / near[0]}?"
+        return f" Did you mean {models[near[0]]}?"
     return f" For a model on the hub write hub:{source}." if str(source).count("/") == 1 and not path.suffix else ""
 
 
