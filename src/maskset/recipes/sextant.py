@@ -42,7 +42,7 @@ def sextant_nuclei() -> Recipe:
             mask_size=28,
         ),
         data=replace(small.data, augmentation="lsj", jitter_size=256, jitter_scale=(1.2, 3.2)),
-        train=replace(small.train, epochs=45, max_detections=400, evaluate_every=5),
+        train=replace(small.train, epochs=70, max_detections=400, evaluate_every=5),
     )
 
 
