@@ -13,8 +13,8 @@ IOUS = (0.5, 0.6, 0.7, 0.8, 0.9)
 def cell_accuracy(images: Sequence[Overlaps], threshold: float, ious: Sequence[float] = IOUS) -> dict[float, float]:
     """Return TP / (TP + FP + FN) of masks at each minimum IoU, counted over all images and classes.
 
-    StarDist and Cellpose call it average precision (Schmidt et al., MICCAI 2018, section 3), but unlike in COCO's, detections above
-    one score count, in any order. Each detection is matched with at most one target of its class, so that the number of pairs
+    StarDist and Cellpose call it average precision (Schmidt et al., MICCAI 2018, section 3), but unlike in COCO's, all
+    detections above one score count the same. Each detection is matched with at most one target of its class, so that the number of pairs
     with the minimum IoU, TP, is the largest possible. Unmatched detections are false positives, except in crowds, and unmatched
     targets false negatives. Without detections and targets, the result is NaN.
 
