@@ -14,9 +14,9 @@ def cell_accuracy(images: Sequence[Overlaps], threshold: float, ious: Sequence[f
     """Return TP / (TP + FP + FN) of masks at each minimum IoU, counted over all images and classes.
 
     StarDist and Cellpose call it average precision (Schmidt et al., MICCAI 2018, section 3), but unlike in COCO's, all
-    detections above one score count the same. Each detection is matched with at most one target of its class, so that the number of pairs
-    with the minimum IoU, TP, is the largest possible. Unmatched detections are false positives, except in crowds, and unmatched
-    targets false negatives. Without detections and targets, the result is NaN.
+    detections above one score count the same. Each detection is matched with at most one target of its class, so that the
+    number of pairs with the minimum IoU, TP, is the largest possible. Unmatched detections are false positives, except in
+    crowds, and unmatched targets false negatives. Without detections and targets, the result is NaN.
 
     Args:
         images: overlaps of the detections and targets of each image.
