@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskset import boxes as box_ops
@@ -30,41 +30,24 @@ class Assignment:
     targets: Float[Tensor, "B T k"]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How well the boxes of the N slots of an image fit its T objects.
-
-    Attributes:
-        iou: of each object and slot.
-        allowed: whether the slot may learn from the object.
-        nearness: a tiny number, greater where the centers are nearer: it decides among slots without overlap.
-    """
-
-    iou: Float[Tensor, "T N"]
-    allowed: Bool[Tensor, "T N"]
-    nearness: Float[Tensor, "T N"]
-
-
 @torch.no_grad()
-def fit(slots: Float[Tensor, "N 4"], objects: Float[Tensor, "T 4"], usable: Bool[Tensor, "N"]) -> Fit:
-    """Return how well slots fit objects. A slot may learn from objects whose box contains the center of its own, or nearly does.
+def overlap(objects: Float[Tensor, "T 4"], slots: Float[Tensor, "N 4"]) -> Float[Tensor, "T N"]:
+    """Return the IoU of each object and slot, but 0 where the center of the slot's box lies outside the object's box.
 
     Args:
-        slots: boxes x0 y0 x1 y1, pixels.
         objects: boxes x0 y0 x1 y1, pixels.
-        usable: whether a slot may learn from any object.
+        slots: boxes x0 y0 x1 y1, pixels.
     """
     x, y = ((slots[:, :2] + slots[:, 2:]) / 2).T
     left, top, right, bottom = objects.T[..., None]
     inside = (x > left - _MARGIN) & (x < right + _MARGIN) & (y > top - _MARGIN) & (y < bottom + _MARGIN)
-    nearness = 1e-9 / (1 + (x - (left + right) / 2).abs() + (y - (top + bottom) / 2).abs())
-    return Fit(box_ops.iou(objects[:, None], slots), inside & usable, nearness)
+    return box_ops.iou(objects[:, None], slots) * inside
 
 
 @torch.no_grad()
 def assign(
     logits: Float[Tensor, "B N K"],
-    fits: Sequence[Fit],
+    overlaps: Sequence[Float[Tensor, "_ N"]],
     labels: Sequence[Int[Tensor, "_"]],
     count: int,
     powers: tuple[float, float],
@@ -78,21 +61,19 @@ def assign(
 
     Args:
         logits: of all slots, before the sigmoid.
-        fits: of the slots and objects of each image.
+        overlaps: of the objects and slots of each image, from `overlap`; slots with 0 do not learn from the object.
         labels: class of each object, for each image.
         count: k.
         powers: a and b.
         min_target: minimum target of an assigned slot.
     """
     slots, targets = [], []
-    for image_logits, image_fit, label in zip(logits.float(), fits, labels, strict=True):
-        quality = image_logits.T[label].sigmoid() ** powers[0] * image_fit.iou ** powers[1]  # [T N]
-        quality = (quality + image_fit.nearness) * image_fit.allowed
+    for image_logits, iou, label in zip(logits.float(), overlaps, labels, strict=True):
+        quality = image_logits.T[label].sigmoid() ** powers[0] * iou ** powers[1]  # [T N]
         best, index = quality.topk(min(count, quality.shape[1]), 1)
         highest = quality.new_zeros(quality.shape[1]).scatter_reduce(0, index.flatten(), best.flatten(), "amax")
         won = (best > 0) & (best == highest[index])
         order = won.long().argsort(dim=1, descending=True, stable=True)
         slots.append(index.gather(1, order))
-        target = image_fit.iou.gather(1, index).clamp(min=min_target) * won
-        targets.append(target.gather(1, order))
+        targets.append((iou.gather(1, index).clamp(min=min_target) * won).gather(1, order))
     return Assignment(pad(slots), pad(targets))

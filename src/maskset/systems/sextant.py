@@ -1,15 +1,16 @@
 """Sextant: maskset's own system, made to learn quickly from little data (docs/systems/sextant.md).
 
 Every cell of a feature pyramid may report an object, as in SOTR. It holds one vector that says class, box and mask, as in SOLQ.
-In training, many cells learn from each object. A second class head learns from one cell per object; at inference only its best
-cells, the queries, report. A learned penalty suppresses duplicates among them, so that there is no NMS. A mask is drawn inside
-its box, at the resolution of the object (ISTR), by a small network whose weights come from the vector and which knows its
-position relative to the box (SOIT, ISDA). From top to bottom: backbone and pyramid, cells, queries, masks, then losses and
-results.
+In training, many cells learn from each object. A second class head learns from one cell per object; the cells that it scores
+highest become queries, and only queries report. A penalty suppresses the duplicates among them, so that there is no NMS. A
+mask is drawn inside its box, at the resolution of the object (ISTR), by a small network whose weights come from the vector and
+which knows its position relative to the box (SOIT, ISDA). From top to bottom: backbone and pyramid, cells, queries, masks, then
+losses and results.
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -20,13 +21,13 @@ from torchvision.ops import roi_align
 
 from maskset import boxes as box_ops
 from maskset import distributed
-from maskset.assignment import Assignment, Fit, assign, fit
+from maskset.assignment import Assignment, assign, overlap
 from maskset.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, config, setting
 from maskset.detection import pad
 from maskset.errors import ConfigError
 from maskset.instances import Category, Instances
 from maskset.layers.backbone import FeaturePyramid, group_count
-from maskset.layers.blocks import Layer, cell_grid
+from maskset.layers.blocks import cell_grid
 from maskset.losses import squared_dice_loss, varifocal_loss
 from maskset.masks.heads.features import ConvBlock
 from maskset.masks.paint import paste_soft
@@ -35,7 +36,7 @@ from maskset.structures import ImageBatch, ModelOutput, SlotPredictions
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig, check_canvas, check_divisor
 
 _CANVAS = 32  # pixels; on multiples of it each pyramid level is exactly twice as large as the next
-_FINEST = 4  # pixels per cell of the finest pyramid level
+_STRIDES = 4, 8, 16, 32  # pixels per cell of the pyramid levels
 _MASK_STRIDE = 2  # pixels per cell of the mask features
 _OUTSIDE = -20.0  # class logit of a cell on the padding
 _MASK_THRESHOLD = 0.5  # probability from which on a pixel belongs to a mask
@@ -51,9 +52,10 @@ class SextantConfig(SystemConfig):
     hidden_dim: PositiveInt = setting(64, "C, width of the pyramid and length of a cell's vector")
     head_layers: NonNegativeInt = setting(2, "convolutions between the pyramid and the cells' vectors")
     num_queries: PositiveInt = setting(300, "N, cells that become queries: the maximum number of objects per image")
+    duplicate_penalty: NonNegativeFloat = setting(3.0, "what a query's logits lose if it covers a better query of its class")
     mask_dim: PositiveInt = setting(16, "width of the mask features")
     mask_hidden_dim: PositiveInt = setting(8, "hidden width of the network that draws a mask")
-    mask_size: PositiveInt = setting(20, "S, side of a mask in its box, cells")
+    mask_size: PositiveInt = setting(20, "S, samples along each side of a mask")
     box_margin: NonNegativeFloat = setting(0.25, "how much larger than its box the region of a mask is, as a fraction of the box")
     positives: PositiveInt = setting(8, "cells that learn from one object")
     dense_powers: tuple[NonNegativeFloat, NonNegativeFloat] = setting(
@@ -86,7 +88,7 @@ class Sextant(System):
     queries. `mask_params` is the vector of a cell, from which `draw_masks` computes its mask.
     """
 
-    CLASS_PARTS = ("class_head", "selection_head", "class_change")
+    CLASS_PARTS = ("dense_head", "unique_head")
 
     config: SextantConfig
 
@@ -99,14 +101,11 @@ class Sextant(System):
         self.pyramid = FeaturePyramid(channels, width)
         self.level_norms = nn.ModuleList(nn.GroupNorm(group_count(width), width) for _ in channels)
         # Cells: the same heads for all levels
-        self.tower = Tower(*(ConvBlock(width, width, 3) for _ in range(config.head_layers)))
-        self.class_head = nn.Linear(width, config.num_classes)
+        self.tower = nn.Sequential(*(ConvBlock(width, width, 3) for _ in range(config.head_layers)))
+        self.dense_head = nn.Linear(width, config.num_classes)
         self.box_head = nn.Linear(width, 4)
-        self.selection_tower = ConvBlock(width, width, 3)
-        self.selection_head = nn.Linear(width, config.num_classes)
-        # Queries
-        self.class_change = nn.Linear(width, config.num_classes)
-        self.duplicate_penalty = nn.Parameter(torch.tensor(4.0))
+        self.unique_tower = ConvBlock(width, width, 3)  # sees the neighbors, of which only one may report an object
+        self.unique_head = nn.Linear(width, config.num_classes)
         # Masks
         self.fine_projection = nn.Conv2d(first, config.mask_dim, 1)
         self.coarse_projection = nn.Conv2d(width, config.mask_dim, 1)
@@ -116,13 +115,11 @@ class Sextant(System):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        for head in (self.class_head, self.selection_head):
+        for head in (self.dense_head, self.unique_head):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.constant_(head.bias, -math.log(99))  # every class starts at a probability of 0.01
         nn.init.normal_(self.box_head.weight, std=0.01)
         nn.init.constant_(self.box_head.bias, math.log(1.5))  # a box of three cells around the center of its cell
-        nn.init.zeros_(self.class_change.weight)  # a query starts with the logits of its cell
-        nn.init.zeros_(self.class_change.bias)
         # At first all masks are drawn by the same network, which learns as any other; the vectors then change its weights.
         nn.init.normal_(self.kernel_head.weight, std=0.01)
         weights, biases, output, output_bias = self.kernel_head.bias.detach().split(self._kernel_sizes())
@@ -145,46 +142,50 @@ class Sextant(System):
         fine = self.fine_projection(first)
         coarse = F.interpolate(self.coarse_projection(levels[0]), scale_factor=2, mode="bilinear")
         mask_features = self.mask_output(self.mask_block(fine + coarse))
-        cells, selection = self._cells(levels, images)
-        queries = self._queries(selection)
-        return ModelOutput([cells, selection, queries], mask_features=mask_features)
+        dense, unique = self._cells(levels, images)
+        return ModelOutput([dense, unique, self._queries(dense, unique)], mask_features=mask_features)
 
     def _cells(self, levels: Sequence[Float[Tensor, "B C _ _"]], images: ImageBatch) -> tuple[SlotPredictions, SlotPredictions]:
         """Return the cells of all levels, level by level, row by row, with the logits of each class head."""
-        vectors, selection, boxes, outside = [], [], [], []
-        for i, level in enumerate(levels):
-            stride, size = _FINEST * 2**i, (level.shape[2], level.shape[3])
+        vectors, neighbors, boxes, outside = [], [], [], []
+        for stride, level in zip(_STRIDES, levels, strict=True):
+            size = (level.shape[2], level.shape[3])
             features = self.tower(level)
             vectors.append(features.permute(0, 2, 3, 1).flatten(1, 2))
-            selection.append(self.selection_tower(features).permute(0, 2, 3, 1).flatten(1, 2))
-            sides = self.box_head(vectors[-1]).float().clamp(max=6).exp()  # distances to left, top, right, bottom, in cells
-            center = cell_grid(*size, like=sides)
-            corners = torch.cat([center - sides[..., :2], center + sides[..., 2:]], -1) * stride
-            boxes.append(box_ops.to_centers(corners) / _scale(images))
+            neighbors.append(self.unique_tower(features).permute(0, 2, 3, 1).flatten(1, 2))
+            boxes.append(self._boxes(vectors[-1], cell_grid(*size, like=level), stride) / _scale(images))
             outside.append(images.padding(size).flatten(1))
-        vector, box, padding = torch.cat(vectors, 1), torch.cat(boxes, 1), torch.cat(outside, 1)[..., None]
-        logits = self.class_head(vector).masked_fill(padding, _OUTSIDE)
-        selection_logits = self.selection_head(torch.cat(selection, 1)).masked_fill(padding, _OUTSIDE)
-        return SlotPredictions(logits, vector, box), SlotPredictions(selection_logits, vector, box)
+        vector, padding = torch.cat(vectors, 1), torch.cat(outside, 1)[..., None]
+        box = torch.cat(boxes, 1).masked_fill(padding, 0)  # an empty box overlaps nothing
+        dense_logits = self.dense_head(vector).masked_fill(padding, _OUTSIDE)
+        unique_logits = self.unique_head(torch.cat(neighbors, 1)).masked_fill(padding, _OUTSIDE)
+        return SlotPredictions(dense_logits, vector, box), SlotPredictions(unique_logits, vector, box)
 
-    def _queries(self, cells: SlotPredictions) -> SlotPredictions:
-        """Return the N cells with the highest one-to-one scores, best first, with logits that depend on each other.
+    def _boxes(self, vectors: Float[Tensor, "B n C"], centers: Float[Tensor, "n 2"], stride: int) -> Float[Tensor, "B n 4"]:
+        """Return the boxes of a level's cells, cx cy w h, pixels; in float32, as half precision would be off by percents."""
+        device = vectors.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            logarithms = self.box_head(vectors.to(self.box_head.weight.dtype)).float()
+        sides = logarithms.clamp(max=6).exp()  # distances to left, top, right, bottom, in cells
+        corners = torch.cat([centers.float() - sides[..., :2], centers.float() + sides[..., 2:]], -1)
+        return box_ops.to_centers(corners * stride)
 
-        The logits are those of the cell, plus a linear function of its vector, less a penalty that grows with the IoU with a
-        better query of the same class. All queries are compared at once. No gradient reaches the cells through these logits.
+    @torch.no_grad()
+    def _queries(self, dense: SlotPredictions, unique: SlotPredictions) -> SlotPredictions:
+        """Return the N cells with the highest one-to-one scores, best first.
+
+        Their logits are the mean of those of both class heads, less a penalty that grows with the IoU with a better query of the
+        same class. All queries are compared at once.
         """
-        assert cells.boxes is not None
-        assert cells.mask_params is not None
-        scores = cells.class_logits.detach().amax(2)
-        best = scores.topk(min(self.config.num_queries, scores.shape[1]), 1).indices
-        logits, vectors, boxes = (
-            values.gather(1, best[..., None].expand(-1, -1, values.shape[2]))
-            for values in (cells.class_logits.detach(), cells.mask_params, cells.boxes)
+        assert unique.boxes is not None
+        assert unique.mask_params is not None
+        best = unique.class_logits.amax(2).topk(min(self.config.num_queries, unique.class_logits.shape[1]), 1).indices[..., None]
+        logits, dense_logits, vectors, boxes = (
+            values.gather(1, best.expand(-1, -1, values.shape[2]))
+            for values in (unique.class_logits, dense.class_logits, unique.mask_params, unique.boxes)
         )
-        overlap = overlap_with_better(logits, boxes.detach())
-        penalty = self.duplicate_penalty * overlap.square()
-        changed = logits + self.class_change(vectors.detach()) - penalty[..., None].to(logits.dtype)
-        return SlotPredictions(torch.where(logits == _OUTSIDE, logits, changed), vectors, boxes)
+        penalty = self.config.duplicate_penalty * overlap_with_better(logits, boxes).square()
+        return SlotPredictions((logits + dense_logits) / 2 - penalty[..., None], vectors, boxes)
 
     def draw_masks(
         self,
@@ -195,22 +196,23 @@ class Sextant(System):
     ) -> Float[Tensor, "n S S"]:
         """Return the logits of masks in the regions of their boxes, see `region`.
 
-        A cell of a mask is a bilinear sample of the mask features and the position of the sample relative to the box, from -1 to
-        1 across it; a network with one hidden layer, whose weights `kernel_head` computes from the vector, makes a logit of them.
+        A logit is computed from a bilinear sample of the mask features and its position relative to the box, from -1 to 1 across
+        it, by a network with one hidden layer, whose weights `kernel_head` computes from the vector.
 
         Args:
-            features: mask features of the batch; the result has their type.
+            features: mask features of the batch.
             image: index of the image of each mask.
             vectors: of the cells.
             boxes: x0 y0 x1 y1, pixels of the canvas.
         """
         hidden, size = self.config.mask_hidden_dim, self.config.mask_size
-        finite = self.region(boxes).to(features.dtype).nan_to_num(0.0, 0.0, 0.0)  # the kernel of roi_align may crash on others
-        regions = torch.cat([image[:, None].to(features.dtype), finite], 1)
-        samples = roi_align(features.contiguous(), regions, size, 1 / _MASK_STRIDE, sampling_ratio=1, aligned=True)  # [n D S S]
+        features = features.float().contiguous()
+        finite = self.region(boxes).float().nan_to_num(0.0, 0.0, 0.0)  # the kernel of roi_align may crash on others
+        regions = torch.cat([image[:, None].float(), finite], 1)
+        samples = roi_align(features, regions, size, 1 / _MASK_STRIDE, sampling_ratio=1, aligned=True)  # [n D S S]
         position = cell_grid(size, size, like=samples).T * (2 / size) - 1  # [2 S*S], x and y across the region
         position = position * (1 + self.config.box_margin)
-        kernels = self.kernel_head(vectors.to(self.kernel_head.weight.dtype)).to(features.dtype)
+        kernels = self.kernel_head(vectors.to(self.kernel_head.weight.dtype)).float()
         weights, biases, last, last_bias = kernels.split(self._kernel_sizes(), 1)
         weights = weights.unflatten(1, (hidden, -1))
         states = torch.baddbmm(biases[..., None], weights[..., :-2], samples.flatten(2)) + weights[..., -2:] @ position
@@ -222,8 +224,8 @@ class Sextant(System):
         return box_ops.to_corners(torch.cat([center, size * (1 + self.config.box_margin)], -1))
 
     def loss(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """Return the terms "class" of the queries, "class/1" of the one-to-one and "class/0" of the one-to-many logits of the
-        cells; and, of the cells, whose boxes and vectors all layers share, "box_l1", "box_giou", "mask" and "mask_dice".
+        """Return the terms "class" of the one-to-one and "class/0" of the one-to-many class logits of the cells, and "box_l1",
+        "box_giou", "mask" and "mask_dice" of their boxes and vectors. Queries, which are some of the cells, have no other loss.
 
         Masks are drawn and compared in the predicted boxes, as at inference. Computed in float32.
         """
@@ -232,28 +234,24 @@ class Sextant(System):
 
     def _terms(self, output: ModelOutput, images: ImageBatch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         settings, floor = self.config, self.config.min_target
-        cells, selection, queries = output.layers
+        cells, unique_cells, _ = output.layers
         assert cells.boxes is not None
-        assert queries.boxes is not None
         lengths, scale = [len(objects) for objects in targets], _scale(images)
         padded_labels = pad([objects.labels for objects in targets]).to(scale.device)  # [B T]
         padded_boxes = pad([objects.boxes for objects in targets]).to(scale.device, torch.float32)  # [B T 4]
         labels = [row[:length] for row, length in zip(padded_labels, lengths, strict=True)]
-        boxes = [row[:length] for row, length in zip(padded_boxes, lengths, strict=True)]
 
         corners = box_ops.to_corners(cells.boxes) * scale
-        fits = _fits(cells, corners, boxes)
-        dense = assign(cells.class_logits, fits, labels, settings.positives, settings.dense_powers, floor)
-        unique = assign(selection.class_logits, fits, labels, 1, settings.unique_powers, floor)
-        fits = _fits(queries, box_ops.to_corners(queries.boxes) * scale, boxes)
-        of_queries = assign(queries.class_logits, fits, labels, 1, settings.unique_powers, floor)
+        boxes = [row[:length] for row, length in zip(padded_boxes, lengths, strict=True)]
+        overlaps = [overlap(*each) for each in zip(boxes, corners, strict=True)]
+        dense = assign(cells.class_logits, overlaps, labels, settings.positives, settings.dense_powers, floor)
+        unique = assign(unique_cells.class_logits, overlaps, labels, 1, settings.unique_powers, floor)
 
         object_count = distributed.divisor(sum(lengths), like=scale)
         target_sum = distributed.divisor(dense.targets.sum(), like=scale)
         l1, giou = self._box_losses(corners, dense, padded_boxes)
         return {
-            "class": self._class_loss(queries, of_queries, padded_labels) / object_count,
-            "class/1": self._class_loss(selection, unique, padded_labels) / object_count,
+            "class": self._class_loss(unique_cells, unique, padded_labels) / object_count,
             "class/0": self._class_loss(cells, dense, padded_labels) / target_sum,
             "box_l1": l1 / target_sum,
             "box_giou": giou / target_sum,
@@ -275,7 +273,8 @@ class Sextant(System):
 
         The L1 distance is relative to the width and height of the object, of at least two pixels, and at most 8.
         """
-        predicted = corners.gather(1, dense.slots.flatten(1)[..., None].expand(-1, -1, 4)).unflatten(1, dense.slots.shape[1:])
+        image = torch.arange(len(corners), device=corners.device)[:, None, None]
+        predicted = corners[image, dense.slots]  # [B T k 4]
         expected = boxes[:, :, None]  # [B T 1 4]
         size = (expected[..., 2:] - expected[..., :2]).clamp(min=2)
         l1 = ((predicted - expected) / torch.cat([size, size], -1)).abs().sum(-1).clamp(max=8)
@@ -291,12 +290,12 @@ class Sextant(System):
         assert features is not None
         lengths, count = [len(objects) for objects in targets], min(self.config.mask_positives, dense.slots.shape[2])
         image = torch.arange(len(targets)).repeat_interleave(torch.tensor(lengths)).to(corners.device)
-        number = torch.cat([torch.arange(length) for length in lengths]).to(corners.device)
-        cells = dense.slots[image, number, :count].flatten()
-        weights = (dense.targets[image, number, :count] > 0).flatten().float()
+        target = torch.cat([torch.arange(length) for length in lengths]).to(corners.device)
+        slots = dense.slots[image, target, :count].flatten()
+        weights = (dense.targets[image, target, :count] > 0).flatten().float()
         image = image.repeat_interleave(count)
-        boxes = corners.detach()[image, cells]
-        logits = self.draw_masks(features.float(), image, vectors[image, cells], boxes)
+        boxes = corners.detach()[image, slots]
+        logits = self.draw_masks(features, image, vectors[image, slots], boxes)
         regions = self.region(boxes).cpu().split([length * count for length in lengths])  # the only copy to the host
         masks = [
             crop(objects.masks[[i for i in range(len(objects)) for _ in range(count)]], region, self.config.mask_size)
@@ -333,7 +332,7 @@ class Sextant(System):
             corners, count = box_ops.to_corners(queries.boxes) * _scale(images), queries.boxes.shape[1]
             image = torch.arange(len(images), device=corners.device).repeat_interleave(count)
             vectors = queries.mask_params.flatten(0, 1)
-            drawn = self.draw_masks(features.float(), image, vectors, corners.flatten(0, 1)).sigmoid().unflatten(0, (-1, count))
+            drawn = self.draw_masks(features, image, vectors, corners.flatten(0, 1)).sigmoid().unflatten(0, (-1, count))
             inside = drawn >= _MASK_THRESHOLD
             confidence = (drawn * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
             all_scores = queries.class_logits.float().sigmoid() * confidence[..., None]
@@ -349,10 +348,6 @@ class Sextant(System):
         return detections
 
 
-class Tower(Layer, nn.Sequential):
-    """Convolutions, which can recompute their activations as a transformer's layer can."""
-
-
 def overlap_with_better(logits: Float[Tensor, "B N K"], boxes: Float[Tensor, "B N 4"]) -> Float[Tensor, "B N"]:
     """Return the greatest IoU of each query with one before it whose best class is the same.
 
@@ -363,12 +358,6 @@ def overlap_with_better(logits: Float[Tensor, "B N K"], boxes: Float[Tensor, "B 
     corners, label = box_ops.to_corners(boxes), logits.argmax(2)
     same = label[:, :, None] == label[:, None]
     return (box_ops.iou(corners[:, :, None], corners[:, None]) * same).tril(-1).amax(2)
-
-
-def _fits(slots: SlotPredictions, corners: Float[Tensor, "B N 4"], boxes: Sequence[Float[Tensor, "_ 4"]]) -> list[Fit]:
-    """Return how well the slots of each image fit its objects. Slots on the padding may not learn from any."""
-    usable = slots.class_logits.amax(2) != _OUTSIDE
-    return [fit(*each) for each in zip(corners, boxes, usable, strict=True)]
 
 
 def _scale(images: ImageBatch) -> Float[Tensor, "B 1 4"]:

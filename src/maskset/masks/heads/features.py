@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskset.layers.backbone import group_count
+from maskset.layers.blocks import Layer
 
 
 class MaskFeatureHead(nn.Module):
@@ -44,7 +45,7 @@ class MaskFeatureHead(nn.Module):
         return self.output(total)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Layer):
     """A convolution without bias, group norm and ReLU.
 
     Args:
