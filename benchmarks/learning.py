@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torchvision.ops import batched_nms
 
 from benchmarks import curves, page
@@ -37,8 +36,7 @@ from maskset.evaluation.average_precision import average_precision
 from maskset.evaluation.evaluate import detections_in
 from maskset.instances import Instances
 from maskset.recipe import Recipe
-from maskset.recipes.backbones import PRETRAINED, PRETRAINED_INPUT
-from maskset.recipes.solq import SCRATCH
+from maskset.recipes.backbones import PRETRAINED, PRETRAINED_INPUT, SCRATCH
 from maskset.training.guards import explain_shortages, restore_process_settings
 from maskset.training.optimizer import rate_factor, set_learning_rates
 from maskset.training.run import Run, open_run
@@ -47,7 +45,6 @@ from maskset.training.step import NotFinite, average, update
 
 SHARES = 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0  # of the time after which models are evaluated
 _NMS_IOU = 0.5
-_WITHOUT = "without="
 _COMMON = "data.", "model.input.", "train.batch_size", "train.accumulate", "train.seed"  # settings that all models share
 
 
@@ -110,10 +107,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     about, small = (__doc__ or "").split("\n\n")[0], [name for name in recipes.RECIPES if name.endswith("-small")]
     parser = argparse.ArgumentParser(prog="python -m benchmarks learning", description=about, allow_abbrev=False)
     parser.add_argument("data", metavar="DATA", nargs="?", help="data folder with splits train and val, or shapes:")
-    names = (
-        f"recipes, and {' and '.join(PEERS)} (default: all small recipes and these); with other settings: NAME:SETTING=VALUE; "
-        "without a part, whose weights stay zero: NAME:without=PART"
-    )
+    names = f"recipes, and {' and '.join(PEERS)} (default: all small recipes and these); with other settings: NAME:SETTING=VALUE"
     parser.add_argument("--models", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--minutes", type=float, default=20.0, help="training time of each model (default: 20)")
     parser.add_argument(
@@ -159,7 +153,7 @@ def learn(options: argparse.Namespace) -> list[str]:
             print(f"{title}: done already; --again repeats it.", flush=True)
             continue
         try:
-            measured = measure(recipe_of_run[name, seed], options.data, setting, title, removed_parts(name))
+            measured = measure(recipe_of_run[name, seed], options.data, setting, title)
         except MasksetError as error:
             print(f"{title} failed: {error}", file=sys.stderr)
             failures.append(name)
@@ -217,7 +211,6 @@ def recipe_of(name: str, setting: Setting, seed: int) -> Recipe:
     """
     small = recipes.get("solq-small")
     name, *changes = name.split(":")
-    changes = [change for change in changes if not change.startswith(_WITHOUT)]
     if name not in PEERS and not recipes.known(name):
         raise ConfigError(f"there is no model {name!r}: --models takes {', '.join([*PEERS, *recipes.RECIPES])}.")
     own = replace(small, model=PEERS[name]()) if name in PEERS else recipes.get(name)
@@ -232,27 +225,6 @@ def recipe_of(name: str, setting: Setting, seed: int) -> Recipe:
         train=replace(own.train, batch_size=setting.batch_size, accumulate=1, seed=seed),
     )
     return flags.apply(recipe, dict(_change(recipe, name, change) for change in changes))
-
-
-def removed_parts(name: str) -> list[str]:
-    """Return the parts that a model with this name lacks."""
-    return [change.removeprefix(_WITHOUT) for change in name.split(":") if change.startswith(_WITHOUT)]
-
-
-def remove(part: str, model: nn.Module) -> None:
-    """Set the weights of a part of the network to zero, and exclude them from training.
-
-    Raises:
-        ConfigError: there is no such part.
-    """
-    parameters = dict(model.named_parameters())
-    of_part = [weight for name, weight in parameters.items() if f"{name}.".startswith(f"{part}.")]
-    if not of_part:
-        near = difflib.get_close_matches(part, {*parameters, *(name for name, _ in model.named_children())}, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "it is named as in state_dict()."
-        raise ConfigError(f"{_WITHOUT}{part}: the network has no such part; {hint}")
-    for weight in of_part:
-        weight.requires_grad_(False).zero_()
 
 
 def _change(recipe: Recipe, name: str, change: str) -> tuple[str, str]:
@@ -276,17 +248,14 @@ def _change(recipe: Recipe, name: str, change: str) -> tuple[str, str]:
 
 @restore_process_settings()
 @explain_shortages()
-def measure(recipe: Recipe, data: str, setting: Setting, title: str, removed: Sequence[str] = ()) -> dict[str, Any]:
-    """Train a model, without the `removed` parts, for the time of the setting, and return its results at each share of it.
+def measure(recipe: Recipe, data: str, setting: Setting, title: str) -> dict[str, Any]:
+    """Train a model for the time of the setting, and return its results at each share of it.
 
     Raises:
         MasksetError: training cannot start, or diverges.
     """
     with tempfile.TemporaryDirectory() as folder:  # nothing is written
         run, lines = open_run(recipe, data, Path(folder), None, False, None, progress=False)
-    for part in removed:
-        remove(part, run.state.model)
-        remove(part, run.eval_model)  # the same, or the average of the weights
     facts = [line for line in lines if line.startswith(("model:", "backbone", "warning:"))]  # the rest is about folder and epochs
     print(f"\n{title}", *facts, sep="\n", flush=True)
     model, budget, points, shares = run.state.model.train(), 60 * setting.minutes, [], list(SHARES)

@@ -24,7 +24,7 @@ from maskset.instances import Category, Instances, Masks
 from maskset.layers.backbone import Backbone, group_count
 from maskset.masks.paint import paint
 from maskset.masks.resize import half_pixel
-from maskset.recipes.solq import SCRATCH
+from maskset.recipes.backbones import SCRATCH
 from maskset.structures import ImageBatch, ModelOutput
 from maskset.systems.base import BackboneConfig, InputConfig, System, SystemConfig
 

@@ -10,7 +10,6 @@ import torch
 from benchmarks import curves, learning, page
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS
-from maskset import recipes
 from maskset.data.shapes import CATEGORIES, ShapesDataset
 from maskset.errors import ConfigError, TrainingDiverged
 from maskset.instances import Category, Instances
@@ -52,16 +51,6 @@ def test_a_quick_run_trains_a_recipe_and_both_peers_and_writes_nothing(capsys, t
         assert f"| {name} " in output
         assert f"learning shapes --models {name} --minutes 0.002 --seeds 0`" in output
     assert not list(tmp_path.iterdir())
-
-
-def test_a_removed_part_has_no_effect_and_does_not_learn():
-    model = build(replace(recipes.sextant_tiny().model, num_classes=3), CATEGORIES)
-    assert learning.removed_parts("sextant-tiny:model.positives=1:without=class_change") == ["class_change"]
-    learning.remove("class_change", model)
-    assert not any(weight.requires_grad or weight.any() for weight in model.class_change.parameters())
-    assert all(weight.requires_grad for weight in model.class_head.parameters())
-    with pytest.raises(ConfigError, match="without=clas_change: the network has no such part; did you mean class_change"):
-        learning.remove("clas_change", model)
 
 
 class SimulatedRun(Run):
@@ -133,7 +122,7 @@ def test_all_models_have_the_same_images_size_batch_and_backbone():
 def test_finished_runs_are_not_repeated_and_a_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     done = []
 
-    def measure(recipe, data, setting, title, removed) -> dict:
+    def measure(recipe, data, setting, title) -> dict:
         if recipe.model.system == "solq":
             raise TrainingDiverged("the loss is NaN.")
         done.append(title)

@@ -119,7 +119,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         recipes.get(tmp_path / "gone.json")
 
 
-def test_recipes_that_learn_from_scratch_freeze_nothing():
+def test_recipes_that_learn_from_scratch_freeze_nothing(monkeypatch):
+    monkeypatch.setattr(backbones, "find_spec", lambda _: None)
     systems = (
         recipes.solq_tiny,
         recipes.solq_small,
@@ -143,6 +144,10 @@ def test_a_small_backbone_starts_from_imagenet_where_its_weights_are_installed()
         True,
     )
     assert set(input.mean + input.std) == {0.5}
+    for recipe in (make() for name, make in RECIPES.items() if name.endswith("-small")):
+        assert recipe.model.backbone == backbone
+        assert (recipe.model.input.mean, recipe.model.input.std) == (input.mean, input.std)
+        assert (recipe.model.input.short_side, recipe.model.input.channel_order) == (256, "rgb")
 
 
 def test_a_small_backbone_starts_from_random_weights_where_none_are_installed(monkeypatch):

@@ -2,9 +2,9 @@
 
 from importlib.util import find_spec
 
-from maskset.recipes.solq import SCRATCH
 from maskset.systems.base import PACKAGED_WEIGHTS, BackboneConfig, InputConfig
 
+SCRATCH = BackboneConfig(name="resnet10t", norm="group", frozen_stages=0, pretrained=False)
 PRETRAINED = BackboneConfig(name="tf_efficientnet_lite0", frozen_stages=0)
 PRETRAINED_INPUT = InputConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # what its weights were trained with
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.solq import SCRATCH, TINY_TRANSFORMER, solq_small, solq_tiny
+from maskset.recipes.backbones import SCRATCH
+from maskset.recipes.solq import TINY_TRANSFORMER, solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.isda import IsdaConfig
 
@@ -39,15 +40,16 @@ def isda_r50() -> Recipe:
 
 
 def isda_small() -> Recipe:
-    """A small ISDA from scratch for small data of your own, on few cores or one GPU.
+    """A small ISDA for small data of your own, on few cores or one GPU; all but the system is as in solq-small.
 
     Command: maskset train isda-small --data FOLDER --out RUN
     Expect: depends on the data; images are resized to 256 pixels, with at most 300 objects each.
-    Status: trained on a CPU for 3 epochs on 536 microscope images of nuclei, 20 minutes from scratch: mask AP 0.020, AP50 0.071
-    on 64 other images (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
+    Status: without maskset[pretrained], trained on a CPU for 3 epochs on 536 microscope images of nuclei, 20 minutes: mask AP
+    0.020, AP50 0.071 on 64 other images (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
     """
     small = solq_small()
-    return replace(small, model=replace(isda_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300))
+    input = replace(small.model.input, divisor=32)
+    return replace(small, model=replace(isda_tiny().model, input=input, backbone=small.model.backbone, num_queries=300))
 
 
 def isda_tiny() -> Recipe:

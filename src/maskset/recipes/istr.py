@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.solq import SCRATCH, solq_small, solq_tiny
+from maskset.recipes.backbones import SCRATCH
+from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.istr import IstrConfig
 from maskset.systems.istr_smt import IstrSmtConfig
@@ -54,14 +55,15 @@ def istr_r101() -> Recipe:
 
 
 def istr_small() -> Recipe:
-    """A small ISTR from scratch for small data of your own, on few cores or one GPU.
+    """A small ISTR for small data of your own, on few cores or one GPU; all but the system is as in solq-small.
 
     Command: maskset train istr-small --data FOLDER --out RUN
     Expect: depends on the data; images are resized to 256 pixels, with at most 300 objects each.
     Status: not yet trained to the end.
     """
     small = solq_small()
-    return replace(small, model=replace(istr_tiny().model, input=replace(small.model.input, divisor=32), num_queries=300))
+    input = replace(small.model.input, divisor=32)
+    return replace(small, model=replace(istr_tiny().model, input=input, backbone=small.model.backbone, num_queries=300))
 
 
 def istr_tiny() -> Recipe:

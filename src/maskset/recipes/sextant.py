@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.backbones import small_backbone
 from maskset.recipes.solq import solq_small, solq_tiny
-from maskset.systems.base import BackboneConfig, InputConfig
 from maskset.systems.sextant import SextantConfig
 
 
@@ -18,9 +16,9 @@ def sextant_small() -> Recipe:
     Status: trained for 20 CPU minutes on 536 microscope images of nuclei (`python -m benchmarks learning`): mask AP 0.58, AP50
     0.88 on 64 other images. Not yet for all its epochs.
     """
-    small, (backbone, input) = solq_small(), small_backbone()
+    small = solq_small()
     return Recipe(
-        model=SextantConfig(input=replace(input, divisor=32, short_side=256, long_side=384), backbone=backbone),
+        model=SextantConfig(input=replace(small.model.input, divisor=32), backbone=small.model.backbone),
         data=small.data,
         train=replace(small.train, epochs=30, learning_rate=2e-3, backbone_learning_rate=8e-4),
     )
@@ -30,7 +28,7 @@ def sextant_nuclei() -> Recipe:
     """The Sextant that maskset ships as "nuclei", trained on microscope images of nuclei.
 
     Command: maskset train sextant-nuclei --data NUCLEI --out RUN
-    Expect: see models/nuclei.md, beside its weights, which also says where the data come from. About 100 minutes on one CPU core.
+    Expect: see src/maskset/models/nuclei.md, beside its weights, which also names the data. About 100 minutes on one CPU core.
     Status: trained to the end.
     """
     small = sextant_small()
@@ -71,15 +69,7 @@ def sextant_r50() -> Recipe:
     Status: not trained here.
     """
     return Recipe(
-        model=SextantConfig(
-            input=InputConfig(divisor=32),
-            backbone=BackboneConfig(),
-            hidden_dim=128,
-            head_layers=3,
-            mask_dim=32,
-            mask_hidden_dim=16,
-            mask_size=28,
-        ),
+        model=SextantConfig(hidden_dim=128, head_layers=3, mask_dim=32, mask_hidden_dim=16, mask_size=28),
         data=DataConfig(augmentation="detr"),
         train=TrainConfig(
             epochs=36,

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe
-from maskset.recipes.solq import SCRATCH, TINY_TRANSFORMER, solq_small, solq_tiny
+from maskset.recipes.backbones import SCRATCH
+from maskset.recipes.solq import TINY_TRANSFORMER, solq_small, solq_tiny
 from maskset.systems.base import BackboneConfig
 from maskset.systems.soit import SoitConfig
 
@@ -45,15 +46,16 @@ def soit_swin_l() -> Recipe:
 
 
 def soit_small() -> Recipe:
-    """A small SOIT from scratch for small data of your own, on few cores or one GPU; data and schedule are solq-small's.
+    """A small SOIT for small data of your own, on few cores or one GPU; all but the system is as in solq-small.
 
     Command: maskset train soit-small --data FOLDER --out RUN
     Expect: depends on the data; images are resized to 256 pixels, with at most 300 objects each.
-    Status: trained on a CPU for 3 epochs on 536 microscope images of nuclei, 37 minutes from scratch: mask AP 0.079, AP50 0.240
-    on 64 other images (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
+    Status: without maskset[pretrained], trained on a CPU for 3 epochs on 536 microscope images of nuclei, 37 minutes: mask AP
+    0.079, AP50 0.240 on 64 other images (`maskset compare`, benchmarks/results/compare_cpu.json). Not yet for all its epochs.
     """
     small = solq_small()
-    return replace(small, model=replace(soit_tiny().model, input=small.model.input, num_queries=300))
+    model = replace(soit_tiny().model, input=small.model.input, backbone=small.model.backbone, num_queries=300)
+    return replace(small, model=model)
 
 
 def soit_tiny() -> Recipe:

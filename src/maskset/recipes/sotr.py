@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.solq import SCRATCH, solq_small, solq_tiny
+from maskset.recipes.backbones import SCRATCH
+from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.base import InputConfig
 from maskset.systems.sotr import SotrConfig
 
@@ -97,7 +98,7 @@ def sotr_rt() -> Recipe:
 
 
 def sotr_small() -> Recipe:
-    """A small SOTR from scratch for small data of your own, on few cores or one GPU.
+    """A small SOTR for small data of your own, on few cores or one GPU; all but the system is as in solq-small.
 
     Command: maskset train sotr-small --data FOLDER --out RUN
     Expect: depends on the data; images are resized to 256 pixels; two objects can be separated if their centers are at
@@ -110,6 +111,7 @@ def sotr_small() -> Recipe:
         model=replace(
             sotr_tiny().model,
             input=replace(small.model.input, divisor=32),
+            backbone=small.model.backbone,
             grids=(40, 36, 24, 16, 12),
             scale_from=(1, 16, 32, 64, 96),
             scale_to=(32, 64, 96, 192, 2048),

