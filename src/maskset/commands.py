@@ -30,7 +30,7 @@ def _demo_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _demo(options: Namespace) -> None:
-    """Train a small model on generated images (4 minutes on a CPU)."""
+    """Detect nuclei, then train on generated images (4 minutes)."""
     from maskset.demo import demo
 
     demo(options.out)
@@ -121,9 +121,7 @@ def _predict_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--out", type=new_folder, default="predictions", metavar="FOLDER", help="output folder (default: predictions)"
     )
     parser.add_argument("--threshold", type=float, metavar="S", default=0.5, help="minimum score of an object (default: 0.5)")
-    parser.add_argument(
-        "--limit", type=count, default=100, metavar="N", help="maximum number of objects per image (default: 100)"
-    )
+    parser.add_argument("--limit", type=count, metavar="N", help="maximum number of objects per image (default: the model's)")
     parser.add_argument(
         "--save",
         nargs="*",
@@ -280,7 +278,7 @@ def _info(options: Namespace) -> None:
 
 
 def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help='run folder, .safetensors file or "hub:owner/name"')
+    parser.add_argument("model", metavar="MODEL", help='run folder, .safetensors file, "hub:owner/name", or nuclei (built in)')
 
 
 def _add_data(parser: ArgumentParser) -> None:

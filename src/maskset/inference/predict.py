@@ -45,7 +45,7 @@ def predict(
     source: str | Path,
     *,
     threshold: float = ...,
-    limit: int = ...,
+    limit: int | None = ...,
     device: Device | None = ...,
     skip_broken: bool = ...,
 ) -> Any: ...  # Instances for a file, an iterator for a folder or pattern: only the disk can tell
@@ -55,7 +55,7 @@ def predict(
     source: bytes | IOBase | Image | np.ndarray | Tensor,
     *,
     threshold: float = ...,
-    limit: int = ...,
+    limit: int | None = ...,
     device: Device | None = ...,
     skip_broken: bool = ...,
 ) -> Instances: ...
@@ -65,7 +65,7 @@ def predict(
     source: Sequence[Picture],
     *,
     threshold: float = ...,
-    limit: int = ...,
+    limit: int | None = ...,
     device: Device | None = ...,
     skip_broken: bool = ...,
 ) -> Iterator[Instances]: ...
@@ -74,7 +74,7 @@ def predict(
     source: Picture | Sequence[Picture],
     *,
     threshold: float = 0.5,
-    limit: int = 100,
+    limit: int | None = None,
     device: Device | None = None,
     skip_broken: bool = False,
 ) -> Instances | Iterator[Instances]:
@@ -89,7 +89,7 @@ def predict(
             uint8 tensor [3 h w]; RGB. Or several: a list of these, a folder, or a pattern such as "photos/*.jpg". Not an
             iterator, since all are checked before the first is predicted.
         threshold: minimum score of an object.
-        limit: maximum number of objects in an image.
+        limit: maximum number of objects in an image; by default as many as the model can detect, its `num_slots`.
         device: device to compute on, to which a system is moved. By default a system stays on its device, and a model that is
             loaded is moved to a GPU if there is one.
         skip_broken: leave out files that cannot be read, and list them on stderr at the end. The iterator is then shorter than
@@ -104,7 +104,8 @@ def predict(
     images, single = pictures.expand(source), pictures.is_single(source)
     unreadable: list[str] = []
     read = partial(_read_or_skip, unreadable) if skip_broken and not single else pictures.read
-    results = predict_items(load_model(model, device), images, read, limit=limit, threshold=threshold)
+    model = load_model(model, device)
+    results = predict_items(model, images, read, limit=limit or model.num_slots, threshold=threshold)
     detections = (instances for _, instances in results)
     return next(detections) if single else _report_unreadable(detections, unreadable, len(images))
 
@@ -114,7 +115,7 @@ def predict_files(
     sources: str | Path | Sequence[str | Path],
     *,
     threshold: float = 0.5,
-    limit: int = 100,
+    limit: int | None = None,
     device: Device | None = None,
     skip_broken: bool = False,
     progress: bool = True,
@@ -136,7 +137,8 @@ def predict_files(
     _check(model, sources, threshold, limit)
     files, unreadable = pictures.expand_files(sources), list[str]()
     read = partial(_read_or_skip, unreadable) if skip_broken else _read_or_advise
-    results = predict_items(load_model(model, device), files, read, limit=limit, threshold=threshold)
+    model = load_model(model, device)
+    results = predict_items(model, files, read, limit=limit or model.num_slots, threshold=threshold)
     return _report_unreadable(track(results, len(files), "predicting") if progress else results, unreadable, len(files))
 
 
@@ -328,5 +330,7 @@ def _check(model: Any, source: Any, threshold: Any, limit: Any) -> None:
     check_model(model)
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= float(threshold) <= 1:
         raise ConfigError(f"threshold must be a number between 0 and 1, got {threshold!r}.")
+    if limit is None:
+        return
     if isinstance(limit, bool) or not isinstance(limit, Integral) or not 1 <= int(limit) < 2**31:
         raise ConfigError(f"limit must be a whole number, at least 1 and below 2^31, got {limit!r}.")
