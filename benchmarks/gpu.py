@@ -123,6 +123,7 @@ def checks(device: str, quick: bool, folder: Path, reports: list[dict[str, Any]]
             yield f"attention, {name}, {str(dtype).removeprefix('torch.')}", partial(compare_attention, name, dtype, device)
     yield "DDP in one process, gradients", partial(measure.in_new_process, ddp_gradients, device)
     yield "peak memory, SOLQ", partial(peak_memory, device, quick)
+    yield "losses as on the CPU, Sextant", partial(losses_of_sextant, device)
     if quick:
         return
     yield "training in bfloat16, killed and resumed", partial(killed_and_resumed, device, folder)
@@ -195,6 +196,18 @@ def ddp_gradients(device: str) -> Outcome:
         distributed.destroy_process_group()
     error = ((together - alone).abs().max() / alone.abs().max()).item()
     return Outcome(error, 1e-4, f"backend {backend}")
+
+
+def losses_of_sextant(device: str) -> Outcome:
+    """Compare the losses of Sextant, which has no official numbers, with those on the CPU, relative to the greatest."""
+    torch.manual_seed(0)
+    model = build(recipes.get("sextant-tiny").model).eval()
+    images, targets = example(model, (64, 96), objects=10, images=2)
+    losses = []
+    for place in ("cpu", device):
+        batch = images.to(place), [objects.to(place) for objects in targets]
+        losses.append(torch.stack(list(model.to(place).loss(model(batch[0]), *batch).values())).detach().cpu())
+    return Outcome(((losses[1] - losses[0]).abs().max() / losses[0].max()).item(), 1e-4)
 
 
 def peak_memory(device: str, quick: bool) -> Outcome:

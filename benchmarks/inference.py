@@ -1,12 +1,14 @@
 """Whole models of untrained weights with ResNet-50, from normalized pixels to results, against three of other packages.
 
-One image of 480 x 640 pixels (on a GPU 8 of 800 x 1066), in float32 and under autocast to bfloat16. What is timed: maskset's five
+One image of 480 x 640 pixels (on a GPU 8 of 800 x 1066), in float32 and under autocast to bfloat16. What is timed: maskset's six
 systems, to 100 objects with masks at the image's size as text of COCO's files; transformers' DeformableDetr, to 100 boxes (it has
 no masks), and Mask2Former, to 100 dense masks at the image's size; torchvision's Mask R-CNN, to 100 dense masks at the image's
-size. Memory is that of a process of its own: the greatest while it computes, less what it had with libraries and weights.
+size. On 640 x 640 pixels, Mask R-CNN is compared with Sextant, also as sextant-small with EfficientNet-Lite0. Memory
+is that of a process of its own: the greatest while it computes, less what it had with libraries and weights.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,11 +24,13 @@ from maskset.masks.codecs.logit_pca import LogitPcaCodec
 from maskset.structures import ImageBatch
 from maskset.systems import System, build
 from maskset.systems.istr import Istr, Stage
+from maskset.systems.sextant import Sextant
 from maskset.systems.sotr import Sotr, point_nms
 
-SYSTEMS = ("solq", "soit", "isda", "istr", "sotr")
+SYSTEMS = ("solq", "soit", "isda", "istr", "sotr", "sextant")
 DDETR, M2F, MRCNN = "transformers' DeformableDetr", "transformers' Mask2Former", "torchvision's Mask R-CNN"
 LIKE = "maskset solq, width 256"  # as the first two
+SMALL = "maskset sextant-small"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST = 100  # results of an image
 MOST_CELLS = 100  # of SOTR, whose masks are drawn
@@ -68,6 +72,22 @@ def run(report: Report, quick: bool) -> None:
         for name, (before, peak) in memories.items():
             report.note(f"Memory of {name}: {before:,.0f} MiB before, {peak:,.0f} MiB at most.")
     add_targets(report, place)
+    if device == "cpu":
+        compare_sextant(report, models, (64, 96) if quick else (640, 640), quick)
+
+
+def compare_sextant(report: Report, models: Mapping[str, Any], size: tuple[int, int], quick: bool) -> None:
+    """Compare Sextant with Mask R-CNN, with targets."""
+    case, pixels = f"1 image of {size[0]} x {size[1]}, float32", noise(1, size)
+    most = 10 if quick else MOST
+    few = {name: partial(results, name, models[name], pixels, most) for name in (MRCNN, "maskset sextant", SMALL)}
+    report.compare(f"Sextant: {case}", MRCNN, in_turn(few, 0 if quick else 20), None)
+    grown = {name: peak - before for name in few for before, peak in [in_new_process(memory, name, pixels, quick)]}
+    report.compare(f"Sextant: memory of a process, {case}", MRCNN, {}, grown)
+    for name, least in ((SMALL, 5), ("maskset sextant", 1.5)):
+        what = f"of {name.removeprefix('maskset ')} over {MRCNN}: inference, {size[0]} x {size[1]}"
+        report.target(f"speed-up {what}", least, report.speedup(f"Sextant: {case}", name, MRCNN))
+        report.target(f"memory saving {what}", 1, report.memory_saving(f"Sextant: memory of a process, {case}", name, MRCNN))
 
 
 def noise(images: int, size: tuple[int, int]) -> Tensor:
@@ -75,16 +95,18 @@ def noise(images: int, size: tuple[int, int]) -> Tensor:
     return torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-def system(name: str, quick: bool, **settings: Any) -> System:
+def system(name: str, quick: bool, recipe: str = "r50", **settings: Any) -> System:
     """Return one of maskset's systems, with thresholds that give enough results."""
     torch.manual_seed(0)
-    config = recipes.get(f"{name}-{'tiny' if quick else 'r50'}").model
+    config = recipes.get(f"{name}-{'tiny' if quick else recipe}").model
     config = replace(config, num_classes=91, **settings)
     if name == "sotr":
         config = replace(config, score_threshold=0.0, final_score_threshold=0.0)
     model = build(config).eval()
     if isinstance(model, Istr):
         steady(model)
+    if isinstance(model, Sextant):
+        enlarge_boxes(model, 96 if quick else 640)
     if isinstance(model, Sotr):
         draw_few(model, (64, 96) if quick else (480, 640))
     return model
@@ -100,6 +122,13 @@ def steady(model: Istr) -> None:
         assert isinstance(stage, Stage)
         for parameter in stage.box_head[1].parameters():
             nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def enlarge_boxes(model: Sextant, side: int) -> None:
+    """Fix the model's boxes at 20 % of an image's side or more: untrained ones are tiny."""
+    nn.init.zeros_(model.box_head.weight)
+    nn.init.constant_(model.box_head.bias, math.log(0.1 * side / 4))  # distances to the sides, in cells of 4 pixels
 
 
 @torch.no_grad()
@@ -179,6 +208,7 @@ MODELS: dict[str, Callable[[bool], Any]] = {
     MRCNN: mask_rcnn,
     **{f"maskset {name}": partial(system, name) for name in SYSTEMS},
     LIKE: partial(system, "solq", hidden_dim=256),
+    SMALL: partial(system, "sextant", recipe="small"),
 }
 
 

@@ -137,7 +137,7 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
 def learning_section(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield the paragraphs and tables of one setting of `learning`."""
     setting, all_curves = result["setting"], curves.curves(result)
-    start = "with ImageNet weights and frozen norms" if setting["pretrained"] else "from scratch"
+    start = "with ImageNet weights and, unless a row names others, frozen norms" if setting["pretrained"] else "from scratch"
     yield (
         f"How fast models learn in {setting['minutes']:g} minutes of computing time each ({setting['device']}; reading images "
         f"counts, evaluation does not) on {setting['data']}: {setting['train_images']:,} images to train on, "
