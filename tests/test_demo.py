@@ -24,6 +24,8 @@ def test_the_demo_measures_draws_and_says_what_to_type_next(tmp_path, monkeypatc
     monkeypatch.setattr(demo, "evaluate", lambda run, data, *, split: {("shapes:", "test"): measured}[data, split])
     assert demo.demo(tmp_path / "demo") == measured
     output = capsys.readouterr().out
+    assert f"nuclei in a microscope image: {tmp_path}/demo/nuclei/drawings/nuclei.jpg" in output
+    assert (tmp_path / "demo" / "nuclei" / "drawings" / "nuclei.jpg").exists()
     assert str(measured) in output
     assert f"maskset predict {tmp_path}/demo/run" in output
     assert len(list((tmp_path / "demo" / "predictions" / "drawings").iterdir())) == 12

