@@ -40,7 +40,7 @@ def demo(folder: Path) -> Metrics:
             `predictions/` with the objects detected in them.
     """
     nuclei, run, images, predictions = (folder / name for name in ("nuclei", "run", "images", "predictions"))
-    results = list(predict_files("nuclei", [BUNDLED / "nuclei.png"], progress=False))
+    results = list(predict_files(BUNDLED / "nuclei.safetensors", [BUNDLED / "nuclei.png"], progress=False))
     save_predictions(results, nuclei)
     print(_NUCLEI.format(count=len(results[0][1]), drawing=nuclei / "drawings" / "nuclei.jpg"), flush=True)
     try:
