@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
+from maskset.recipes.backbones import small_backbone
 from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.sextant import SextantConfig
 
@@ -16,9 +17,9 @@ def sextant_small() -> Recipe:
     Status: trained for 20 CPU minutes on 536 microscope images of nuclei (`python -m benchmarks learning`): mask AP 0.58, AP50
     0.88 on 64 other images. Not yet for all its epochs.
     """
-    small = solq_small()
+    small, (backbone, _) = solq_small(), small_backbone()
     return Recipe(
-        model=SextantConfig(input=replace(small.model.input, divisor=32), backbone=small.model.backbone),
+        model=SextantConfig(input=replace(small.model.input, divisor=32), backbone=backbone),
         data=small.data,
         train=replace(small.train, epochs=30, learning_rate=2e-3, backbone_learning_rate=8e-4),
     )
