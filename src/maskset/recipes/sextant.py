@@ -49,7 +49,7 @@ def sextant_tiny() -> Recipe:
     """A very small Sextant for generated shapes: the recipe of `make demo`.
 
     Command: maskset train sextant-tiny --data shapes: --out RUN
-    Expect: mask AP 0.79, AP50 0.96 on 200 unseen images (`make demo`), after 3.5 minutes on two CPU cores, from ImageNet weights.
+    Expect: mask AP 0.79, AP50 0.95 on 200 unseen images (`make demo`), after 3 minutes on two CPU cores, from ImageNet weights.
     From random weights, without maskset[pretrained], classes take far longer.
     Status: trained by `make demo`.
     """
