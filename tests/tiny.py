@@ -51,7 +51,7 @@ TINY: dict[str, SystemConfig] = {
         score_threshold=0.0, final_score_threshold=0.0, input=InputConfig(short_side=64, long_side=96, divisor=32),
     ),
     "sextant": SextantConfig(
-        backbone=BACKBONE, num_classes=3, hidden_dim=32, head_layers=1, num_queries=12, mask_dim=8,
+        backbone=BACKBONE, num_classes=3, hidden_dim=32, num_queries=12,
         input=InputConfig(short_side=64, long_side=96, divisor=32),
     ),
 }  # fmt: skip
