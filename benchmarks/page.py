@@ -25,6 +25,7 @@ _HEADLINES = (
     ("attention-2-threads.json", "speed-up of the C kernel over transformers: encoder attention, inference, 2 threads"),
     ("inference.json", "memory saving of SOLQ over transformers' DeformableDetr: inference"),
     ("masks.json", "speed-up over torchvision and pycocotools: 100 box masks to text"),
+    ("inference.json", "speed-up of sextant-small over torchvision's Mask R-CNN: inference, 640 x 640"),
 )
 
 
