@@ -253,7 +253,7 @@ def _recipes(options: Namespace) -> None:
 
 
 def _show_flags(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    parser.add_argument("recipe_or_model", metavar="RECIPE|MODEL", help="name of a recipe, recipe.json, checkpoint or run folder")
+    parser.add_argument("recipe_or_model", metavar="RECIPE|MODEL", help="recipe, recipe.json, checkpoint, run folder or nuclei")
     parser.add_argument("--json", action="store_true", help="print a recipe.json to edit and train")
 
 
