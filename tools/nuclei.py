@@ -5,8 +5,8 @@
 
 DATA is described in the card, src/maskset/models/nuclei.md. The last weights of the run are written in half precision to
 nuclei.safetensors beside it, the results on val into its tables, and the curves of the training to
-docs/assets/nuclei-training.svg. Nothing is selected by its result on val: the weights are those after the last epoch, and the
-threshold is the default of `maskset predict`.
+docs/assets/nuclei-training.svg. Neither weights nor threshold are selected by their results on val: the weights are those after
+the last epoch, and the threshold is the default of `maskset predict`.
 """
 
 import argparse
