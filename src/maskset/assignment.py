@@ -32,7 +32,7 @@ class Assignment:
 
 @torch.no_grad()
 def overlap(objects: Float[Tensor, "T 4"], slots: Float[Tensor, "N 4"]) -> Float[Tensor, "T N"]:
-    """Return the IoU of each object and slot, but 0 where the center of the slot's box lies outside the object's box.
+    """Return the IoU of each object and slot, but 0 where the center of the slot's box is far outside the object's box.
 
     Args:
         objects: boxes x0 y0 x1 y1, pixels.
@@ -69,7 +69,7 @@ def assign(
     """
     slots, targets = [], []
     for image_logits, iou, label in zip(logits.float(), overlaps, labels, strict=True):
-        quality = image_logits.T[label].sigmoid() ** powers[0] * iou ** powers[1]  # [T N]
+        quality = image_logits.T[label].sigmoid() ** powers[0] * iou ** powers[1] * (iou > 0)  # [T N]
         best, index = quality.topk(min(count, quality.shape[1]), 1)
         highest = quality.new_zeros(quality.shape[1]).scatter_reduce(0, index.flatten(), best.flatten(), "amax")
         won = (best > 0) & (best == highest[index])

@@ -10,7 +10,7 @@ from maskset import boxes as box_ops
 from maskset.assignment import assign
 from maskset.errors import ConfigError
 from maskset.instances import Category
-from maskset.structures import SlotPredictions
+from maskset.structures import ImageBatch, SlotPredictions
 from maskset.systems import build, sextant
 from maskset.systems.sextant import Sextant, SextantConfig
 
@@ -71,13 +71,16 @@ def test_duplicates_are_suppressed_and_neighbors_are_not():
     assert (logits[0, :, 0] - changed).tolist() == pytest.approx([0, 2.7, 0.04], abs=0.1)
 
 
-def test_boxes_are_computed_in_single_precision():
+def test_boxes_are_in_single_precision_under_autocast_and_in_a_model_in_half_precision():
     model = tiny()
-    images, _ = batch(shapes(1), model.config)
+    torch.nn.init.zeros_(model.box_head.weight)
+    images = ImageBatch(torch.randn(1, 3, 64, 1024), torch.tensor([[64, 1024]]))  # bfloat16 has no 255.5
+    exact = model(images).layers[0].boxes
     with torch.autocast("cpu", torch.bfloat16):
-        vectors = model(images).layers[0].mask_params
-        boxes = model._boxes(vectors, torch.zeros(vectors.shape[1], 2), 4)
-    torch.testing.assert_close(boxes, model._boxes(vectors.float(), torch.zeros(vectors.shape[1], 2), 4))
+        rounded = model(images).layers[0].boxes
+    torch.testing.assert_close(rounded, exact)
+    half = model.bfloat16()(replace(images, pixels=images.pixels.bfloat16())).layers[0].boxes
+    torch.testing.assert_close(half[..., :2], exact[..., :2])
 
 
 def test_a_mask_is_a_small_network_of_samples_and_positions():

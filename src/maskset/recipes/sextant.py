@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from maskset.recipe import DataConfig, Recipe, TrainConfig
-from maskset.recipes.backbones import small_backbone
+from maskset.recipes.backbones import PRETRAINED, PRETRAINED_INPUT, small_backbone
 from maskset.recipes.solq import solq_small, solq_tiny
 from maskset.systems.sextant import SextantConfig
 
@@ -36,7 +36,8 @@ def sextant_nuclei() -> Recipe:
     return Recipe(
         model=replace(
             small.model,
-            input=replace(small.model.input, short_side=512, long_side=1024),
+            backbone=PRETRAINED,  # also where its ImageNet weights are not installed: --init nuclei needs none
+            input=replace(PRETRAINED_INPUT, divisor=32, short_side=512, long_side=1024),
             num_queries=400,
             mask_size=28,
         ),

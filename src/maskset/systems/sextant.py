@@ -153,7 +153,7 @@ class Sextant(System):
             features = self.tower(level)
             vectors.append(features.permute(0, 2, 3, 1).flatten(1, 2))
             neighbors.append(self.unique_tower(features).permute(0, 2, 3, 1).flatten(1, 2))
-            boxes.append(self._boxes(vectors[-1], cell_grid(*size, like=level), stride) / _scale(images))
+            boxes.append(self._boxes(vectors[-1], size, stride) / _scale(images))
             outside.append(images.padding(size).flatten(1))
         vector, padding = torch.cat(vectors, 1), torch.cat(outside, 1)[..., None]
         box = torch.cat(boxes, 1).masked_fill(padding, 0)  # an empty box overlaps nothing
@@ -161,13 +161,14 @@ class Sextant(System):
         unique_logits = self.unique_head(torch.cat(neighbors, 1)).masked_fill(padding, _OUTSIDE)
         return SlotPredictions(dense_logits, vector, box), SlotPredictions(unique_logits, vector, box)
 
-    def _boxes(self, vectors: Float[Tensor, "B n C"], centers: Float[Tensor, "n 2"], stride: int) -> Float[Tensor, "B n 4"]:
+    def _boxes(self, vectors: Float[Tensor, "B n C"], size: tuple[int, int], stride: int) -> Float[Tensor, "B n 4"]:
         """Return the boxes of a level's cells, cx cy w h, pixels; in float32, as half precision would be off by percents."""
         device = vectors.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             logarithms = self.box_head(vectors.to(self.box_head.weight.dtype)).float()
         sides = logarithms.clamp(max=6).exp()  # distances to left, top, right, bottom, in cells
-        corners = torch.cat([centers.float() - sides[..., :2], centers.float() + sides[..., 2:]], -1)
+        center = cell_grid(*size, like=sides)
+        corners = torch.cat([center - sides[..., :2], center + sides[..., 2:]], -1)
         return box_ops.to_centers(corners * stride)
 
     @torch.no_grad()
