@@ -17,7 +17,7 @@ _IMAGES = 12
 _NUCLEI = """
 1. The model "nuclei", which comes with maskset, detects {count} nuclei in a microscope image: {drawing}
 
-2. A model for generated shapes is trained now, for about 4 minutes on two CPU cores:
+2. A model for generated shapes is trained now, for about 3 minutes on two CPU cores:
 """
 
 _NEXT = """

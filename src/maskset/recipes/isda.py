@@ -1,4 +1,4 @@
-"""Recipes for ISDA: the published one, and two trained from scratch on small data and few cores."""
+"""Recipes for ISDA: the published one, and two for small data and few cores."""
 
 from dataclasses import replace
 

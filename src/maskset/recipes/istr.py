@@ -1,4 +1,4 @@
-"""Recipes for ISTR and ISTR-SMT: the published ones, and two ISTRs trained from scratch on small data and few cores."""
+"""Recipes for ISTR and ISTR-SMT: the published ones, and two ISTRs for small data and few cores."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Recipes for SOIT: the published ones, and two trained from scratch on small data and few cores."""
+"""Recipes for SOIT: the published ones, and two for small data and few cores."""
 
 from dataclasses import replace
 

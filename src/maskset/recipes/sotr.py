@@ -1,4 +1,4 @@
-"""Recipes for SOTR: the published ones, the real-time one, and two trained from scratch on small data and few cores."""
+"""Recipes for SOTR: the published ones, the real-time one, and two for small data and few cores."""
 
 from dataclasses import replace
 
