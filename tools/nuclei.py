@@ -51,7 +51,6 @@ def main() -> None:
     torch.set_num_threads(1)
     last = arguments.run / "last.safetensors"
     recipe = checkpoint.read_metadata(last).recipe
-    MODEL.parent.mkdir(exist_ok=True)
     maskset.save(maskset.load(last).half(), recipe, MODEL, source=SOURCE, license="Apache-2.0")
     tables = "\n".join(results(open_data(arguments.data, "val")))
     before, _, rest = CARD.read_text().partition("<!-- results -->")
@@ -64,7 +63,7 @@ def main() -> None:
 
 def results(data: Dataset) -> Iterator[str]:
     """Yield the lines of the card's tables, for the model in the package."""
-    model = maskset.load("nuclei")
+    model = maskset.load(MODEL)  # by its file: a run folder called nuclei would come first
     overlaps_of = {i: overlaps(data, i, found) for i, found in detections_in(model, data, range(len(data)), MAX_DETECTIONS)}
     kinds = {i: kind_of(data.image(i)) for i in overlaps_of}
     groups = {kind: [image for i, image in sorted(overlaps_of.items()) if kinds[i] == kind] for kind in KINDS}

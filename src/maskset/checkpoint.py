@@ -110,8 +110,9 @@ def find(source: str | Path) -> Path:
         return checkpoints[0]
     if path.is_file():
         return path
-    if str(source) in bundled_models():
-        return bundled_models()[str(source)]
+    bundled = bundled_models().get(str(source))
+    if bundled is not None:
+        return bundled
     if path.is_dir():
         raise CheckpointError(
             f"the folder {path} does not contain {' or '.join(_RUN_FILES)}: "
